@@ -1,0 +1,18 @@
+"""NTK-Attention: attention with an infinitely long learned prefix (arXiv 2406.14036).
+
+    from ntk_kernels import ntk_attention, prefix_to_state
+
+    state = prefix_to_state(prefix_key, prefix_value, centers=16)
+    out = ntk_attention(query, key, value, state, is_causal=True)
+"""
+
+from importlib.metadata import version as _version
+
+from . import reference
+from .attention import ntk_attention
+from .convert import prefix_to_state
+from .feature_maps import FEATURE_MAPS, feature_dim
+from .state import PrefixState
+
+__version__ = _version("ntk-kernels")
+__all__ = ["FEATURE_MAPS", "PrefixState", "feature_dim", "ntk_attention", "prefix_to_state", "reference"]

@@ -1,0 +1,142 @@
+"""`ntk_attention`: check the arguments, choose a backend, call it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, reference
+from .dispatch import choose_backend
+from .state import PrefixState
+
+
+def ntk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: PrefixState | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    causal_offset: int | None = None,
+    state_index: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the input tokens and, in the same normalisation, a prefix of any length.
+
+        out = (exp(Q·Kᵀ·scale)·V + φ(Q)·Z) / (exp(Q·Kᵀ·scale)·1 + φ(Q)·k)
+
+    Without a state this is `torch.nn.functional.scaled_dot_product_attention` but for the causal alignment: row i
+    sees key j if j <= i + Lk - Lq (bottom-right, as FlashAttention; SDPA aligns top-left). Every query sees the
+    whole prefix; masks, windows and softcap concern the input's keys only. A row that sees nothing gives 0.
+
+    Differentiable in `query`, `key`, `value` and every tensor of the state, also through `lse`.
+
+    Args:
+        query: [B, Hq, Lq, D], float16, bfloat16, float32 or float64; any strides.
+        key, value: [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], the dtype and device of `query`; Hq % Hkv == 0, each
+            key/value head serving Hq / Hkv consecutive query heads.
+        state: the prefix, with Hq or Hkv heads. Its dtype is its own; float32 under a half-precision model is
+            the normal case.
+        attn_mask: broadcastable to [B, Hq, Lq, Lk]; bool (True = visible) or added to the scores.
+        is_causal: hide the keys right of the diagonal. Goes together with `attn_mask`.
+        scale: factor on Q·Kᵀ; default 1/sqrt(D).
+        window: (left, right): row i sees the keys from `left` before to `right` after its diagonal position;
+            -1 is unbounded (FlashAttention's `window_size`).
+        softcap: scores become softcap · tanh(scores / softcap), before the mask. Not applied to the prefix.
+        causal_offset: row i has its diagonal at key i + causal_offset; default Lk - Lq.
+        state_index: [B] int, which state of a stack each batch row uses; -1 for none.
+        return_lse: also return the log of the denominator.
+        backend: "torch" (PyTorch's fused attention, any device), "reference" (plain formula) or None, to choose;
+            NTK_KERNELS_BACKEND sets the default.
+
+    Returns:
+        out [B, Hq, Lq, Dv] in the dtype of `query`; with `return_lse` also lse [B, Hq, Lq], natural logarithm, in
+        float32 (float64 for float64 inputs), -inf for a row that sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what it must be and what it got.
+        NotImplementedError: the backend asked for by name cannot serve the call.
+
+    Source: arXiv 2406.14036, Algorithm 2; `ntk_kernels.reference.ntk_attention` is this definition as code.
+    """
+    checks.check_qkv(query, key, value)
+    head_dim = query.shape[3]
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    checks.check_finite("scale", scale)
+    if softcap is not None:
+        checks.check_finite("softcap", softcap, positive=True)
+    if window is not None:
+        checks.check_window(window)
+    if causal_offset is not None:
+        checks.check_int("causal_offset", causal_offset)
+        if not is_causal and window is None:
+            raise ValueError("`causal_offset` must come with `is_causal` or `window`, got neither")
+    if attn_mask is not None:
+        checks.check_attn_mask(attn_mask, query, key)
+    if state is None:
+        if state_index is not None:
+            raise ValueError("`state_index` must come with a `state`, got `state` = None")
+    elif isinstance(state, PrefixState):
+        checks.check_state_fits(state, query, key, value, state_index)
+        if scale < 0 and state.k is not None and state.feature_scale is None:
+            raise ValueError(f"`scale` must not be negative for a state without feature_scale, got {scale}")
+    else:
+        raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+
+    backend = choose_backend(backend, query, attn_mask, softcap)
+    if backend == "reference":
+        if state_index is not None and state_index.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.check_index_range(state_index, state.num_states)
+        return reference.ntk_attention(
+            query, key, value, state, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window,
+            softcap=softcap, causal_offset=causal_offset, state_index=state_index, return_lse=return_lse,
+        )  # fmt: skip
+
+    feature_scale = 1.0  # unused without features
+    if state is not None and state.k is not None:
+        feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
+    left, right = window or (-1, -1)
+    out, lse = ops.attention(
+        query,
+        key,
+        value,
+        *_state_arguments(state),
+        state_index,
+        _four_dimensional(attn_mask),
+        feature_map=None if state is None else state.feature_map,
+        feature_scale=feature_scale,
+        scale=scale,
+        window_left=left,
+        window_right=0 if is_causal else right,
+        causal_offset=key.shape[2] - query.shape[2] if causal_offset is None else causal_offset,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _four_dimensional(attn_mask: Tensor | None) -> Tensor | None:
+    if attn_mask is None:
+        return None
+    return attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def _state_arguments(state: PrefixState | None) -> list[Tensor | None]:
+    """z [N, Hs, C, r, Dv], k [N, Hs, C, r], centers [N, Hs, C, D], log_scale [N, Hs, C], row keys [N, Hs, R, D],
+    values and bias, as the ops take them."""
+    if state is None:
+        return [None] * 7
+    z, k, log_scale = state.full_z, state.k, state.log_scale
+    if state.centers is None:
+        heads = 2 if state.is_stack else 1
+        z, k, log_scale = (None if tensor is None else tensor.unsqueeze(heads) for tensor in (z, k, log_scale))
+    tensors = [z, k, state.centers, log_scale, state.keys, state.values, state.bias]
+    return tensors if state.is_stack else [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]

@@ -1,0 +1,137 @@
+"""The `torch` backend: PyTorch's fused attention over the input's keys, plus the prefix, merged by lse.
+
+Runs wherever PyTorch has a fused attention, forward and backward, in O(L) memory:
+
+1. *Keys.* The query rows are cut into tiles of which each sees a few ranges of keys (`tiles.py`); each range is one
+   fused call (`fused.py`), and ranges merge by lse. Most calls are one tile with one range.
+2. *Prefix.* The state's own rows and its linear-attention term join (out, lse), in chunks of rows (`prefix.py`).
+
+The backward gives the *combined* out and lse to the fused backward, which makes its dQ, dK and dV exact, and adds the
+prefix's own gradients (formulas in `reference/attention.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .layout import empty_grad, empty_out, in_layout, lse_dtype
+from .prefix import Prefix, finite, merge_prefix, prefix_backward
+from .tiles import row_tiles, tile_bias
+
+
+def forward(
+    query, key, value, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index, attn_mask, feature_map,
+    feature_scale, scale, window_left, window_right, causal_offset,
+):  # fmt: skip
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]; arguments as in `ops.py`."""
+    band = (window_left, window_right, causal_offset)
+    out, lse = _keys_forward(query, key, value, attn_mask, scale, band)
+    if (k is not None or row_keys is not None) and query.numel():
+        state = (z, k, centers, log_scale, row_keys, row_values, row_bias)
+        prefix = Prefix(query, *state, state_index, lse.dtype, (feature_map, feature_scale, scale))
+        merge_prefix(prefix, query, out, lse)
+    return out, lse
+
+
+def backward(
+    grad_out, grad_lse, query, key, value, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index,
+    attn_mask, feature_map, feature_scale, scale, window_left, window_right, causal_offset, out, lse, needs_grad,
+):  # fmt: skip
+    """Gradients of query, key, value and the seven tensors of the state; those that `needs_grad` does not ask for
+    have no elements."""
+    state = (z, k, centers, log_scale, row_keys, row_values, row_bias)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = [query.new_empty(0)] * len(needs_grad)
+    grad_q = None
+    if k is not None or row_keys is not None:
+        delta = (grad_out.to(lse.dtype) * out).sum(-1)
+        if grad_lse is not None:
+            delta.sub_(grad_lse)
+        prefix = Prefix(query, *state, state_index, lse.dtype, (feature_map, feature_scale, scale))
+        grad_q, *state_grads = prefix_backward(
+            prefix, grad_out, query, lse, delta, state, (needs_grad[0], *needs_grad[3:])
+        )
+        grads[3:] = [absent if grad is None else grad for grad, absent in zip(state_grads, grads[3:], strict=True)]
+    if any(needs_grad[:3]):
+        band = (window_left, window_right, causal_offset)
+        key_grads = _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band, out, lse)
+        if grad_q is not None:
+            key_grads[0] = grad_q.add_(key_grads[0])
+        for i, tensor in enumerate((query, key, value)):
+            if needs_grad[i]:
+                grads[i] = in_layout(key_grads[i], empty_grad(tensor))
+    return tuple(grads)
+
+
+def _wide_enough(attn_mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """The tensors, in float32 where an additive mask is more precise than they are."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        dtype = torch.promote_types(attn_mask.dtype, tensors[0].dtype)
+        if dtype != tensors[0].dtype and tensors[0].dtype.itemsize < 4:
+            return [tensor.to(torch.float32) for tensor in tensors]
+    return list(tensors)
+
+
+def _keys_forward(query, key, value, attn_mask, scale, band) -> tuple[Tensor, Tensor]:
+    """Attention over the input's keys alone."""
+    q, k, v = _wide_enough(attn_mask, query, key, value)
+    out = empty_out(query, value)
+    tiles = row_tiles(q.shape[2], k.shape[2], *band, attn_mask) if query.numel() else []
+    if len(tiles) == 1:
+        tile_out, tile_lse = _tile_forward(tiles[0], q, k, v, attn_mask, scale, band)
+        return in_layout(tile_out, out), tile_lse.contiguous()
+    lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+    for tile in tiles:
+        rows = slice(tile.start, tile.stop)
+        out[:, :, rows], lse[:, :, rows] = _tile_forward(tile, q, k, v, attn_mask, scale, band)
+    return out, lse
+
+
+def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor]:
+    q = q[:, :, tile.start : tile.stop]
+    out = lse = None
+    for keys in tile.ranges:
+        bias = tile_bias(tile, keys, *band, attn_mask, q) if keys.has_bias else None
+        columns = slice(keys.start, keys.stop)
+        part, part_lse = fused.forward(q, k[:, :, columns], v[:, :, columns], scale, keys.is_causal, bias)
+        if out is None:
+            out, lse = part, part_lse
+        else:
+            total = torch.logaddexp(lse, part_lse)
+            shift = finite(total)
+            weights = ((a - shift).exp_().unsqueeze(-1) for a in (lse, part_lse))
+            out, lse = out * next(weights) + part * next(weights), total
+    if out is None:
+        shape = (*q.shape[:3], v.shape[3])
+        return q.new_zeros(shape), torch.full(shape[:3], -torch.inf, dtype=lse_dtype(q), device=q.device)
+    return out, lse
+
+
+def _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band, out, lse) -> list[Tensor]:
+    """Gradients of query, key and value through the input's keys."""
+    q, k, v, out, grad_out = _wide_enough(attn_mask, query, key, value, out, grad_out)
+    if grad_lse is not None:
+        # dS = P (dO·v + dlse - Δ): one more value column of ones, whose gradient is dlse and whose out is 0.
+        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
+        out = torch.nn.functional.pad(out, (0, 1))
+        grad_out = torch.cat([grad_out, grad_lse.unsqueeze(-1).to(grad_out.dtype)], dim=-1)
+    tiles = row_tiles(q.shape[2], k.shape[2], *band, attn_mask) if query.numel() else []
+    whole = len(tiles) == 1 and [(keys.start, keys.stop) for keys in tiles[0].ranges] == [(0, k.shape[2])]
+    grads = [] if whole else [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v)]
+    for tile in tiles:
+        rows = slice(tile.start, tile.stop)
+        for keys in tile.ranges:
+            bias = tile_bias(tile, keys, *band, attn_mask, q) if keys.has_bias else None
+            columns = slice(keys.start, keys.stop)
+            part = fused.backward(
+                grad_out[:, :, rows], q[:, :, rows], k[:, :, columns], v[:, :, columns], out[:, :, rows],
+                lse[:, :, rows], scale, keys.is_causal, bias,
+            )  # fmt: skip
+            if whole:
+                grads = list(part)
+            else:
+                for grad, grad_part, where in zip(grads, part, (rows, columns, columns), strict=True):
+                    grad[:, :, where].add_(grad_part)
+    grads[2] = grads[2][..., : value.shape[3]]
+    return grads

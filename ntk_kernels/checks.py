@@ -1,0 +1,150 @@
+"""Argument checks and their messages: each names the argument, what it must be and what it got.
+
+Only shapes, dtypes and devices are looked at, so that a check never waits for a device and never breaks a
+compiled graph. The values of `state_index` are checked where that is free (`check_index_range`).
+"""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating-point tensor, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple, names: str) -> None:
+    """`expected` has None where any size will do; `names` is the shape in letters, for the message."""
+    if tensor.dim() == len(expected):
+        for size, want in zip(tensor.shape, expected, strict=True):
+            if want is not None and size != want:
+                break
+        else:
+            return
+    wanted = ", ".join(
+        letter if want is None else f"{letter}={want}"
+        for letter, want in zip(names.split(), expected, strict=True)
+    )
+    raise ValueError(f"`{name}` must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def check_int(name: str, value, *, minimum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+
+
+def check_finite(name: str, value, *, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    if positive and value <= 0:
+        raise ValueError(f"`{name}` must be positive, got {value}")
+
+
+def check_one_of(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """`query` [B, Hq, Lq, D], `key` [B, Hkv, Lk, D], `value` [B, Hkv, Lk, Dv]; one dtype, one device."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+    check_shape("query", query, (None, None, None, None), "B Hq Lq D")
+    if query.dtype not in QUERY_DTYPES:
+        raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    batch, num_heads, _, head_dim = query.shape
+    if head_dim == 0:
+        raise ValueError(f"`query` must have a head dimension D of at least 1, got shape {list(query.shape)}")
+    check_shape("key", key, (batch, None, None, head_dim), "B Hkv Lk D")
+    check_shape("value", value, (batch, key.shape[1], key.shape[2], None), "B Hkv Lk Dv")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+    num_kv_heads = key.shape[1]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"the heads of `query` must be a multiple of the heads of `key`, got Hq={num_heads}, Hkv={num_kv_heads}"
+        )
+
+
+def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"`attn_mask` must be bool (True = visible) or floating-point, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"`attn_mask` must be on the device of `query`, {query.device}, got {attn_mask.device}")
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = attn_mask.dim() <= 4 and all(
+        size in (1, want)
+        for size, want in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    )  # fmt: skip
+    if not fits:
+        raise ValueError(
+            f"`attn_mask` must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(attn_mask.shape)}"
+        )
+
+
+def check_window(window) -> None:
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"`window` must be a pair (left, right) of ints, -1 for unbounded, got {window!r}")
+    for side in window:
+        check_int("window", side, minimum=-1)
+
+
+def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None) -> None:
+    """The state has the head dimensions and heads of the call, and `state_index` [B] goes with it."""
+    if state.device != query.device:
+        raise ValueError(f"`state` must be on the device of `query`, {query.device}, got {state.device}")
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if state.num_heads not in (num_heads, num_kv_heads):
+        raise ValueError(
+            f"`state` must have Hq={num_heads} or Hkv={num_kv_heads} heads, one for each head of `query` or of "
+            f"`key`, got {state.num_heads}"
+        )
+    for name, got, want, whose in (
+        ("D", state.head_dim, query.shape[3], "query"),
+        ("Dv", state.value_dim, value.shape[3], "value"),
+    ):
+        if got != want:
+            raise ValueError(f"`state` must have the head dimension {name}={want} of `{whose}`, got {name}={got}")
+    if state_index is None:
+        if state.is_stack:
+            raise ValueError(
+                f"`state_index` must say which of the {state.num_states} states of the stack each batch row uses "
+                f"(int tensor [B={query.shape[0]}], -1 for none), got None"
+            )
+        return
+    check_tensor("state_index", state_index)
+    if state_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`state_index` must be int32 or int64, got {state_index.dtype}")
+    check_shape("state_index", state_index, (query.shape[0],), "B")
+    if state_index.device != query.device:
+        raise ValueError(f"`state_index` must be on the device of `query`, {query.device}, got {state_index.device}")
+
+
+def check_index_range(state_index: Tensor, num_states: int) -> None:
+    """Every entry is -1 (no state) or a state of the stack. Reads the values: only for tensors on the CPU."""
+    if state_index.numel():
+        low, high = (int(bound) for bound in state_index.aminmax())
+        if low < -1 or high >= num_states:
+            raise ValueError(
+                f"`state_index` must lie between -1 (no state) and {num_states - 1} (`state` holds {num_states}), "
+                f"got values from {low} to {high}"
+            )

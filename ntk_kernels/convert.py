@@ -1,0 +1,168 @@
+"""From a real prefix, or the keys and values of a cache, to a `PrefixState`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .feature_maps import FEATURE_MAPS, features
+from .state import PrefixState
+
+_CHUNK_ELEMENTS = 2**22  # features held at a time
+_SAMPLES_PER_CENTER = 256  # rows that k-means looks at; more do not move a mean noticeably
+
+
+def prefix_to_state(
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    feature_map: str = "taylor1",
+    *,
+    centers: str | int | Tensor | None = "mean",
+    scale: float | None = None,
+    feature_scale: float | None = None,
+    seed: int = 0,
+) -> PrefixState:
+    """Converts the m rows of a prefix to a state, in closed form.
+
+    exp(scale·q·k_j) is expanded around the centre nearest to k_j and summed over the rows. Differentiable in
+    `prefix_key` and `prefix_value`. Keys are expected as the attention sees them (after rotary embedding).
+
+    Real keys share a large mean, so expand around it at least; around 0 the expansion is of no use for them. "elu"
+    does not approximate exp: its closed form over-weights the prefix about D times.
+
+    Args:
+        prefix_key: [Hs, m, D], or [N, Hs, m, D] for a stack of N states; any floating dtype.
+        prefix_value: [Hs, m, Dv] or [N, Hs, m, Dv].
+        feature_map: "taylor1", "taylor2" or "elu".
+        centers: where to expand. "mean": around the mean key of each head; an int C: around C means found by
+            k-means (scikit-learn, the `convert` extra); a tensor [(N,) Hs, C, D]; None: around 0. More than one
+            centre goes with "taylor1" only.
+        scale: the factor on Q·Kᵀ of the attention that the state is for; default 1/sqrt(D).
+        feature_scale: factor on the query inside φ; default sqrt(scale). The keys get scale / feature_scale.
+        seed: of k-means.
+
+    Returns:
+        A state in float32 (float64 for float64 keys) with r·C rows per head. Its `log_scale` is the logarithm of the
+        number of rows of each centre, `z` and `k` are means over them, so that any length fits any dtype. An empty
+        prefix (m = 0) gives a state that adds nothing.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: arXiv 2406.14036, section 4, there around 0; `ntk_kernels.reference.prefix_to_state` is the formula.
+    """
+    checks.check_floating("prefix_key", prefix_key)
+    checks.check_floating("prefix_value", prefix_value)
+    if prefix_key.dim() not in (3, 4) or prefix_key.shape[-1] == 0:
+        raise ValueError(f"`prefix_key` must have shape [Hs, m, D] or [N, Hs, m, D], got {list(prefix_key.shape)}")
+    letters = "N Hs m Dv" if prefix_key.dim() == 4 else "Hs m Dv"
+    checks.check_shape("prefix_value", prefix_value, (*prefix_key.shape[:-1], None), letters)
+    for what in ("dtype", "device"):
+        ours, theirs = getattr(prefix_key, what), getattr(prefix_value, what)
+        if ours != theirs:
+            raise ValueError(f"`prefix_value` must have the {what} of `prefix_key`, {ours}, got {theirs}")
+    checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
+    head_dim = prefix_key.shape[-1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    checks.check_finite("scale", scale, positive=True)
+    feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
+    checks.check_finite("feature_scale", feature_scale, positive=True)
+
+    lead, (num_rows, _) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
+    centers = _centers(centers, prefix_key, feature_map, dtype, seed)
+    prefix_key, prefix_value = prefix_key.reshape(-1, *prefix_key.shape[-2:]), prefix_value.flatten(0, -3)
+    flat = None if centers is None else centers.reshape(-1, *centers.shape[-2:])
+    num_centers = 1 if flat is None else flat.shape[1]
+    per_head = [
+        _sum_features(
+            prefix_key[head].to(dtype), prefix_value[head].to(dtype), None if flat is None else flat[head],
+            feature_map, scale / feature_scale,
+        )
+        for head in range(prefix_key.shape[0])
+    ]  # fmt: skip
+    z, k, count = (torch.stack(parts) for parts in zip(*per_head, strict=True))
+    mid = () if centers is None else (num_centers,)
+    return PrefixState(
+        z.reshape(*lead, *mid, *z.shape[2:]),
+        k.reshape(*lead, *mid, k.shape[2]),
+        feature_map,
+        feature_scale=feature_scale,
+        centers=centers,
+        log_scale=count.clamp(min=1).log().reshape(*lead, *mid),
+    )
+
+
+def _sum_features(keys: Tensor, values: Tensor, centers: Tensor | None, feature_map: str, key_scale: float):
+    """One head, `keys` [m, D], `values` [m, Dv], `centers` [C, D]: the means z [C, r, Dv], k [C, r] over the rows
+    nearest to each centre, and their numbers [C]."""
+    if centers is None:
+        groups = [torch.arange(keys.shape[0], device=keys.device)]
+    else:
+        # |k - μ|² without the |k|² that all centres share
+        distance = (centers.square().sum(-1) - 2 * keys @ centers.mT).detach()
+        nearest = distance.argmin(-1)
+        order = nearest.argsort(stable=True)
+        groups = order.split(torch.bincount(nearest, minlength=centers.shape[0]).tolist())
+    chunk = max(1, _CHUNK_ELEMENTS // features(keys.new_zeros(1, keys.shape[1]), feature_map).shape[1])
+    sums_z, sums_k = [], []
+    for c, rows in enumerate(groups):
+        z = k = 0
+        for part in rows.split(chunk):
+            y = keys[part] if centers is None else keys[part] - centers[c]
+            phi = features(y * key_scale, feature_map)
+            z = z + phi.mT @ values[part]
+            k = k + phi.sum(0)
+        sums_z.append(z / max(len(rows), 1))
+        sums_k.append(k / max(len(rows), 1))
+    count = torch.tensor([len(rows) for rows in groups], dtype=keys.dtype, device=keys.device)
+    return torch.stack(sums_z), torch.stack(sums_k), count
+
+
+def _centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dtype, seed: int) -> Tensor | None:
+    """The centres [..., C, D] to expand around; None for the origin."""
+    lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    if centers is None:
+        return None
+    if isinstance(centers, str):
+        checks.check_one_of("centers", centers, ("mean",))
+        return prefix_key.to(dtype).sum(-2, keepdim=True) / max(num_rows, 1)
+    if isinstance(centers, Tensor):
+        checks.check_floating("centers", centers)
+        letters = "N Hs C D" if len(lead) == 2 else "Hs C D"
+        checks.check_shape("centers", centers, (*lead, None, head_dim), letters)
+        if centers.device != prefix_key.device:
+            raise ValueError(
+                f"`centers` must be on the device of `prefix_key`, {prefix_key.device}, got {centers.device}"
+            )
+        if centers.shape[-2] == 0:
+            raise ValueError(f"`centers` must hold at least one centre, got {list(centers.shape)}")
+        centers = centers.to(dtype)
+    else:
+        if isinstance(centers, bool) or not isinstance(centers, int):
+            raise TypeError(f"`centers` must be 'mean', an int, a tensor or None, got {type(centers).__name__}")
+        checks.check_int("centers", centers, minimum=1)
+        if centers > num_rows:
+            raise ValueError(f"`centers` must be at most the number of prefix rows, m={num_rows}, got {centers}")
+        if centers > 1 and feature_map != "taylor1":
+            raise ValueError(f"`centers` must be at most 1 with feature_map={feature_map!r}, got {centers}")
+        centers = _k_means(prefix_key.detach(), centers, seed).to(dtype)
+    return centers
+
+
+def _k_means(prefix_key: Tensor, num_centers: int, seed: int) -> Tensor:
+    """[..., m, D] -> [..., C, D] means of the clusters of each head's keys."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("an int for `centers` needs scikit-learn: pip install 'ntk-kernels[convert]'") from error
+    lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(num_rows, generator=generator)[: _SAMPLES_PER_CENTER * num_centers]
+    keys = prefix_key.reshape(-1, num_rows, head_dim)[:, sample.to(prefix_key.device)].float().cpu().numpy()
+    centers = [
+        KMeans(num_centers, n_init=1, max_iter=25, random_state=seed).fit(head_keys).cluster_centers_
+        for head_keys in keys
+    ]
+    return torch.stack([torch.from_numpy(c) for c in centers]).reshape(*lead, num_centers, head_dim).to(prefix_key)

@@ -1,0 +1,11 @@
+"""NTK-Attention in plain PyTorch: the definition every backend is tested against.
+
+Nothing here is fast. It runs in the dtype of its inputs (float64 included), materialises every score and is
+differentiable by autograd, twice if need be. Install name: ``ntk_kernels.reference``.
+"""
+
+from .attention import ntk_attention, prefix_attention
+from .convert import prefix_to_state
+from .feature_maps import elu, feature_map, taylor1, taylor2
+
+__all__ = ["elu", "feature_map", "ntk_attention", "prefix_attention", "prefix_to_state", "taylor1", "taylor2"]

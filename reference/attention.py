@@ -1,0 +1,173 @@
+"""NTK-Attention and exact prefix attention (arXiv 2406.14036, Algorithms 2 and 1), every step spelled out.
+
+For batch row b, query head h, query row i:
+
+    s_ij  = scale · q_i·k_j              over the keys j that row i sees (softcap, then mask)
+    s_ij  = scale · q_i·κ_j + bias_j     over the rows (κ_j, v_j) of the state, which every row sees
+    x_i   = feature_scale · q_i
+    w_ic  = exp(scale · q_i·μ_c + β_c)   one weight per centre; without centres one c with μ = 0
+    N_i   = Σ_c w_ic · φ(x_i)ᵀ Z_c
+    M_i   = max(0, Σ_c w_ic · φ(x_i)·k_c)
+    out_i = (Σ_j e^{s_ij} v_j + N_i) / (Σ_j e^{s_ij} + M_i)
+    lse_i = log(Σ_j e^{s_ij} + M_i)
+
+A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0.
+
+Gradients (what the fused backends compute; here autograd does). With P_ij = e^{s_ij - lse_i}, the gradient
+dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
+
+    dS_ij = P_ij (dO_i·v_j − Δ_i)        the usual flash backward, with the combined out and lse
+    u_ic  = w_ic e^{-lse_i}              one more "probability" per centre, without its φ
+    dφ_i  = Σ_c u_ic (Z_c dO_i − 1[M_i>0] Δ_i k_c)
+    dZ_c  = Σ_i u_ic φ_i dO_iᵀ           dk_c = −Σ_i u_ic 1[M_i>0] Δ_i φ_i
+    dlogw_ic = u_ic φ_i·(Z_c dO_i − 1[M_i>0] Δ_i k_c), which flows into β_c, μ_c and q_i.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .feature_maps import feature_map
+
+
+def visible_keys(seq_q: int, seq_k: int, is_causal: bool, window, causal_offset: int | None, device) -> Tensor:
+    """[Lq, Lk] bool, True where row i sees key j: i + offset - left <= j <= i + offset + right."""
+    offset = seq_k - seq_q if causal_offset is None else causal_offset
+    left, right = window or (-1, -1)
+    diagonal = torch.arange(seq_q, device=device)[:, None] + offset
+    j = torch.arange(seq_k, device=device)[None, :]
+    visible = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device)
+    if is_causal:
+        visible &= j <= diagonal
+    if left >= 0:
+        visible &= j >= diagonal - left
+    if right >= 0:
+        visible &= j <= diagonal + right
+    return visible
+
+
+def _scores(query, key, scale, attn_mask, is_causal, window, softcap, causal_offset) -> Tensor:
+    """[B, Hq, Lq, Lk] logits over the input's keys, -inf where a key is hidden."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = scale * query @ key.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = visible_keys(query.shape[2], key.shape[2], is_causal, window, causal_offset, query.device)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.masked_fill(~visible, -math.inf)
+
+
+def ntk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state=None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    causal_offset: int | None = None,
+    state_index: Tensor | None = None,
+    return_lse: bool = False,
+    compute_dtype: torch.dtype | None = None,
+):
+    """The formula above. Arguments, shapes and results as in `ntk_kernels.ntk_attention`.
+
+    Every step is taken in `compute_dtype`, by default float64 for float64 inputs and float32 for all others (in
+    which it also returns `lse`); `out` has the dtype of `query`.
+    """
+    dtype = compute_dtype or (torch.float64 if query.dtype == torch.float64 else torch.float32)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    num_heads = query.shape[1]
+
+    def of_state(name):  # [N?, Hs, ...] -> [B or 1, Hq, ...]; None if the state has no such tensor
+        tensor = getattr(state, name, None)
+        if tensor is None:
+            return None
+        tensor = tensor if state.is_stack else tensor[None]
+        if state_index is not None:
+            tensor = tensor[state_index.long().clamp(min=0)]
+        return tensor.to(dtype).repeat_interleave(num_heads // tensor.shape[1], dim=1)
+
+    def absent(logits):  # batch rows with index -1 have no state
+        none = torch.zeros(1, device=query.device).bool() if state_index is None else state_index < 0
+        return logits.masked_fill(none[:, None, None, None], -math.inf)
+
+    with torch.autocast(query.device.type, enabled=False):
+        q, value = query.to(dtype), value.to(dtype)
+        value = value.repeat_interleave(num_heads // value.shape[1], dim=1)
+        scores = _scores(q, key.to(dtype), scale, attn_mask, is_causal, window, softcap, causal_offset)
+        rows, row_bias = of_state("keys"), of_state("bias")
+        if rows is not None:
+            row_scores = scale * q @ rows.mT + (0 if row_bias is None else row_bias[:, :, None, :])
+            scores = torch.cat([absent(row_scores), scores], dim=-1)
+            value = torch.cat([of_state("values").expand(*value.shape[:2], -1, -1), value], dim=-2)
+
+        k = of_state("k")
+        prefix_logits = torch.full_like(q[..., :1], -math.inf)  # of the centres, where there is mass
+        if k is not None:
+            z, centers, log_scale = of_state("full_z"), of_state("centers"), of_state("log_scale")
+            if centers is None:  # one centre at the origin
+                z, k, centers = z[:, :, None], k[:, :, None], q.new_zeros(1, 1, 1, q.shape[3])
+                log_scale = None if log_scale is None else log_scale[:, :, None]
+            log_w = scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :])
+            log_w = absent(log_w)
+            phi = feature_map(q * (math.sqrt(scale) if state.feature_scale is None else state.feature_scale),
+                              state.feature_map)  # fmt: skip
+            top = log_w.detach().amax(-1, keepdim=True)
+            top = top.masked_fill(top == -math.inf, 0)
+            has_mass = torch.einsum("bhic,bhir,bhcr->bhi", (log_w - top).exp(), phi, k)[..., None] > 0
+            prefix_logits = log_w.masked_fill(~has_mass, -math.inf)
+
+        # Any shift gives the same result; this one keeps every exponential of the denominator <= 1.
+        shift = torch.cat([scores, prefix_logits], dim=-1).detach().amax(-1, keepdim=True)
+        shift = shift.masked_fill(shift == -math.inf, 0)
+        p = (scores - shift).exp()
+        numerator, denominator = p @ value, p.sum(-1, keepdim=True)
+        if k is not None:
+            # Without mass nothing bounds w; stop short of the dtype's overflow, so that 0 · w stays 0.
+            w = (log_w - shift).clamp(max=math.log(torch.finfo(dtype).max) - 8).exp()
+            numerator = numerator + torch.einsum("bhic,bhir,bhcrd->bhid", w, phi, z)
+            denominator = denominator + torch.einsum("bhic,bhir,bhcr->bhi", w, phi, k)[..., None].clamp(min=0)
+
+        empty = denominator == 0
+        denominator = denominator.masked_fill(empty, 1)
+        out = (numerator / denominator).masked_fill(empty, 0).to(query.dtype)
+        lse = (shift + denominator.log()).masked_fill(empty, -math.inf).squeeze(-1)
+    return (out, lse) if return_lse else out
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    causal_offset: int | None = None,
+) -> Tensor:
+    """Exact attention over a prefix that every row sees, and the input: softmax([Q·P_Kᵀ, Q·Kᵀ]·scale)·[P_V; V].
+
+    `prefix_key` [Hkv, m, D] and `prefix_value` [Hkv, m, Dv], or one per batch row with a leading B; everything
+    else as in `ntk_attention`. Masks and softcap concern the input's keys only.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    group = query.shape[1] // key.shape[1]
+    prefix_key, prefix_value, value = (
+        tensor.repeat_interleave(group, dim=-3).expand(query.shape[0], -1, -1, -1)
+        for tensor in (prefix_key, prefix_value, value)
+    )
+    scores = _scores(query, key, scale, attn_mask, is_causal, window, softcap, causal_offset)
+    scores = torch.cat([scale * query @ prefix_key.mT, scores], dim=-1)
+    return torch.softmax(scores, dim=-1) @ torch.cat([prefix_value, value], dim=-2)

@@ -1,0 +1,31 @@
+"""The three feature maps φ: R^D -> R^r with φ(x)·φ(y) ≈ exp(x·y) (for `elu`: merely positive)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def elu(x: Tensor) -> Tensor:
+    """φ(x) = elu(x) + 1, r = D. The map of the authors' experiments; it does not approximate exp."""
+    return torch.nn.functional.elu(x) + 1
+
+
+def taylor1(x: Tensor) -> Tensor:
+    """φ(x) = [1, x], r = 1 + D, so that φ(x)·φ(y) = 1 + t with t = x·y."""
+    return torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
+
+
+def taylor2(x: Tensor) -> Tensor:
+    """φ(x) = [1, x, x_a·x_b for a < b, x_a²/√2], r = 1 + D + D(D+1)/2, so that φ(x)·φ(y) = 1 + t + t²/2.
+
+    The pairs (a, b) are in row-major order of the strict upper triangle: (0,1), (0,2), …, (1,2), …; the D
+    squares come last.
+    """
+    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], offset=1, device=x.device)
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., a] * x[..., b], x * x / math.sqrt(2)], dim=-1)
+
+
+def feature_map(x: Tensor, name: str) -> Tensor:
+    """φ(x) for `name` in {"elu", "taylor1", "taylor2"}: [..., D] -> [..., r]."""
+    return {"elu": elu, "taylor1": taylor1, "taylor2": taylor2}[name](x)

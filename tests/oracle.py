@@ -1,0 +1,88 @@
+"""Accuracy judged against float64: ours may err twice as much as plain PyTorch in the same precision, plus one eps."""
+
+import torch
+
+from ntk_kernels import PrefixState, ntk_attention, reference
+
+F64 = torch.float64
+
+
+def leaves(query, key, value, state, dtype=None):
+    """Every differentiable input by name, as fresh leaves (in `dtype`), and the state made of them."""
+    inputs = {"query": query, "key": key, "value": value}
+    if state is not None:
+        inputs |= {f"state.{name}": tensor for name, tensor in state.tensors().items()}
+    # .clone() keeps the strides of dense tensors: layouts are part of what is tested
+    inputs = {
+        name: (tensor.detach().clone() if dtype is None else tensor.detach().to(dtype)).requires_grad_()
+        for name, tensor in inputs.items()
+    }
+    if state is not None:
+        tensors = {name.removeprefix("state."): tensor for name, tensor in inputs.items() if name.startswith("state.")}
+        state = PrefixState(**tensors, feature_map=state.feature_map, feature_scale=state.feature_scale)
+    return inputs, state
+
+
+def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None):
+    """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input."""
+    inputs, state = leaves(query, key, value, state, dtype)
+    if dtype is not None and "attn_mask" in options and options["attn_mask"].is_floating_point():
+        options = options | {"attn_mask": options["attn_mask"].to(dtype)}
+    out, lse = attention(inputs["query"], inputs["key"], inputs["value"], state, **options, return_lse=True)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if grad_out is not None:
+        outputs, grads = [out], [grad_out.to(out.dtype)]
+        if grad_lse is not None:  # lse = -inf has no gradient, and a loss that uses it has none either
+            outputs.append(lse)
+            grads.append(grad_lse.to(lse.dtype))
+        gradients = torch.autograd.grad(outputs, list(inputs.values()), grads, allow_unused=True)
+        for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
+            results[f"grad {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return results
+
+
+def assert_as_accurate(name, ours, eager, exact, dtype):
+    """|ours - exact| <= 2 |eager - exact| + eps·|exact|, for the largest entries and in the root mean square."""
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    ours, eager = ours.to(F64), eager.to(F64)
+    same = (ours == exact) | (ours.isnan() & exact.isnan())  # -inf in lse
+    assert torch.equal(ours.isfinite(), exact.isfinite()), f"{name}: not finite where the reference is, or vice versa"
+    error = (ours - exact).abs().masked_fill(same, 0)
+    allowed = (eager - exact).abs().masked_fill(~exact.isfinite(), 0)
+    size = exact.abs().masked_fill(~exact.isfinite(), 0)
+    if not error.numel():
+        return
+    eps = torch.finfo(dtype).eps
+    for kind, norm in (("max", lambda t: t.max()), ("rms", lambda t: t.square().mean().sqrt())):
+        bound = 2 * norm(allowed) + eps * norm(size)
+        worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        assert norm(error) <= bound, (
+            f"{name}: {kind} error {norm(error):.3g} exceeds {bound:.3g} (plain PyTorch in {dtype}: "
+            f"{norm(allowed):.3g}); worst at {worst}: {ours[worst]:.6g} instead of {exact[worst]:.6g}"
+        )
+
+
+def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False):
+    """Runs a call by `backend`, by eager PyTorch in `dtype` and by the reference in float64, and compares them."""
+    query, key, value, state, options = case_inputs
+    generator = torch.Generator().manual_seed(1)
+    out_shape = (*query.shape[:3], value.shape[3])
+    grads = {}
+    if backward:
+        grads["grad_out"] = torch.randn(out_shape, generator=generator, dtype=F64).to(dtype).to(F64)
+        if grad_lse:
+            grads["grad_lse"] = torch.randn(out_shape[:3], generator=generator, dtype=F64).to(dtype).to(F64)
+
+    def ours(*args, **kwargs):
+        return ntk_attention(*args, **kwargs, backend=backend)
+
+    def eager(*args, **kwargs):
+        return reference.ntk_attention(*args, **kwargs, compute_dtype=dtype)
+
+    results = [
+        run(ours, query, key, value, state, options, **grads),
+        run(eager, query, key, value, state, options, **grads),
+        run(reference.ntk_attention, query, key, value, state, options, **grads, dtype=F64),
+    ]
+    for name in results[0]:
+        assert_as_accurate(name, *(result[name] for result in results), dtype)
