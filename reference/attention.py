@@ -57,7 +57,7 @@ def _scores(query, key, scale, attn_mask, is_causal, window, softcap, causal_off
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        scores = scores + attn_mask.to(scores.dtype)
     return scores.masked_fill(~visible, -math.inf)
 
 
@@ -134,7 +134,7 @@ def ntk_attention(
             # Without mass nothing bounds w; stop short of the dtype's overflow, so that 0 · w stays 0.
             w = (log_w - shift).clamp(max=math.log(torch.finfo(dtype).max) - 8).exp()
             numerator = numerator + torch.einsum("bhic,bhir,bhcrd->bhid", w, phi, z)
-            denominator = denominator + torch.einsum("bhic,bhir,bhcr->bhi", w, phi, k)[..., None].clamp(min=0)
+            denominator = denominator + torch.einsum("bhic,bhir,bhcr->bhi", w, phi, k)[..., None].relu()
 
         empty = denominator == 0
         denominator = denominator.masked_fill(empty, 1)
