@@ -43,7 +43,7 @@ def backward(
     if v.shape[3] != value_dim:
         out, grad_out = (torch.nn.functional.pad(t, (0, v.shape[3] - value_dim)) for t in (out, grad_out))
     out, grad_out = (_unit_stride(t) for t in (out, grad_out))
-    lse = lse.masked_fill(lse == -math.inf, 0)  # rows that see nothing: their scores are all -inf, so P = 0
+    lse = lse.masked_fill(lse == -math.inf, math.inf)  # rows that see nothing: P = 0
     grad_q, grad_k, grad_v = _op(q, k, v, is_causal, bias).backward(grad_out, q, k, v, out, lse, scale, is_causal, bias)
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :value_dim]
 

@@ -2,7 +2,8 @@
 
 Tensors of rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by side.
 Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term keeps its weights relative to the largest
-centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k).
+centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more
+value column: `zk` = [z | k] gives both in one product, forward and backward.
 """
 
 import math
@@ -19,9 +20,9 @@ _MIN_CHUNK_ROWS = 64
 _MAX_EXPONENT = 80.0  # e^80 nears float32's largest; only the weight of a prefix without mass gets there
 
 
-def finite(lse: Tensor) -> Tensor:
-    """`lse` with 0 for -inf, so that x - lse is never -inf - -inf."""
-    return lse.masked_fill(lse == -math.inf, 0)
+def normaliser(lse: Tensor) -> Tensor:
+    """`lse` with +inf for -inf: e^{x - normaliser} is 0 for a row that sees nothing, whatever x."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 class LinearTerm(NamedTuple):
@@ -33,10 +34,9 @@ class LinearTerm(NamedTuple):
     features: Tensor  # [B, Hs, G, rows, C·r], weight ⊗ phi
     top: Tensor  # [B or 1, Hs or 1, G or 1, rows or 1]
 
-    def scale_to(self, lse: Tensor) -> Tensor:
-        """e^{top - lse}, the factor from the term to the output; 0 for rows that see nothing."""
-        weight = (self.top - finite(lse)).clamp_(max=_MAX_EXPONENT).exp_()
-        return weight.masked_fill_(lse == -math.inf, 0)
+    def weight_in(self, normaliser: Tensor) -> Tensor:
+        """e^{top - normaliser}: what the term is multiplied by in the output."""
+        return (self.top - normaliser).clamp_(max=_MAX_EXPONENT).exp_()
 
 
 class Prefix:
@@ -63,11 +63,10 @@ class Prefix:
                     tensor = tensor.masked_fill(absent, -math.inf)
             return tensor.to(dtype).unsqueeze(2)
 
-        self.k = self.row_keys = None
+        self.zk = self.row_keys = None
         if k is not None:
             self.num_centers = k.shape[2]
-            self.k = gather(k).flatten(3).unsqueeze(-1)  # [., Hs, 1, C·r, 1]
-            self.z = gather(z).flatten(3, 4)  # [., Hs, 1, C·r, Dv]
+            self.zk = gather(torch.cat([z, k.unsqueeze(-1)], dim=-1)).flatten(3, 4)  # [., Hs, 1, C·r, Dv + 1]
             self.centers = gather(centers)  # [., Hs, 1, C, D]
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
@@ -76,7 +75,7 @@ class Prefix:
             row_bias = gather(row_bias, is_logit=True)
             self.row_bias = None if row_bias is None else row_bias.unsqueeze(3)  # [., Hs, 1, 1, R]
 
-        columns = (0 if self.k is None else self.k.shape[3]) + (0 if row_keys is None else row_keys.shape[2])
+        columns = (0 if self.zk is None else self.zk.shape[3]) + (0 if row_keys is None else row_keys.shape[2])
         per_row = query.shape[0] * query.shape[1] * max(columns, 1)
         self._chunk_rows = max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS[query.device.type] // max(per_row, 1))
 
@@ -105,7 +104,7 @@ class Prefix:
         if self.num_centers == 1:
             return LinearTerm(x, phi, None, phi, log_weight[..., 0])
         top = log_weight.amax(-1)
-        weight = log_weight.sub_(finite(top).unsqueeze(-1)).exp_()
+        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).exp_()
         return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
 
 
@@ -118,16 +117,18 @@ def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> Non
         if prefix.row_keys is not None:
             scores = prefix.row_scores(q)
             total = torch.logaddexp(lse, scores.logsumexp(-1))
-            shift = finite(total)
+            shift = normaliser(total)
             merged.mul_((lse - shift).exp_().unsqueeze(-1))
             merged.add_(scores.sub_(shift.unsqueeze(-1)).exp_() @ prefix.row_values)
             lse.copy_(total)
-        if prefix.k is not None:
+        if prefix.zk is not None:
             term = prefix.linear_term(q)
-            mass = (term.features @ prefix.k).squeeze(-1).clamp_(min=0)
-            total = torch.logaddexp(lse, mass.log_().add_(term.top))
-            merged.mul_((lse - finite(total)).exp_().unsqueeze(-1))
-            merged.addcmul_(term.features @ prefix.z, term.scale_to(total).unsqueeze(-1))
+            numerator_and_mass = term.features @ prefix.zk
+            log_mass = numerator_and_mass[..., -1].clamp(min=0).log_().add_(term.top)
+            total = torch.logaddexp(lse, log_mass)
+            shift = normaliser(total)
+            merged.mul_((lse - shift).exp_().unsqueeze(-1))
+            merged.addcmul_(numerator_and_mass[..., :-1], term.weight_in(shift).unsqueeze(-1))
             lse.copy_(total)
         if merged.dtype != out.dtype:
             out_rows.copy_(merged)
@@ -142,44 +143,48 @@ def prefix_backward(prefix: Prefix, grad_out, query, lse, delta, state, needs_gr
     need_query, *need_state = needs_grad
     grad_query = empty_grad(query, lse.dtype) if need_query else None
     sums = _StateSums(prefix, state, need_state, lse.dtype)
-    views = (prefix.group_heads(tensor) for tensor in (query, grad_out, lse, delta))
-    all_q, all_grad, all_lse, all_delta = views
+    views = (prefix.group_heads(tensor) for tensor in (query, grad_out, normaliser(lse), delta))
+    all_q, all_grad, all_normalisers, all_delta = views
     for rows in prefix.chunks(query.shape[2]):
         q, grad = (tensor[..., rows, :].to(lse.dtype) for tensor in (all_q, all_grad))
-        row_lse, row_delta = all_lse[..., rows], all_delta[..., rows]
+        row_normaliser, row_delta = all_normalisers[..., rows], all_delta[..., rows]
         grad_q = torch.zeros_like(q) if need_query else None
         if prefix.row_keys is not None:
-            _rows_backward(prefix, q, grad, row_lse, row_delta, grad_q, sums)
-        if prefix.k is not None:
-            _linear_backward(prefix, q, grad, row_lse, row_delta, grad_q, sums)
+            _rows_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+        if prefix.zk is not None:
+            _linear_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
         if need_query:
             prefix.group_heads(grad_query)[..., rows, :] = grad_q
     return [grad_query, *sums.result()]
 
 
-def _rows_backward(prefix, q, grad, lse, delta, grad_q, sums) -> None:
-    p = prefix.row_scores(q).sub_(finite(lse).unsqueeze(-1)).exp_()
-    p.masked_fill_((lse == -math.inf).unsqueeze(-1), 0)
+def _rows_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
+    p = prefix.row_scores(q).sub_(normaliser.unsqueeze(-1)).exp_()
     grad_scores = (grad @ prefix.row_values.mT).sub_(delta.unsqueeze(-1)).mul_(p)
-    sums.add("row_values", lambda: p.mT @ grad)
-    sums.add("row_keys", lambda: grad_scores.mT @ q * prefix.scale)
-    sums.add("row_bias", lambda: grad_scores.sum(-2))
+    if sums.needs("row_values"):
+        sums.add("row_values", p.mT @ grad)
+    if sums.needs("row_keys"):
+        sums.add("row_keys", grad_scores.mT @ q * prefix.scale)
+    if sums.needs("row_bias"):
+        sums.add("row_bias", grad_scores.sum(-2))
     if grad_q is not None:
         grad_q.add_(grad_scores @ prefix.row_keys, alpha=prefix.scale)
 
 
-def _linear_backward(prefix, q, grad, lse, delta, grad_q, sums) -> None:
+def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
     term = prefix.linear_term(q)
-    to_out = term.scale_to(lse).unsqueeze(-1)
-    grad = grad * to_out
-    has_mass = term.features @ prefix.k > 0
-    grad_mass = (delta.unsqueeze(-1) * to_out).neg_().mul_(has_mass)
-    sums.add("z", lambda: term.features.mT @ grad)
-    sums.add("k", lambda: (term.features.mT @ grad_mass).squeeze(-1))
-    needs_weight = sums.needs("centers") or sums.needs("log_scale")
+    weight = term.weight_in(normaliser)
+    has_mass = (term.features @ prefix.zk[..., -1:]).squeeze(-1) > 0
+    grad_mass = (delta * weight).neg_().mul_(has_mass)
+    grad = torch.cat([grad * weight.unsqueeze(-1), grad_mass.unsqueeze(-1)], dim=-1)
+    if sums.needs("z", "k"):
+        grad_zk = term.features.mT @ grad
+        sums.add("z", grad_zk[..., :-1])
+        sums.add("k", grad_zk[..., -1])
+    needs_weight = sums.needs("centers", "log_scale")
     if grad_q is None and not needs_weight:
         return
-    grad_features = (grad @ prefix.z.mT).addcmul_(grad_mass, prefix.k.mT)
+    grad_features = grad @ prefix.zk.mT
     if term.weight is None:
         grad_phi = grad_features
     else:
@@ -190,9 +195,11 @@ def _linear_backward(prefix, q, grad, lse, delta, grad_q, sums) -> None:
             grad_log_weight = (term.phi * grad_features).sum(-1, keepdim=True)
         else:
             grad_log_weight = (grad_features @ term.phi.unsqueeze(-1)).squeeze(-1).mul_(term.weight)
-        sums.add("log_scale", lambda: grad_log_weight.sum(-2))
+        if sums.needs("log_scale"):
+            sums.add("log_scale", grad_log_weight.sum(-2))
         if prefix.centers is not None:
-            sums.add("centers", lambda: grad_log_weight.mT @ q * prefix.scale)
+            if sums.needs("centers"):
+                sums.add("centers", grad_log_weight.mT @ q * prefix.scale)
             if grad_q is not None:
                 grad_q.add_(grad_log_weight @ prefix.centers, alpha=prefix.scale)
     if grad_q is not None:
@@ -213,14 +220,14 @@ class _StateSums:
         self._dtype = dtype
         self._sums: dict[str, Tensor] = {}
 
-    def needs(self, name: str) -> bool:
-        return name in self._like
+    def needs(self, *names: str) -> bool:
+        return any(name in self._like for name in names)
 
-    def add(self, name: str, compute) -> None:
-        """Adds `compute()` [B, Hs, G, ...] if anybody wants it."""
-        if not self.needs(name):
+    def add(self, name: str, grad: Tensor) -> None:
+        """Adds [B, Hs, G, ...], unless nobody wants it."""
+        if name not in self._like:
             return
-        per_batch = compute().sum(2)
+        per_batch = grad.sum(2)
         if self._prefix.state_index is None:
             per_batch = per_batch.sum(0, keepdim=True)
         if name in self._sums:
@@ -239,7 +246,8 @@ class _StateSums:
             if index is None:
                 total.add_(grads)
             else:  # one batch row at a time: index_add_ of several rows into one state has no fixed order on a GPU
+                absent = (index < 0).reshape(-1, *(1,) * (grads.dim() - 1))
+                grads = grads.masked_fill(absent, 0)
                 for row in range(index.shape[0]):
-                    present = (index[row : row + 1] >= 0).to(grads.dtype).reshape(-1, *(1,) * (grads.dim() - 1))
-                    total.index_add_(0, index[row : row + 1].clamp(min=0), grads[row : row + 1] * present)
+                    total.index_add_(0, index[row : row + 1].clamp(min=0), grads[row : row + 1])
         return total.to(like.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import fused
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
-from .prefix import Prefix, finite, merge_prefix, prefix_backward
+from .prefix import Prefix, merge_prefix, normaliser, prefix_backward
 from .tiles import row_tiles, tile_bias
 
 
@@ -99,7 +99,7 @@ def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor
             out, lse = part, part_lse
         else:
             total = torch.logaddexp(lse, part_lse)
-            shift = finite(total)
+            shift = normaliser(total)
             weights = ((a - shift).exp_().unsqueeze(-1) for a in (lse, part_lse))
             out, lse = out * next(weights) + part * next(weights), total
     if out is None:
