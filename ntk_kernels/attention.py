@@ -113,12 +113,12 @@ def ntk_attention(
         *_state_arguments(state),
         state_index,
         _four_dimensional(attn_mask),
-        feature_map=None if state is None else state.feature_map,
-        feature_scale=feature_scale,
-        scale=scale,
-        window_left=left,
-        window_right=0 if is_causal else right,
-        causal_offset=key.shape[2] - query.shape[2] if causal_offset is None else causal_offset,
+        None if state is None else state.feature_map,
+        feature_scale,
+        scale,
+        left,
+        0 if is_causal else right,
+        key.shape[2] - query.shape[2] if causal_offset is None else causal_offset,
     )
     return (out, lse) if return_lse else out
 

@@ -49,7 +49,7 @@ def check_int(name: str, value, *, minimum: int | None = None) -> None:
 def check_finite(name: str, value, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # NaN included; math.isfinite would break a graph
         raise ValueError(f"`{name}` must be finite, got {value}")
     if positive and value <= 0:
         raise ValueError(f"`{name}` must be positive, got {value}")
@@ -92,8 +92,8 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"`attn_mask` must be on the device of `query`, {query.device}, got {attn_mask.device}")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     fits = attn_mask.dim() <= 4 and all(
-        size in (1, want)
-        for size, want in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+        size == 1 or size == want
+        for size, want in zip(attn_mask.shape[::-1], full[::-1], strict=False)
     )  # fmt: skip
     if not fits:
         raise ValueError(

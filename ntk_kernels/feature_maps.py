@@ -21,10 +21,10 @@ def feature_dim(feature_map: str, head_dim: int) -> int:
 
 def head_dim_of(feature_map: str, num_features: int) -> int | None:
     """The head dimension D at which `feature_map` has `num_features` features; None if there is none."""
-    # D(D+3)/2 + 1 = r for taylor2; a wrong guess is caught by the comparison.
-    guess = {"elu": num_features, "taylor1": num_features - 1, "taylor2": (math.isqrt(8 * num_features + 1) - 3) // 2}[
-        feature_map
-    ]
+    if feature_map == "taylor2":  # solves D² + 3D + 2 = 2r; a wrong guess fails the comparison below
+        guess = int(((8 * num_features + 1) ** 0.5 - 3) / 2)
+    else:
+        guess = num_features if feature_map == "elu" else num_features - 1
     return guess if guess >= 1 and feature_dim(feature_map, guess) == num_features else None
 
 

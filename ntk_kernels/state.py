@@ -458,6 +458,11 @@ def _flatten(state: PrefixState):
     return list(tensors.values()), (tuple(tensors), state.feature_map, state.feature_scale)
 
 
+def _flatten_with_keys(state: PrefixState):
+    leaves, context = _flatten(state)
+    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(context[0], leaves, strict=True)], context
+
+
 def _unflatten(leaves, context) -> PrefixState:
     # Leaves may be anything while a graph is traced (placeholders, specifications), so nothing is checked.
     names, feature_map, feature_scale = context
@@ -469,5 +474,9 @@ def _unflatten(leaves, context) -> PrefixState:
 
 
 pytree.register_pytree_node(
-    PrefixState, _flatten, _unflatten, serialized_type_name="ntk_kernels.PrefixState"
-)  # fmt: skip
+    PrefixState,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="ntk_kernels.PrefixState",
+)

@@ -42,7 +42,7 @@ def backward(
     state = (z, k, centers, log_scale, row_keys, row_values, row_bias)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = [query.new_empty(0)] * len(needs_grad)
+    grads = [query.new_empty(0) for _ in needs_grad]
     grad_q = None
     if k is not None or row_keys is not None:
         delta = (grad_out.to(lse.dtype) * out).sum(-1)

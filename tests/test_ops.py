@@ -1,0 +1,209 @@
+"""The ops under torch.library's own checks, torch.compile and torch.export."""
+
+import pytest
+import torch
+from cases import CASES, make_inputs
+from oracle import leaves
+
+from ntk_kernels import PrefixState, ntk_attention
+from ntk_kernels.attention import _four_dimensional, _state_arguments
+
+attention = torch.ops.ntk_kernels.attention.default
+attention_backward = torch.ops.ntk_kernels.attention_backward.default
+OPCHECKED = ["plain", "elu", "all_parts", "index_none", "mask_bool", "value_narrower", "bf16", "blhd", "no_keys"]
+COMPILED = ["elu", "all_parts", "index_none", "mask_padding_causal", "window_causal", "bf16", "blhd_cache"]
+
+
+def case_named(name):
+    return next(case for case in CASES if case.id == name)
+
+
+def op_arguments(case, *, requires_grad):
+    query, key, value, state, options = make_inputs(case)
+    if requires_grad:
+        inputs, state = leaves(query, key, value, state)
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    left, right = options.get("window", (-1, -1))
+    return (
+        query, key, value, *_state_arguments(state), options.get("state_index"),
+        _four_dimensional(options.get("attn_mask")), None if state is None else state.feature_map, 0.5, 0.25,
+        left, 0 if options.get("is_causal") else right, key.shape[2] - query.shape[2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck_forward(name):
+    torch.library.opcheck(attention, op_arguments(case_named(name), requires_grad=True))
+
+
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck_backward(name):
+    args = op_arguments(case_named(name), requires_grad=False)
+    out, lse = attention(*args)
+    for needs in ([tensor is not None for tensor in args[:10]], [True] + [False] * 9):
+        torch.library.opcheck(
+            attention_backward, (torch.randn_like(out), torch.randn_like(lse), *args, out, lse, needs),
+            # There is no second derivative: the next test sees to the error.
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_double_backward_is_refused():
+    query = torch.randn(1, 2, 8, 4, requires_grad=True)
+    out = ntk_attention(query, query, query, is_causal=True)
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.autograd.grad(grad.sum(), query)
+    out = ntk_attention(query, query, query, is_causal=True, backend="reference")
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), query)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_without_graph_breaks(name):
+    case = case_named(name)
+    query, key, value, state, options = make_inputs(case)
+
+    def loss(query, key, value, state):
+        return ntk_attention(query * 2, key, value, state, **options).float().square().sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs, fresh = leaves(query, key, value, state)
+        value_ = function(inputs["query"], inputs["key"], inputs["value"], fresh)
+        results.append([value_, *torch.autograd.grad(value_, list(inputs.values()))])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_compile_dynamic_compiles_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def attend(query, key, value, state):
+        return ntk_attention(query, key, value, state, is_causal=True)
+
+    for batch, length in ((3, 9), (4, 17), (5, 40)):  # no size equal to another: such a pair is one symbol
+        query, key, value = (torch.randn(batch, 2, length, 8) for _ in range(3))
+        torch.testing.assert_close(
+            attend(query, key, value, state), ntk_attention(query, key, value, state, is_causal=True), rtol=0, atol=0
+        )
+    assert counter.frame_count == 1
+
+
+def test_compile_inductor_forward_and_backward():
+    query, key, value = torch.randn(3, 2, 2, 24, 8)
+    state = PrefixState(torch.rand(2, 9, 8), torch.rand(2, 9), "taylor1")
+
+    def loss(*tensors):
+        *qkv, z, k = tensors
+        return ntk_attention(*qkv, PrefixState(z, k, "taylor1"), is_causal=True).sin().sum()
+
+    tensors = [tensor.requires_grad_() for tensor in (query, key, value, state.z, state.k)]
+    eager = torch.autograd.grad(loss(*tensors), tensors)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*tensors), tensors)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_export():
+    class Attend(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z, self.k = torch.nn.Parameter(torch.rand(2, 8, 8)), torch.nn.Parameter(torch.rand(2, 8))
+
+        def forward(self, query, key, value):
+            return ntk_attention(query, key, value, PrefixState(self.z, self.k, "elu"), is_causal=True)
+
+    module = Attend()
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = {name: {2: length} for name in ("query", "key", "value")}
+    program = torch.export.export(module, tuple(torch.randn(3, 2, 2, 12, 8)), dynamic_shapes=shapes)
+    query, key, value = torch.randn(3, 2, 2, 31, 8)
+    torch.testing.assert_close(program.module()(query, key, value), module(query, key, value), rtol=0, atol=0)
+
+
+def test_export_with_a_state_as_input():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, state):
+            return ntk_attention(query, key, value, state)
+
+    query, key, value = torch.randn(3, 2, 2, 12, 8)
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu", log_scale=torch.rand(2))
+    program = torch.export.export(Attend(), (query, key, value, state))
+    expected = ntk_attention(query, key, value, state)
+    torch.testing.assert_close(program.module()(query, key, value, state), expected, rtol=0, atol=0)
+
+
+def test_checkpoint_recomputes_the_same():
+    query, key, value = (tensor.requires_grad_() for tensor in torch.randn(3, 2, 2, 24, 8).unbind())
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+    def loss(query, key, value):
+        return ntk_attention(query, key, value, state, is_causal=True).square().sum()
+
+    direct = torch.autograd.grad(loss(query, key, value), (query, key, value))
+    stored = torch.utils.checkpoint.checkpoint(loss, query, key, value, use_reentrant=False)
+    for a, b in zip(direct, torch.autograd.grad(stored, (query, key, value)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_func_grad():
+    query, key, value = torch.randn(3, 2, 2, 24, 8)
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+    def loss(query, z):
+        return ntk_attention(query, key, value, PrefixState(z, state.k, "elu"), is_causal=True).square().sum()
+
+    grads = torch.func.grad(loss, argnums=(0, 1))(query, state.z)
+    leaves_ = query.clone().requires_grad_(), state.z.clone().requires_grad_()
+    for a, b in zip(grads, torch.autograd.grad(loss(*leaves_), leaves_), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_per_sample_gradients():
+    query, key, value = torch.randn(3, 4, 1, 2, 8, 8)
+    z, k = torch.rand(2, 8, 8), torch.rand(2, 8)
+
+    def loss(z, *tensors):
+        return ntk_attention(*tensors, PrefixState(z, k, "elu"), is_causal=True).square().sum()
+
+    batched = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(z, query, key, value)
+    for i in range(4):
+        expected = torch.func.grad(loss)(z, query[i], key[i], value[i])
+        torch.testing.assert_close(batched[i], expected, rtol=0, atol=0)
+
+
+def test_vmap():
+    query, key, value = torch.randn(3, 4, 2, 2, 8, 8)
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+    def attend(query, key, value):
+        return ntk_attention(query, key, value, state, is_causal=True)
+
+    expected = torch.stack([attend(*tensors) for tensors in zip(query, key, value, strict=True)])
+    torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
+
+
+def test_autocast_casts_the_model_and_not_the_state():
+    query, key, value = torch.randn(3, 1, 2, 16, 8)
+    state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ntk_attention(query, key, value, state)
+    expected = ntk_attention(*(tensor.bfloat16() for tensor in (query, key, value)), state)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert torch.autograd.grad(out.float().sum(), state.z)[0].dtype == torch.float32
+
+
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, key, value = torch.randn(3, 2, 4, 32, 16)
+    state = PrefixState(torch.rand(4, 16, 16), torch.rand(4, 16), "elu")
+    with FlopCounterMode(display=False) as counter:
+        ntk_attention(query, key, value, state)
+    assert counter.get_total_flops() == 2 * 4 * 32 * 2 * (2 * 32 * 16 + 16 * (16 + 1))
