@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ntk_kernels import PrefixState, feature_dim
+from ntk_kernels import PrefixState, feature_dim, reference
 
 HALF, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -36,8 +36,8 @@ def make_state(
     generator, *, head_dim, value_dim, heads, feature_map="elu", stack=None, centers=None, rank=None, rows=0,
     bias=True, log_scale=False, feature_scale=None, dtype=F32, mass="positive", center_magnitude=1.0,
 ):  # fmt: skip
-    """A random state. `mass`: "positive" (the taylor maps' constant feature dominates), "mixed" (the clamp acts on
-    some rows) or "none" (k = 0)."""
+    """A random state. `mass`: "positive" (k is a sum of features, as of a real prefix), "mixed" (any sign, so that
+    the clamp acts on some rows), "constant" (k has the constant feature only) or "none" (k = 0)."""
 
     def rand(*shape):
         return torch.randn(*shape, generator=generator, dtype=F64)
@@ -49,8 +49,11 @@ def make_state(
         r = feature_dim(feature_map, head_dim)
         k = rand(*lead, *mid, r)
         if mass == "positive":
-            k = k.abs() if feature_map == "elu" else k / r
-            k[..., 0] = k[..., 0].abs() + 3
+            small = 0.1 if feature_map == "taylor1" else 1.0  # 1 + x·y is positive for small y only
+            k = reference.feature_map(small * rand(*lead, *mid, 6, head_dim), feature_map).mean(-2)
+        elif mass == "constant":
+            k[..., 0] = k[..., 0].abs()
+            k[..., 1:] = 0
         elif mass == "none":
             k = torch.zeros_like(k)
         tensors["k"] = k
@@ -209,6 +212,16 @@ CASES = [
     Case("bhdl", "last stride is not 1", layout="BHDL", options=CAUSAL),
     Case("scale", "OPT pre-scales its queries", options=CAUSAL | {"scale": 1.0}),
     Case("scale_zero", "every visible key weighs the same", options={"scale": 0.0}),
+    # logits of about ±1000
+    Case("huge_plain", "", magnitude=30, state=None, options=CAUSAL),
+    Case("huge_elu", "", magnitude=30, options=CAUSAL),
+    Case("huge_taylor1", "the mass is clamped on about half of the rows", magnitude=30, state=TAYLOR1),
+    Case("huge_taylor2", "", magnitude=30, state=TAYLOR2, options=CAUSAL),
+    Case("huge_centres", "weights e^±1000", magnitude=30, options=CAUSAL,
+         state={"centers": 3, "log_scale": True, "center_magnitude": 30, "mass": "constant"} | TAYLOR1),
+    Case("huge_rows", "rows and keys far apart", magnitude=30, state={"rows": 4}, options=CAUSAL),
+    Case("huge_cache", "ranges far apart", magnitude=30, seq_q=19, seq_k=63, options=CAUSAL),
+    Case("huge_bf16", "", magnitude=30, dtype=BF16, options=CAUSAL),
     # precision
     Case("f64", "double", dtype=F64, state={"dtype": F64}, options=CAUSAL),
     Case("f64_all_parts", "double", dtype=F64, options=CAUSAL,

@@ -1,18 +1,80 @@
+"""The option table, forward and backward, against the float64 reference."""
+
 import pytest
+import torch
 from cases import CASES, make_inputs
-from oracle import check_case
+from oracle import check_case, run
+
+from ntk_kernels import ntk_attention
 
 BACKENDS = ["torch"]
-FUSED_CASES = [case for case in CASES if "softcap" not in case.options]
+SERVED = [case for case in CASES if "softcap" not in case.options]
+WITH_LSE_GRADIENT = ["plain", "elu", "all_parts", "fewer_keys_plain", "more_keys", "mask_bool", "value_wider", "bf16"]
+
+all_backends = pytest.mark.parametrize("backend", BACKENDS)
+all_cases = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.id)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", FUSED_CASES, ids=lambda case: case.id)
+@all_backends
+@all_cases
 def test_forward(case, backend):
     check_case(make_inputs(case), case.dtype, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", FUSED_CASES, ids=lambda case: case.id)
+@all_backends
+@all_cases
 def test_backward(case, backend):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True)
+
+
+@all_backends
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in WITH_LSE_GRADIENT], ids=lambda case: case.id)
+def test_backward_through_lse(case, backend):
+    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "softcap" in case.options], ids=lambda case: case.id)
+def test_what_only_the_reference_serves(case):
+    with pytest.warns(UserWarning, match="softcap"):
+        check_case(make_inputs(case), case.dtype, backend=None, backward=True)
+
+
+@all_backends
+@all_cases
+def test_runs_agree_bit_for_bit(case, backend):
+    inputs = make_inputs(case)
+    grads = {"grad_out": torch.randn(*inputs[0].shape[:3], inputs[2].shape[3]).to(case.dtype)}
+
+    def attention(*args, **kwargs):
+        return ntk_attention(*args, **kwargs, backend=backend)
+
+    first, second = (run(attention, *inputs, **grads) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@all_backends
+@pytest.mark.parametrize("asked", ["query", "key", "value", "z", "k", "centers", "log_scale", "keys", "values", "bias"])
+def test_one_gradient_alone(asked, backend):
+    """A frozen model asks for few gradients; each must be the same as when all are asked for."""
+    case = next(case for case in CASES if case.id == "all_parts")
+    query, key, value, state, options = make_inputs(case)
+    state = type(state)(
+        state.full_z, **{name: tensor for name, tensor in state.tensors().items() if name[:2] != "z_"},
+        feature_map=state.feature_map,
+    )  # fmt: skip
+    tensors = {"query": query, "key": key, "value": value} | state.tensors()
+
+    def gradients(names):
+        leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in tensors.items()}
+        of_state = {name: leaf for name, leaf in leaves.items() if name not in ("query", "key", "value")}
+        out = ntk_attention(
+            leaves["query"], leaves["key"], leaves["value"],
+            type(state)(**of_state, feature_map=state.feature_map), **options, backend=backend,
+        )  # fmt: skip
+        out.square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    alone, together = gradients([asked]), gradients(list(tensors))
+    assert [name for name, grad in alone.items() if grad is not None] == [asked]
+    assert torch.equal(alone[asked], together[asked])

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from ntk_kernels import dispatch
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Every test starts from the same random numbers, without a default backend, with every warning still to come."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("NTK_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())

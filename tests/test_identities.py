@@ -1,0 +1,231 @@
+"""What must hold whatever the implementation: the identities of the definition."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, make_inputs, make_state
+from oracle import run
+
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
+
+BACKENDS = ["torch", "reference"]
+all_backends = pytest.mark.parametrize("backend", BACKENDS)
+F64 = torch.float64
+
+
+def qkv(batch=2, heads=4, kv_heads=2, seq_q=21, seq_k=21, dim=8, magnitude=1.0):
+    query = magnitude * torch.randn(batch, heads, seq_q, dim, dtype=F64)
+    key = magnitude * torch.randn(batch, kv_heads, seq_k, dim, dtype=F64)
+    return query, key, torch.randn(batch, kv_heads, seq_k, dim, dtype=F64)
+
+
+def a_state(**recipe):
+    recipe = {"head_dim": 8, "value_dim": 8, "heads": 2, "dtype": F64} | recipe
+    return make_state(torch.Generator().manual_seed(0), **recipe)
+
+
+def sdpa(query, key, value, **kwargs):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, **kwargs)
+
+
+@all_backends
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("logits", [1, -1000, 1000])
+def test_zero_state_is_sdpa(feature_map, logits, backend):
+    query, key, value = qkv()
+    if logits != 1:
+        query, key = torch.ones_like(query), key + logits / math.sqrt(8)
+    r = feature_dim(feature_map, 8)
+    state = PrefixState(torch.zeros(2, r, 8, dtype=F64), torch.zeros(2, r, dtype=F64), feature_map)
+    for state_ in (None, state):
+        out, lse = ntk_attention(query, key, value, state_, is_causal=True, return_lse=True, backend=backend)
+        torch.testing.assert_close(out, sdpa(query, key, value, is_causal=True))
+        assert ((lse - logits).abs() < 20).all()
+
+
+@all_backends
+@pytest.mark.parametrize("recipe", [{}, {"feature_map": "taylor1", "centers": 3}, {"feature_map": "taylor2"}])
+def test_mixture(recipe, backend):
+    """out = (1 - ρ)·softmax_out + ρ·N/M with ρ = M/(A + M)."""
+    query, key, value = qkv()
+    state = a_state(**recipe)
+    none = (query.new_zeros(2, 2, 0, 8),) * 2
+    plain, log_a = ntk_attention(query, key, value, is_causal=True, return_lse=True, backend=backend)
+    prefix, log_m = ntk_attention(query, *none, state, return_lse=True, backend=backend)
+    out = ntk_attention(query, key, value, state, is_causal=True, backend=backend)
+    rho = torch.sigmoid(log_m - log_a)[..., None]
+    torch.testing.assert_close(out, (1 - rho) * plain + rho * prefix)
+
+
+@all_backends
+def test_elu_is_r_virtual_tokens(backend):
+    """Logit log φ_a(q) + log k_a and value Z_a / k_a."""
+    query, key, value = qkv(kv_heads=4)
+    state = a_state(heads=4)
+    phi = reference.elu(query * 8**-0.25)
+    scores = torch.cat([phi.log() + state.k.log()[None, :, None, :], query @ key.mT / math.sqrt(8)], dim=-1)
+    values = torch.cat([(state.z / state.k[..., None]).expand(2, -1, -1, -1), value], dim=-2)
+    out = ntk_attention(query, key, value, state, backend=backend)
+    torch.testing.assert_close(out, torch.softmax(scores, -1) @ values)
+
+
+@all_backends
+def test_rows_are_a_prefix(backend):
+    query, key, value = qkv()
+    state = a_state(feature_map=None, rows=7, bias=False)
+    expected = reference.prefix_attention(query, key, value, state.keys, state.values, is_causal=True)
+    torch.testing.assert_close(ntk_attention(query, key, value, state, is_causal=True, backend=backend), expected)
+
+
+@all_backends
+def test_rows_without_key_are_sinks(backend):
+    """κ = 0, v = 0 and bias b: one more e^b in the denominator."""
+    query, key, value = qkv()
+    zeros, bias = query.new_zeros(2, 1, 8), torch.tensor([[0.3], [-2.0]], dtype=F64)
+    plain, lse = ntk_attention(query, key, value, return_lse=True, backend=backend)
+    out = ntk_attention(query, key, value, PrefixState(keys=zeros, values=zeros, bias=bias), backend=backend)
+    kept = 1 - torch.sigmoid(bias.repeat_interleave(2, 0)[None] - lse)
+    torch.testing.assert_close(out, plain * kept[..., None])
+
+
+@all_backends
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"rank": 2, "rows": 2}, {"feature_map": "taylor1", "centers": 2, "log_scale": True, "rows": 1}],
+    ids=["elu", "low_rank", "centres"],
+)
+def test_merged_state_is_the_sum(recipe, backend):
+    """N and M of a merged state are the sums, whether the centres agree or not."""
+    query, key, value = qkv(seq_k=0)
+    one, other = a_state(**recipe), make_state(torch.Generator().manual_seed(1), head_dim=8, value_dim=8, heads=2,
+                                               dtype=F64, **recipe)  # fmt: skip
+    (out_1, lse_1), (out_2, lse_2), (out, lse) = (
+        ntk_attention(query, key, value, state, return_lse=True, backend=backend)
+        for state in (one, other, one.merge(other))
+    )
+    total = torch.logaddexp(lse_1, lse_2)
+    torch.testing.assert_close(lse, total)
+    torch.testing.assert_close(out, (lse_1 - total).exp()[..., None] * out_1 + (lse_2 - total).exp()[..., None] * out_2)
+
+
+@all_backends
+def test_one_query_at_a_time_is_the_whole_sequence(backend):
+    query, key, value = qkv()
+    state = a_state(rows=2)
+    whole = ntk_attention(query, key, value, state, is_causal=True, backend=backend)
+    for i in range(21):
+        row = ntk_attention(
+            query[:, :, i : i + 1], key[:, :, : i + 1], value[:, :, : i + 1], state, is_causal=True, backend=backend
+        )
+        torch.testing.assert_close(row, whole[:, :, i : i + 1])
+
+
+@all_backends
+def test_split_keys_merge_by_lse(backend):
+    query, key, value = qkv()
+    state = a_state()
+    whole, lse = ntk_attention(query, key, value, state, return_lse=True, backend=backend)
+    out_1, lse_1 = ntk_attention(query, key[:, :, :9], value[:, :, :9], state, return_lse=True, backend=backend)
+    out_2, lse_2 = ntk_attention(query, key[:, :, 9:], value[:, :, 9:], return_lse=True, backend=backend)
+    torch.testing.assert_close(torch.logaddexp(lse_1, lse_2), lse)
+    torch.testing.assert_close((lse_1 - lse).exp()[..., None] * out_1 + (lse_2 - lse).exp()[..., None] * out_2, whole)
+
+
+@all_backends
+@pytest.mark.parametrize("name", ["index", "index_shared", "index_none"])
+def test_mixed_batch_is_each_task_alone(name, backend):
+    query, key, value, stack, options = make_inputs(next(case for case in CASES if case.id == name))
+    index = options.pop("state_index")
+    together = ntk_attention(query, key, value, stack, state_index=index, **options, backend=backend)
+    for b, n in enumerate(index.tolist()):
+        alone = None
+        if n >= 0:
+            tensors = {name: tensor[n] for name, tensor in stack.tensors().items()}
+            alone = PrefixState(**tensors, feature_map=stack.feature_map)
+        rows = slice(b, b + 1)
+        out = ntk_attention(query[rows], key[rows], value[rows], alone, **options, backend=backend)
+        torch.testing.assert_close(out, together[rows])
+
+
+@all_backends
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (5, 0)}], ids=["causal", "window"])
+def test_future_keys_never_influence_a_row(options, backend):
+    """Not even through the stabiliser: bit for bit, with logits of 1e8 and values of 1e30 to come."""
+    query, key, value = qkv()
+    state = a_state(rows=2)
+
+    def attend(key, value):
+        leaf = query.clone().requires_grad_()
+        out, lse = ntk_attention(leaf, key, value, state, **options, return_lse=True, backend=backend)
+        (grad,) = torch.autograd.grad(out[:, :, :11].square().sum(), leaf)
+        return out[:, :, :11], lse[:, :, :11], grad[:, :, :11]
+
+    before = attend(key, value)
+    later = torch.arange(21)[:, None] > 10
+    after = attend(torch.where(later, key * 1e8, key), torch.where(later, value * 1e30, value))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+
+
+@all_backends
+def test_the_prefix_is_never_masked(backend):
+    query, key, value = qkv()
+    state = a_state(rows=2)
+    hidden = torch.zeros(21, 21, dtype=torch.bool)
+    expected = ntk_attention(query, key[:, :, :0], value[:, :, :0], state, backend=backend)
+    for options in ({"attn_mask": hidden}, {"is_causal": True, "causal_offset": -21}):
+        torch.testing.assert_close(ntk_attention(query, key, value, state, **options, backend=backend), expected)
+
+
+@all_backends
+def test_nan_stays_in_its_row(backend):
+    """A NaN is neither hidden nor spread."""
+    query, key, value = qkv()
+    query[1, 2, 3, 0] = math.nan
+    out, lse = ntk_attention(
+        query, key, value, a_state(rows=2, centers=2, feature_map="taylor1"), is_causal=True, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
+    bad = torch.zeros(2, 4, 21, dtype=torch.bool)
+    bad[1, 2, 3] = True
+    assert torch.equal(out.isnan().all(-1), bad)
+    assert torch.equal(out.isnan().any(-1), bad)
+    assert torch.equal(lse.isnan(), bad)
+
+
+@all_backends
+def test_nan_in_a_padding_row_stays_there(backend):
+    """Left padding: row 0 sees nothing and is 0, and what stands in it reaches no other row."""
+    query, key, value = (tensor.float() for tensor in qkv())
+    visible = torch.ones(2, 1, 21, 21, dtype=torch.bool).tril()
+    visible[:, :, :, 0] = False
+    out = ntk_attention(query, key, value, attn_mask=visible, backend=backend)
+    assert (out[:, :, 0] == 0).all()
+    assert out.isfinite().all()
+
+
+@all_backends
+def test_switched_off_parts_add_nothing(backend):
+    """log_scale = -inf and bias = -inf: as if the centre or row were not there, with gradients of 0 and no NaN."""
+    query, key, value = qkv()
+    full = a_state(centers=3, log_scale=True, rows=3, feature_map="taylor1")
+    tensors = full.tensors()
+    less = {
+        name: tensor[:, :2].clone() if name != "log_scale" else tensor[:, :2].clone()
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    tensors["log_scale"][:, 2] = tensors["bias"][:, 2] = -math.inf
+
+    def attention(*args, **kwargs):
+        return ntk_attention(*args, **kwargs, backend=backend)
+
+    grad_out = torch.randn(2, 4, 21, 8, dtype=F64)
+    off = run(attention, query, key, value, PrefixState(**tensors, feature_map="taylor1"), {}, grad_out=grad_out)
+    gone = run(attention, query, key, value, PrefixState(**less, feature_map="taylor1"), {}, grad_out=grad_out)
+    for name, expected in gone.items():
+        ours = off[name]
+        if name.startswith("grad state."):
+            assert (ours[:, 2] == 0).all(), name
+            ours = ours[:, :2]
+        torch.testing.assert_close(ours, expected, msg=lambda text, name=name: f"{name}: {text}")
