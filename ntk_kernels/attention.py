@@ -69,6 +69,7 @@ def ntk_attention(
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     checks.check_finite("scale", scale)
+    checks.check_bool("is_causal", is_causal)
     if softcap is not None:
         checks.check_finite("softcap", softcap, positive=True)
     if window is not None:

@@ -39,6 +39,11 @@ def check_shape(name: str, tensor: Tensor, expected: tuple, names: str) -> None:
     raise ValueError(f"`{name}` must have shape [{wanted}], got {list(tensor.shape)}")
 
 
+def check_bool(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool, got {type(value).__name__}")
+
+
 def check_int(name: str, value, *, minimum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .feature_maps import FEATURE_MAPS, features
+from .feature_maps import FEATURE_MAPS, feature_dim, features
 from .state import PrefixState
 
-_CHUNK_ELEMENTS = 2**22  # features held at a time
+_CHUNK_ELEMENTS = 2**20  # features held at a time
+_CHUNK_ROWS = 4096  # summed in the dtype of the features; sums of chunks are added in float64
 _SAMPLES_PER_CENTER = 256  # rows that k-means looks at; more do not move a mean noticeably
 
 
@@ -44,8 +45,8 @@ def prefix_to_state(
 
     Returns:
         A state in float32 (float64 for float64 keys) with r·C rows per head. Its `log_scale` is the logarithm of the
-        number of rows of each centre, `z` and `k` are means over them, so that any length fits any dtype. An empty
-        prefix (m = 0) gives a state that adds nothing.
+        number of rows of each centre, `z` and `k` are means over them, so that any length fits any dtype. A centre
+        without rows is switched off (log_scale = -inf), so an empty prefix (m = 0) gives a state that adds nothing.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -69,12 +70,11 @@ def prefix_to_state(
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
     checks.check_finite("feature_scale", feature_scale, positive=True)
 
-    lead, (num_rows, _) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    lead = prefix_key.shape[:-2]
     dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
     centers = _centers(centers, prefix_key, feature_map, dtype, seed)
-    prefix_key, prefix_value = prefix_key.reshape(-1, *prefix_key.shape[-2:]), prefix_value.flatten(0, -3)
-    flat = None if centers is None else centers.reshape(-1, *centers.shape[-2:])
-    num_centers = 1 if flat is None else flat.shape[1]
+    prefix_key, prefix_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
+    flat = None if centers is None else centers.flatten(0, -3)
     per_head = [
         _sum_features(
             prefix_key[head].to(dtype), prefix_value[head].to(dtype), None if flat is None else flat[head],
@@ -83,14 +83,14 @@ def prefix_to_state(
         for head in range(prefix_key.shape[0])
     ]  # fmt: skip
     z, k, count = (torch.stack(parts) for parts in zip(*per_head, strict=True))
-    mid = () if centers is None else (num_centers,)
+    mid = () if centers is None else (centers.shape[-2],)
     return PrefixState(
         z.reshape(*lead, *mid, *z.shape[2:]),
         k.reshape(*lead, *mid, k.shape[2]),
         feature_map,
         feature_scale=feature_scale,
         centers=centers,
-        log_scale=count.clamp(min=1).log().reshape(*lead, *mid),
+        log_scale=count.log().reshape(*lead, *mid),
     )
 
 
@@ -105,19 +105,21 @@ def _sum_features(keys: Tensor, values: Tensor, centers: Tensor | None, feature_
         nearest = distance.argmin(-1)
         order = nearest.argsort(stable=True)
         groups = order.split(torch.bincount(nearest, minlength=centers.shape[0]).tolist())
-    chunk = max(1, _CHUNK_ELEMENTS // features(keys.new_zeros(1, keys.shape[1]), feature_map).shape[1])
-    sums_z, sums_k = [], []
+    num_features = feature_dim(feature_map, keys.shape[1])
+    chunk = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // num_features))
+    means = []
     for c, rows in enumerate(groups):
-        z = k = 0
+        z = keys.new_zeros(num_features, values.shape[1], dtype=torch.float64)
+        k = keys.new_zeros(num_features, dtype=torch.float64)
         for part in rows.split(chunk):
             y = keys[part] if centers is None else keys[part] - centers[c]
             phi = features(y * key_scale, feature_map)
             z = z + phi.mT @ values[part]
             k = k + phi.sum(0)
-        sums_z.append(z / max(len(rows), 1))
-        sums_k.append(k / max(len(rows), 1))
+        means.append((z / max(len(rows), 1), k / max(len(rows), 1)))
+    z, k = (torch.stack(parts).to(keys.dtype) for parts in zip(*means, strict=True))
     count = torch.tensor([len(rows) for rows in groups], dtype=keys.dtype, device=keys.device)
-    return torch.stack(sums_z), torch.stack(sums_k), count
+    return z, k, count
 
 
 def _centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dtype, seed: int) -> Tensor | None:
@@ -160,7 +162,7 @@ def _k_means(prefix_key: Tensor, num_centers: int, seed: int) -> Tensor:
     lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(num_rows, generator=generator)[: _SAMPLES_PER_CENTER * num_centers]
-    keys = prefix_key.reshape(-1, num_rows, head_dim)[:, sample.to(prefix_key.device)].float().cpu().numpy()
+    keys = prefix_key.flatten(0, -3)[:, sample.to(prefix_key.device)].float().cpu().numpy()
     centers = [
         KMeans(num_centers, n_init=1, max_iter=25, random_state=seed).fit(head_keys).cluster_centers_
         for head_keys in keys

@@ -341,7 +341,11 @@ class PrefixState:
         _, save_file = _safetensors()
         description = {"feature_map": self.feature_map, "feature_scale": self.feature_scale}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(description)}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+        # Copies: safetensors refuses tensors that share memory.
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors().items()
+        }
         save_file(tensors, str(path), metadata=metadata)
 
     @classmethod

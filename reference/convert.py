@@ -28,7 +28,7 @@ def prefix_to_state(
     """`prefix_key` [..., m, D], `prefix_value` [..., m, Dv], `centers` [..., C, D] or None (around 0).
 
     Returns `z` [..., C, r, Dv], `k` [..., C, r] and `log_scale` [..., C]; without centres there is no C. A
-    centre without rows has z = k = 0 and log_scale = 0.
+    centre without rows has z = k = 0 and log_scale = -inf.
     """
     scale = 1 / math.sqrt(prefix_key.shape[-1]) if scale is None else scale
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
@@ -37,9 +37,10 @@ def prefix_to_state(
     nearest = torch.cdist(prefix_key, mu).argmin(-1)  # [..., m]
     member = torch.nn.functional.one_hot(nearest, mu.shape[-2]).to(prefix_key)  # [..., m, C]
     features = phi((prefix_key - member @ mu) * (scale / feature_scale), feature_map)
-    count = member.sum(-2).clamp(min=1)
-    z = torch.einsum("...mc,...mr,...md->...crd", member, features, prefix_value) / count[..., None, None]
-    k = torch.einsum("...mc,...mr->...cr", member, features) / count[..., None]
+    count = member.sum(-2)
+    mean = member / count.clamp(min=1)[..., None, :]
+    z = torch.einsum("...mc,...mr,...md->...crd", mean, features, prefix_value)
+    k = torch.einsum("...mc,...mr->...cr", mean, features)
     if centers is None:
         return {"z": z.squeeze(-3), "k": k.squeeze(-2), "log_scale": count.log().squeeze(-1)}
     return {"z": z, "k": k, "log_scale": count.log()}

@@ -1,0 +1,273 @@
+import math
+
+import pytest
+import torch
+from cases import make_state
+from safetensors.torch import save_file
+
+from ntk_kernels import PrefixState, ntk_attention
+
+F64 = torch.float64
+RECIPES = {
+    "elu": {},
+    "taylor2": {"feature_map": "taylor2", "log_scale": True},
+    "centres": {"feature_map": "taylor1", "centers": 3, "log_scale": True},
+    "low_rank": {"rank": 2},
+    "rows_only": {"feature_map": None, "rows": 3},
+    "all_parts": {"feature_map": "taylor1", "centers": 2, "rank": 2, "rows": 3, "feature_scale": 0.3},
+    "stack": {"stack": 4, "rows": 2},
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def a_state(seed=0, **recipe):
+    recipe = {"heads": 2, "head_dim": 4, "value_dim": 6} | recipe
+    return make_state(torch.Generator().manual_seed(seed), **recipe)
+
+
+def assert_same(a, b):
+    assert (a.feature_map, a.feature_scale) == (b.feature_map, b.feature_scale)
+    assert a.tensors().keys() == b.tensors().keys()
+    for name, tensor in a.tensors().items():
+        assert tensor.dtype == b.tensors()[name].dtype
+        assert torch.equal(tensor, b.tensors()[name]), name
+
+
+def test_what_it_says_of_itself():
+    state = a_state(**RECIPES["all_parts"])
+    assert (state.is_stack, state.num_states, state.num_heads) == (False, 1, 2)
+    assert (state.head_dim, state.value_dim, state.num_centers, state.num_rows, state.rank) == (4, 6, 2, 3, 2)
+    assert state.nbytes == 4 * 2 * (2 * (5 + 5 * 2 + 2 * 6 + 4) + 3 * (4 + 6 + 1))
+    assert repr(state) == (
+        "PrefixState(feature_map='taylor1', feature_scale=0.3, k=[2, 2, 5], z_a=[2, 2, 5, 2], z_b=[2, 2, 2, 6], "
+        "centers=[2, 2, 4], keys=[2, 3, 4], values=[2, 3, 6], bias=[2, 3], dtype=torch.float32, device='cpu')"
+    )
+    stack = a_state(**RECIPES["stack"])
+    assert (stack.is_stack, stack.num_states, stack.num_heads, stack.rank, stack.num_centers) == (True, 4, 2, None, 1)
+    rows = a_state(**RECIPES["rows_only"])
+    assert (rows.is_stack, rows.head_dim, rows.value_dim, rows.num_centers, rows.full_z) == (False, 4, 6, 0, None)
+
+
+@every_recipe
+def test_save_and_load(recipe, tmp_path):
+    state = a_state(**recipe)
+    state.save(tmp_path / "state.safetensors")
+    assert_same(PrefixState.load(tmp_path / "state.safetensors"), state)
+
+
+def test_save_trained_and_strided_tensors(tmp_path):
+    state = PrefixState(torch.rand(6, 4, 2).permute(2, 1, 0).requires_grad_(), torch.rand(2, 4).requires_grad_(), "elu")
+    state.save(tmp_path / "state.safetensors")
+    assert_same(PrefixState.load(tmp_path / "state.safetensors"), state.detach())
+
+
+def test_save_tensors_that_share_memory(tmp_path):
+    rows = torch.rand(2, 3, 4)
+    PrefixState(keys=rows, values=rows).save(tmp_path / "state.safetensors")
+    assert_same(PrefixState.load(tmp_path / "state.safetensors"), PrefixState(keys=rows, values=rows))
+
+
+def write(path, *, metadata=None, **tensors):
+    if metadata is None:
+        metadata = {"format": "ntk-kernels prefix state", "version": "1",
+                    "state": '{"feature_map": "elu", "feature_scale": null}'}  # fmt: skip
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def test_load_refuses_foreign_files(tmp_path):
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(FileNotFoundError, match="`path`.*does not exist"):
+        PrefixState.load(path)
+    path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
+    with pytest.raises(ValueError, match="`path` must be a safetensors file"):
+        PrefixState.load(path)
+    z, k = torch.rand(2, 4, 6), torch.rand(2, 4)
+    write(path, metadata={}, z=z, k=k)
+    with pytest.raises(ValueError, match=r"written by PrefixState\.save.*format None"):
+        PrefixState.load(path)
+    write(path, metadata={"format": "ntk-kernels prefix state", "version": "2", "state": "{}"}, z=z, k=k)
+    with pytest.raises(ValueError, match="version 1, got .* of version 2"):
+        PrefixState.load(path)
+    write(path, z=z, k=torch.rand(2, 5))
+    with pytest.raises(ValueError, match=r"valid prefix state.*`z` must have shape \[Hs=2, r=5, Dv\], got \[2, 4, 6\]"):
+        PrefixState.load(path)
+    write(path, z=z, k=k, extra=k.clone())
+    with pytest.raises(ValueError, match=r"unknown tensors \['extra'\]"):
+        PrefixState.load(path)
+    write(path, z=z, k=k, metadata={"format": "ntk-kernels prefix state", "version": "1"})
+    with pytest.raises(ValueError, match="valid prefix state"):
+        PrefixState.load(path)
+    a_state().save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="`path` must be a safetensors file"):
+        PrefixState.load(path)
+
+
+@every_recipe
+def test_to_casts_every_tensor(recipe):
+    state = a_state(**recipe).to(torch.bfloat16)
+    assert {tensor.dtype for tensor in state.tensors().values()} == {torch.bfloat16}
+
+
+def test_a_million_rows_fit_float16():
+    state = a_state(feature_map="taylor1")
+    long = PrefixState(state.z, state.k, "taylor1", log_scale=torch.full((2,), math.log(1e6)))
+    query, key, value = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 6)
+    expected = ntk_attention(query, key, value, PrefixState(state.z * 1e6, state.k * 1e6, "taylor1"))
+    torch.testing.assert_close(ntk_attention(query, key, value, long), expected)
+    half = ntk_attention(query, key, value, long.to(torch.float16))
+    assert torch.allclose(half, expected, rtol=0, atol=2**-10 * expected.abs().max().item() * 4)
+
+
+def numerator_and_mass(state, query):
+    """N and M of a state: its attention without other keys is N/M, and lse is log M."""
+    nothing = query.new_zeros(query.shape[0], state.num_heads, 0, state.head_dim)
+    out, lse = ntk_attention(
+        query, nothing, query.new_zeros(*nothing.shape[:3], state.value_dim), state, return_lse=True
+    )
+    return out * lse.exp()[..., None], lse.exp()
+
+
+MERGES = {
+    "same_kind": ({}, {}),
+    "log_scale": ({"log_scale": True}, {}),
+    "low_rank": ({"rank": 2}, {"rank": 3}),
+    "low_rank_and_full": ({"rank": 2}, {}),
+    "low_rank_log_scale": ({"rank": 2, "log_scale": True}, {"rank": 1, "log_scale": True}),
+    "other_centres": ({"feature_map": "taylor1", "centers": 2}, {"feature_map": "taylor1", "centers": 3}),
+    "centres_and_none": ({"feature_map": "taylor1", "centers": 2, "log_scale": True}, {"feature_map": "taylor1"}),
+    "centres_low_rank": ({"feature_map": "taylor1", "centers": 2, "rank": 2},
+                         {"feature_map": "taylor1", "centers": 1, "rank": 2}),
+    "rows": ({"rows": 2}, {"rows": 3, "bias": False}),
+    "rows_on_one_side": ({"rows": 2}, {}),
+    "rows_only_with_features": ({"feature_map": None, "rows": 2}, {"feature_map": "taylor2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipes", MERGES.values(), ids=MERGES)
+def test_merge_adds(recipes):
+    one, other = (a_state(seed, dtype=F64, **recipe) for seed, recipe in enumerate(recipes))
+    query = torch.randn(1, 2, 9, 4, dtype=F64)
+    n_1, m_1 = numerator_and_mass(one, query)
+    n_2, m_2 = numerator_and_mass(other, query)
+    n, m = numerator_and_mass(one.merge(other), query)
+    torch.testing.assert_close(n, n_1 + n_2)
+    torch.testing.assert_close(m, m_1 + m_2)
+
+
+def test_merge_around_the_same_centre_keeps_its_size():
+    state = a_state(feature_map="taylor2", centers=1, log_scale=True, dtype=F64)
+    twice = state.merge(state)
+    assert twice.num_centers == 1
+    torch.testing.assert_close(twice.z, 2 * state.z * 0.5)
+    torch.testing.assert_close(twice.log_scale, state.log_scale + math.log(2))
+
+
+def test_merge_refuses_what_does_not_add():
+    state = a_state()
+    for other, name in (
+        (a_state(heads=3), "num_heads"),
+        (a_state(head_dim=5), "head_dim"),
+        (a_state(value_dim=5), "value_dim"),
+        (a_state(stack=2), "is_stack"),
+        (a_state(feature_scale=2.0), "feature_scale"),
+        (a_state(feature_map="taylor1"), "feature_map"),
+    ):
+        with pytest.raises(ValueError, match=f"`other` must have the same {name} as the state"):
+            state.merge(other)
+    with pytest.raises(ValueError, match="`other` must be expanded around the same centres.*'taylor1' only"):
+        a_state(0, centers=1).merge(a_state(1, centers=1))
+    with pytest.raises(TypeError, match="`other` must be a PrefixState, got dict"):
+        state.merge({})
+
+
+STACKS = {
+    "alike": [{}, {}],
+    "log_scale": [{"log_scale": True}, {}],
+    "low_rank": [{"rank": 2}, {"rank": 2}],
+    "ranks_differ": [{"rank": 2}, {"rank": 1}, {}],
+    "centres": [{"feature_map": "taylor1", "centers": 3}, {"feature_map": "taylor1"},
+                {"feature_map": "taylor1", "centers": 1, "log_scale": True}],
+    "rows": [{"rows": 3}, {}, {"rows": 1, "bias": False}],
+    "rows_only": [{"feature_map": None, "rows": 1}, {"feature_map": None, "rows": 4}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipes", STACKS.values(), ids=STACKS)
+def test_stack_serves_each_state(recipes):
+    states = [a_state(seed, dtype=F64, **recipe) for seed, recipe in enumerate(recipes)]
+    stack = PrefixState.stack(states)
+    assert stack.num_states == len(states)
+    query, key = torch.randn(2, len(states), 2, 9, 4, dtype=F64)
+    value = torch.randn(len(states), 2, 9, 6, dtype=F64)
+    order = torch.arange(len(states)).flip(0)
+    out = ntk_attention(query, key, value, stack, state_index=order)
+    for b, n in enumerate(order.tolist()):
+        rows = slice(b, b + 1)
+        torch.testing.assert_close(out[rows], ntk_attention(query[rows], key[rows], value[rows], states[n]))
+
+
+def test_stack_refuses_what_does_not_go_together():
+    with pytest.raises(ValueError, match="`states` must hold at least one"):
+        PrefixState.stack([])
+    with pytest.raises(TypeError, match=r"`states\[1\]` must be a PrefixState, got int"):
+        PrefixState.stack([a_state(), 3])
+    with pytest.raises(ValueError, match=r"`states\[1\]` must be a single state, got a stack of 2"):
+        PrefixState.stack([a_state(), a_state(stack=2)])
+    with pytest.raises(ValueError, match=r"`states\[1\]` must have the same feature_map as states\[0\], 'elu', got"):
+        PrefixState.stack([a_state(), a_state(feature_map="taylor1")])
+
+
+z, k = torch.rand(2, 4, 6), torch.rand(2, 4)
+REFUSED = {
+    "nothing": (dict(), ValueError, "`k` must be given"),
+    "z_alone": (dict(z=z, feature_map="elu"), ValueError, "`k` must be given"),
+    "k_alone": (dict(k=k, feature_map="elu"), ValueError, "`z`, or both `z_a` and `z_b`, must come with `k`"),
+    "half_a_pair": (dict(k=k, z_a=z, feature_map="elu"), ValueError, "`z`, or both `z_a` and `z_b`"),
+    "z_and_pair": (dict(z=z, k=k, z_a=z, z_b=z, feature_map="elu"), ValueError, "`z` must not be given together"),
+    "pair_ranks": (dict(k=k, z_a=torch.rand(2, 4, 3), z_b=torch.rand(2, 2, 6), feature_map="elu"), ValueError,
+                   r"`z_b` must have shape \[Hs=2, s=3, Dv\], got \[2, 2, 6\]"),
+    "no_map": (dict(z=z, k=k), ValueError, "`feature_map` must be one of 'elu', 'taylor1', 'taylor2', got None"),
+    "unknown_map": (dict(z=z, k=k, feature_map="relu"), ValueError, "`feature_map` must be one of .* got 'relu'"),
+    "z_shape": (dict(z=z[:, :3], k=k, feature_map="elu"), ValueError, r"`z` must have shape \[Hs=2, r=4, Dv\]"),
+    "no_such_dim": (dict(z=z, k=k, feature_map="taylor2"), ValueError, r"`k` must end in r = feature_dim\('taylor2', D"),
+    "k_rank": (dict(z=z, k=k[None, None], feature_map="elu"), ValueError, "`k` must have 2 or 3 dimensions"),
+    "integers": (dict(z=z.long(), k=k, feature_map="elu"), TypeError, "`z` must be a floating-point tensor, got torch.i"),
+    "list": (dict(z=z.tolist(), k=k, feature_map="elu"), TypeError, "`z` must be a torch.Tensor, got list"),
+    "feature_scale": (dict(z=z, k=k, feature_map="elu", feature_scale=math.nan), ValueError,
+                      "`feature_scale` must be finite, got nan"),
+    "many_centres": (dict(z=z[:, None].expand(-1, 2, -1, -1), k=k[:, None].expand(-1, 2, -1),
+                          centers=torch.rand(2, 2, 4), feature_map="elu"), ValueError, "got C=2"),
+    "centre_dim": (dict(z=z[:, None], k=k[:, None], centers=torch.rand(2, 1, 5), feature_map="elu"), ValueError,
+                   r"`centers` must have shape \[Hs=2, C, D=4\], got \[2, 1, 5\]"),
+    "log_scale": (dict(z=z, k=k, log_scale=torch.rand(3), feature_map="elu"), ValueError,
+                  r"`log_scale` must have shape \[Hs=2\], got \[3\]"),
+    "keys_alone": (dict(keys=torch.rand(2, 3, 4)), ValueError, "`values` must come with `keys`"),
+    "values_alone": (dict(z=z, k=k, feature_map="elu", values=torch.rand(2, 3, 4)), ValueError,
+                     "`values` must come with `keys`"),
+    "keys_dim": (dict(z=z, k=k, feature_map="elu", keys=torch.rand(2, 3, 5), values=torch.rand(2, 3, 6)), ValueError,
+                 r"`keys` must have shape \[Hs=2, R, D=4\], got \[2, 3, 5\]"),
+    "values_rows": (dict(keys=torch.rand(2, 3, 4), values=torch.rand(2, 2, 6)), ValueError,
+                    r"`values` must have shape \[Hs=2, R=3, Dv\], got \[2, 2, 6\]"),
+    "bias": (dict(keys=torch.rand(2, 3, 4), values=torch.rand(2, 3, 6), bias=torch.rand(2, 2)), ValueError,
+             r"`bias` must have shape \[Hs=2, R=3\], got \[2, 2\]"),
+    "map_without_features": (dict(keys=torch.rand(2, 3, 4), values=torch.rand(2, 3, 6), feature_map="elu"), ValueError,
+                             "`feature_map` must come with `k`"),
+    "devices": (dict(z=z.to("meta"), k=k, feature_map="elu"), ValueError, "`z` must be on the device of the other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, error, message", REFUSED.values(), ids=REFUSED)
+def test_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PrefixState(**arguments)
+
+
+def test_pytree_round_trip():
+    from torch.utils import _pytree as pytree
+
+    state = a_state(**RECIPES["all_parts"])
+    doubled = pytree.tree_map(lambda tensor: tensor * 2, state)
+    assert isinstance(doubled, PrefixState)
+    assert torch.equal(doubled.z_a, state.z_a * 2)
+    assert (doubled.z, doubled.feature_map, doubled.feature_scale) == (None, "taylor1", 0.3)
