@@ -1,5 +1,7 @@
 """NTK-Attention: attention with an infinitely long learned prefix (arXiv 2406.14036).
 
+A prefix of any length is converted to, or trained as, a `PrefixState` of fixed size:
+
     from ntk_kernels import ntk_attention, prefix_to_state
 
     state = prefix_to_state(prefix_key, prefix_value, centers=16)

@@ -33,8 +33,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple, names: str) -> None:
         else:
             return
     wanted = ", ".join(
-        letter if want is None else f"{letter}={want}"
-        for letter, want in zip(names.split(), expected, strict=True)
+        letter if want is None else f"{letter}={want}" for letter, want in zip(names.split(), expected, strict=True)
     )
     raise ValueError(f"`{name}` must have shape [{wanted}], got {list(tensor.shape)}")
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,6 @@ from .feature_maps import FEATURE_MAPS, head_dim_of
 
 _FORMAT, _VERSION = "ntk-kernels prefix state", 1
 _TENSORS = ("z", "k", "z_a", "z_b", "centers", "log_scale", "keys", "values", "bias")
-
-
-def _optional():
-    return field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +51,15 @@ class PrefixState:
     z: Tensor | None = None
     k: Tensor | None = None
     feature_map: str | None = None
-    feature_scale: float | None = _optional()
-    z_a: Tensor | None = _optional()
-    z_b: Tensor | None = _optional()
-    centers: Tensor | None = _optional()
-    log_scale: Tensor | None = _optional()
-    keys: Tensor | None = _optional()
-    values: Tensor | None = _optional()
-    bias: Tensor | None = _optional()
+    _: KW_ONLY
+    feature_scale: float | None = None
+    z_a: Tensor | None = None
+    z_b: Tensor | None = None
+    centers: Tensor | None = None
+    log_scale: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self):
         for name, tensor in self.tensors().items():
@@ -362,7 +359,7 @@ class PrefixState:
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own types for what isn't one of its files
             raise ValueError(f"`path` must be a safetensors file, got {str(path)!r}: {error}") from error
         if metadata.get("format") != _FORMAT:

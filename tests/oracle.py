@@ -23,22 +23,25 @@ def leaves(query, key, value, state, dtype=None):
     return inputs, state
 
 
-def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None):
-    """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input."""
+def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None, device="cpu"):
+    """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input, all on the CPU."""
+    query, key, value = (tensor.to(device) for tensor in (query, key, value))
+    state = None if state is None else state.to(device)
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     inputs, state = leaves(query, key, value, state, dtype)
     if dtype is not None and "attn_mask" in options and options["attn_mask"].is_floating_point():
         options = options | {"attn_mask": options["attn_mask"].to(dtype)}
     out, lse = attention(inputs["query"], inputs["key"], inputs["value"], state, **options, return_lse=True)
     results = {"out": out.detach(), "lse": lse.detach()}
     if grad_out is not None:
-        outputs, grads = [out], [grad_out.to(out.dtype)]
+        outputs, grads = [out], [grad_out.to(out)]
         if grad_lse is not None:  # lse = -inf has no gradient, and a loss that uses it has none either
             outputs.append(lse)
-            grads.append(grad_lse.to(lse.dtype))
+            grads.append(grad_lse.to(lse))
         gradients = torch.autograd.grad(outputs, list(inputs.values()), grads, allow_unused=True)
         for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
             results[f"grad {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
-    return results
+    return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 def assert_as_accurate(name, ours, eager, exact, dtype, *, eager_dtype=None, lse_size=0.0):
@@ -69,7 +72,7 @@ def assert_as_accurate(name, ours, eager, exact, dtype, *, eager_dtype=None, lse
         )
 
 
-def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False):
+def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False, device="cpu"):
     """Runs a call by `backend`, by eager PyTorch in `dtype` and by the reference in float64, and compares them."""
     query, key, value, state, options = case_inputs
     generator = torch.Generator().manual_seed(1)
@@ -87,7 +90,7 @@ def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False):
     def in_low_precision(*args, **kwargs):
         return reference.ntk_attention(*args, **kwargs, compute_dtype=eager_dtype)
 
-    ours = run(attention, query, key, value, state, options, **grads)
+    ours = run(attention, query, key, value, state, options, **grads, device=device)
     eager = run(in_low_precision, query, key, value, state, options, **grads)
     exact = run(reference.ntk_attention, query, key, value, state, options, **grads, dtype=F64)
     lse = exact["lse"][exact["lse"].isfinite()]

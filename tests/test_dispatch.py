@@ -64,7 +64,9 @@ def test_routing_warns_once_for_each_reason(served_by, monkeypatch):
         monkeypatch.setattr(dispatch, "_warned", set())
         if setting:
             monkeypatch.setenv("NTK_KERNELS_BACKEND", setting)
-        with pytest.warns(UserWarning, match="'torch' backend does not support softcap; .* go to 'reference'") as record:
+        with pytest.warns(
+            UserWarning, match="'torch' backend does not support softcap; .* go to 'reference'"
+        ) as record:
             for _ in range(3):
                 ntk_attention(query, key, value, state, softcap=5.0)
         assert len(record) == 1

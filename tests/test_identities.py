@@ -211,10 +211,7 @@ def test_switched_off_parts_add_nothing(backend):
     query, key, value = qkv()
     full = a_state(centers=3, log_scale=True, rows=3, feature_map="taylor1")
     tensors = full.tensors()
-    less = {
-        name: tensor[:, :2].clone() if name != "log_scale" else tensor[:, :2].clone()
-        for name, tensor in tensors.items()
-    }  # fmt: skip
+    less = {name: tensor[:, :2].clone() for name, tensor in tensors.items()}
     tensors["log_scale"][:, 2] = tensors["bias"][:, 2] = -math.inf
 
     def attention(*args, **kwargs):

@@ -220,7 +220,7 @@ def test_stack_refuses_what_does_not_go_together():
 
 z, k = torch.rand(2, 4, 6), torch.rand(2, 4)
 REFUSED = {
-    "nothing": (dict(), ValueError, "`k` must be given"),
+    "nothing": ({}, ValueError, "`k` must be given"),
     "z_alone": (dict(z=z, feature_map="elu"), ValueError, "`k` must be given"),
     "k_alone": (dict(k=k, feature_map="elu"), ValueError, "`z`, or both `z_a` and `z_b`, must come with `k`"),
     "half_a_pair": (dict(k=k, z_a=z, feature_map="elu"), ValueError, "`z`, or both `z_a` and `z_b`"),

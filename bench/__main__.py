@@ -1,0 +1,28 @@
+"""Command line of the benchmarks."""
+
+import argparse
+
+from . import attention, demo
+
+BENCHMARKS = {"demo": demo, "attention": attention}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks of ntk-kernels. Each prints a table and leaves figures in bench/results/<device>/.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="benchmark")
+    for name, module in BENCHMARKS.items():
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

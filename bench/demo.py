@@ -1,0 +1,256 @@
+"""NTK-Attention in place of a real prefix of 32,256 rows: error, time and memory.
+
+Takes the keys and values that a pretrained encoder makes of 32,256 tokens of text as the prefix, other text as the
+input, converts the prefix to states of several sizes, and compares with exact attention over the whole prefix.
+Prints tables and leaves demo.json, demo.md and demo.png in the folder it names. About two minutes on two cores.
+"""
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
+from ntk_kernels.dispatch import choose_backend
+
+from . import encoder, record, timing
+
+NO_PREFIX = "no prefix"
+# name: arguments of prefix_to_state
+STATES = {
+    "elu": {"feature_map": "elu", "centers": None},
+    "taylor1": {"feature_map": "taylor1", "centers": None},
+    "taylor2": {"feature_map": "taylor2", "centers": None},
+    "taylor1, mean": {"feature_map": "taylor1", "centers": "mean"},
+    "taylor2, mean": {"feature_map": "taylor2", "centers": "mean"},
+    "taylor1, C=16": {"feature_map": "taylor1", "centers": 16},
+    "taylor1, C=64": {"feature_map": "taylor1", "centers": 64},
+}
+TIMED = ["elu", "taylor1, mean", "taylor1, C=16", "taylor1, C=64"]
+LENGTHS = [64, 256, 1024, 2048, 4096, 8192, 16384, 32256]
+ERROR_SHOWN = 2.0  # above this the plot only says so
+NUM_INPUTS = 2  # chunks of 512 tokens on which the error is measured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=record.default_device(), help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--prefix-rows", type=int, default=32256, help="tokens of the prefix, a multiple of 512 (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=1.5, help="of timing for each length (default: %(default)s)")
+    parser.add_argument("--out", help="folder for figures and plot (default: bench/results/<device>)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.prefix_rows < encoder.CHUNK or arguments.prefix_rows % encoder.CHUNK:
+        raise SystemExit(f"--prefix-rows must be a positive multiple of {encoder.CHUNK}, got {arguments.prefix_rows}")
+    console = Console()
+    device = arguments.device
+    lengths = [m for m in LENGTHS if m < arguments.prefix_rows] + [arguments.prefix_rows]
+    columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        reading = progress.add_task("the encoder reads", total=arguments.prefix_rows // encoder.CHUNK + NUM_INPUTS)
+        converting = progress.add_task("converting, comparing", total=None)
+        timed = progress.add_task("timing prefix lengths", total=len(lengths))
+        layers = encoder.collect(arguments.prefix_rows, NUM_INPUTS, lambda: progress.advance(reading))
+        layers = [encoder.Layer(*(tensor.to(device) for tensor in layer)) for layer in layers]
+        progress.update(converting, total=len(layers) * len(STATES))
+        errors, sizes = measure_errors(layers, lambda: progress.advance(converting))
+        times, held = measure_times(layers[-1], lengths, device, arguments.seconds, lambda: progress.advance(timed))
+
+    backend = choose_backend(None, layers[0].query)
+    break_even = {name: crossing(lengths, times, name) for name in TIMED}
+    settings = {"encoder": "all-MiniLM-L6-v2", "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
+                "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],
+                "head_dim": layers[0].query.shape[3], "backend": backend}  # fmt: skip
+    folder = record.results_folder(device, arguments.out)
+    record.save(
+        folder / "demo.json", device, settings=settings, relative_error=errors, state_rows=sizes,
+        prefix_lengths=lengths, milliseconds=times, bytes_held=held, break_even=break_even,
+    )  # fmt: skip
+    tables = [error_table(errors, sizes, settings), time_table(lengths, times, held, break_even, settings)]
+    for table in tables:
+        console.print(table)
+    (folder / "demo.md").write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
+    plot(folder / "demo.png", errors, lengths, times, held, settings)
+    console.print(f"served by backend={backend!r} on {record.environment(device)['device']}")
+    console.print(f"figures: {folder / 'demo.json'}, tables: {folder / 'demo.md'}, plot: {folder / 'demo.png'}")
+
+
+def exact_attention(layer: encoder.Layer, prefix_rows: int):
+    """Plain attention over prefix and input, laid out beforehand as a cache would be."""
+    inputs = layer.query.shape[0]
+    key, value = (
+        torch.cat([prefix[None, :, :prefix_rows].expand(inputs, -1, -1, -1), own], dim=2)
+        for prefix, own in ((layer.prefix_key, layer.key), (layer.prefix_value, layer.value))
+    )
+    return lambda: torch.nn.functional.scaled_dot_product_attention(layer.query, key, value)
+
+
+def measure_errors(layers, on_state):
+    """{state: [relative error of each head] for each layer}, and the state's rows per head."""
+    errors = {name: [] for name in (NO_PREFIX, *STATES)}
+    sizes = {NO_PREFIX: 0}
+    for layer in layers:
+        exact = exact_attention(layer, layer.prefix_key.shape[1])()
+
+        def error(state, layer=layer, exact=exact):
+            out = ntk_attention(layer.query, layer.key, layer.value, state)
+            per_head = [tensor.transpose(0, 1).flatten(1).norm(dim=1) for tensor in (out - exact, exact)]
+            return [round(e, 5) for e in (per_head[0] / per_head[1]).tolist()]
+
+        errors[NO_PREFIX].append(error(None))
+        for name, options in STATES.items():
+            state = prefix_to_state(layer.prefix_key, layer.prefix_value, **options)
+            sizes[name] = rows_of(state)
+            errors[name].append(error(state))
+            on_state()
+    return errors, sizes
+
+
+def rows_of(state: PrefixState) -> int:
+    """Rows of z per head: what the state costs, in units of a key/value row."""
+    return state.num_centers * state.k.shape[-1]
+
+
+def measure_times(layer, lengths, device, seconds, on_length):
+    """Milliseconds of one input, and bytes that have to be kept for the prefix, for each length and method."""
+    one = layer._replace(query=layer.query[:1], key=layer.key[:1], value=layer.value[:1])
+    row_bytes = 4 * one.query.shape[1] * (one.prefix_key.shape[2] + one.prefix_value.shape[2])
+    times, held = {}, {}
+    for m in lengths:
+        functions = {
+            NO_PREFIX: lambda: ntk_attention(one.query, one.key, one.value),
+            "exact": exact_attention(one, m),
+        }
+        at_m = {"exact": m * row_bytes}
+        for name in TIMED:
+            options = STATES[name]
+            if isinstance(options["centers"], int):  # where they lie does not matter for the time
+                options = options | {"centers": one.prefix_key[:, : options["centers"]]}
+            state = prefix_to_state(one.prefix_key[:, :m], one.prefix_value[:, :m], **options)
+            functions[name] = lambda state=state: ntk_attention(one.query, one.key, one.value, state)
+            at_m[name] = state.nbytes
+        measured = timing.measure(functions, device, seconds=seconds)
+        for name, result in measured.items():
+            times.setdefault(name, []).append(result)
+        for name, size in at_m.items():
+            held.setdefault(name, []).append(size)
+        on_length()
+    return times, held
+
+
+def crossing(lengths, times, name) -> float | None:
+    """The prefix length from which on the state is faster than exact attention, between two lengths by interpolation.
+
+    0 if it is so at every length measured, None if at none.
+    """
+    gain = [exact["ms"] - ours["ms"] for exact, ours in zip(times["exact"], times[name], strict=True)]
+    slower = [i for i, g in enumerate(gain) if g <= 0]
+    if not slower:
+        return 0
+    i = slower[-1]
+    if i == len(lengths) - 1:
+        return None
+    return lengths[i] + (lengths[i + 1] - lengths[i]) * -gain[i] / (gain[i + 1] - gain[i])
+
+
+def error_table(errors, sizes, settings) -> Table:
+    table = Table(
+        title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, mean "
+        f"over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) or "
+        "around k-means centres (C)"
+    )
+    table.add_column("state", no_wrap=True)
+    table.add_column("rows per head", justify="right")
+    for i in range(len(errors[NO_PREFIX])):
+        table.add_column(f"layer {i}", justify="right")
+    for name, per_layer in errors.items():
+        cells = [f"{_short(sum(heads) / len(heads))} ({_short(max(heads))})" for heads in per_layer]
+        table.add_row(name, str(sizes[name]), *cells)
+    return table
+
+
+def _short(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.0f}"
+
+
+def time_table(lengths, times, held, break_even, settings) -> Table:
+    table = Table(
+        title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']} / "
+        "MiB to keep for the prefix"
+    )
+    table.add_column("rows of prefix", justify="right")
+    for name in times:
+        table.add_column(name, justify="right")
+    for i, m in enumerate(lengths):
+        table.add_row(
+            f"{m:,}",
+            *(
+                f"{results[i]['ms']:.2f}" + (f" / {held[name][i] / 2**20:.2f}" if name in held else "")
+                for name, results in times.items()
+            ),
+        )
+    table.add_section()
+    crossings = (_crossing_text(break_even[name], lengths) if name in break_even else "" for name in times)
+    table.add_row("faster than exact from", *crossings)
+    return table
+
+
+def _crossing_text(m: float | None, lengths) -> str:
+    if m is None:
+        return f"more than {lengths[-1]:,}"
+    return f"{lengths[0]:,} or fewer" if m == 0 else f"about {float(f'{m:.2g}'):,.0f}"
+
+
+def markdown(table: Table) -> str:
+    """The table for README: its title, then GitHub's table syntax."""
+    columns = [[column.header, *column._cells] for column in table.columns]
+    rows = list(zip(*columns, strict=True))
+    marks = ["---" if i == 0 else "---:" for i in range(len(columns))]
+    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:])]
+    return "\n".join([f"{table.title}:", "", *lines, ""])
+
+
+def plot(path, errors, lengths, times, held, settings) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), constrained_layout=True)
+    colors = dict(zip([NO_PREFIX, "exact", *STATES], plt.get_cmap("tab10").colors, strict=False))
+    for name, per_layer in errors.items():
+        means = [sum(heads) / len(heads) for heads in per_layer]
+        label = name if min(means) < ERROR_SHOWN else f"{name} (above: {_short(min(means))} to {_short(max(means))})"
+        left.plot(range(len(means)), means, marker="o", label=label, color=colors[name],
+                  ls=":" if name == NO_PREFIX else "-")  # fmt: skip
+    left.set(ylim=(0, ERROR_SHOWN), xlabel="layer", ylabel="relative error, mean over heads",
+             title=f"Error of the state of a {settings['prefix_rows']:,}-row prefix")  # fmt: skip
+    left.set_xticks(range(len(errors[NO_PREFIX])))
+    left.legend(fontsize=8)
+    for name, results in times.items():
+        ms = [result["ms"] for result in results]
+        style = {
+            "color": colors[name],
+            "ls": ":" if name == NO_PREFIX else "-",
+            "marker": "s" if name == "exact" else "o",
+        }
+        label = "exact prefix attention" if name == "exact" else name
+        middle.plot(lengths, ms, label=label, **style)
+        if name in held:
+            right.plot(lengths, [size / 2**20 for size in held[name]], label=label, **style)
+    middle.set(xscale="log", yscale="log", xlabel="rows of the prefix, m", ylabel="ms",
+               title=f"Time for {settings['input_rows']} tokens (backend {settings['backend']})")  # fmt: skip
+    right.set(xscale="log", yscale="log", xlabel="rows of the prefix, m", ylabel="MiB",
+              title="Memory to keep for the prefix, one layer")  # fmt: skip
+    for axes in (middle, right):
+        axes.set_xticks(lengths, [f"{m / 1000:.0f}k" if m >= 1000 else str(m) for m in lengths])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

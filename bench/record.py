@@ -1,0 +1,74 @@
+"""Where a run's figures go, and what they were measured on."""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name in lower case with dashes, or "cpu"."""
+    if torch.device(device).type != "cuda":
+        return torch.device(device).type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def results_folder(device: str, out: str | None) -> Path:
+    folder = ROOT / "bench" / "results" / device_name(device) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def environment(device: str) -> dict:
+    """Versions, commit, processor: the header of every record."""
+
+    def version_of(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    def git(*arguments):
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()  # fmt: skip
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device) if torch.device(device).type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "ntk_kernels": version_of("ntk-kernels"),
+        "commit": git("rev-parse", "--short=10", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "ntk_kernels", "reference", "bench/*.py")),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def save(path: Path, device: str, **figures) -> None:
+    """Writes a record: the environment and the figures, as JSON."""
+    record = {"environment": environment(device)} | figures
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

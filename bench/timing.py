@@ -1,0 +1,31 @@
+"""Times side by side: what is compared is run in turns, so that a noisy machine is noisy for all."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_rounds: int = 5) -> dict[str, dict]:
+    """Calls every function in turns for about `seconds` in all (not counting one warm-up round).
+
+    Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
+    """
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    for function in functions.values():
+        function()
+    synchronize()
+    times = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < min_rounds:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    results = {}
+    for name, samples in times.items():
+        low, median, high = statistics.quantiles(samples, n=4)
+        results[name] = {"ms": median, "low": low, "high": high, "rounds": len(samples)}
+    return results

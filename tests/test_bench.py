@@ -1,0 +1,104 @@
+"""The benchmarks on small sizes. The demo's encoder is not downloaded for tests: random tensors stand in for it."""
+
+import json
+
+import pytest
+import torch
+
+from bench import demo, encoder, record, timing
+from bench.__main__ import main
+from ntk_kernels import ntk_attention, prefix_to_state, reference
+
+
+def random_layers(prefix_rows, num_inputs, on_chunk=lambda: None):
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*lead):
+        return 0.5 * torch.randn(*lead, 8, generator=generator)
+
+    return [
+        encoder.Layer(
+            rand(2, prefix_rows), rand(2, prefix_rows), *(rand(num_inputs, 2, encoder.CHUNK) for _ in range(3))
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+
+
+def test_demo(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(encoder, "collect", random_layers)
+    monkeypatch.setattr(demo, "LENGTHS", [64, 256])
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["demo", "--device", "cpu", "--prefix-rows", "512", "--seconds", "0.01", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "served by backend='torch'" in printed
+    assert str(tmp_path / "demo.png") in printed.replace("\n", "")
+    assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    assert figures["prefix_lengths"] == [64, 256, 512]
+    assert figures["state_rows"]["taylor2, mean"] == 1 + 8 + 36
+    assert figures["bytes_held"]["exact"] == [64 * 2 * 16 * 4, 256 * 2 * 16 * 4, 512 * 2 * 16 * 4]
+    assert figures["environment"]["torch"] == torch.__version__
+
+    layer = random_layers(512, demo.NUM_INPUTS)[1]
+    exact = reference.prefix_attention(layer.query, layer.key, layer.value, layer.prefix_key, layer.prefix_value)
+    states = {"no prefix": None, "taylor1, mean": prefix_to_state(layer.prefix_key, layer.prefix_value)}
+    for name, state in states.items():
+        out = ntk_attention(layer.query, layer.key, layer.value, state)
+        for head in range(2):
+            error = (out[:, head] - exact[:, head]).norm() / exact[:, head].norm()
+            assert figures["relative_error"][name][1][head] == pytest.approx(error.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "gains, expected", [([-1, 1, 2], 15), ([1, 1, 1], 0), ([-1, -1, -1], None), ([1, -1, 3], 22.5)]
+)
+def test_crossing(gains, expected):
+    """Where exact attention becomes the slower one for good."""
+    times = {"exact": [{"ms": 5 + g} for g in gains], "state": [{"ms": 5}] * 3}
+    assert demo.crossing([10, 20, 30], times, "state") == expected
+
+
+def test_demo_refuses_odd_lengths():
+    with pytest.raises(SystemExit, match="--prefix-rows must be a positive multiple of 512, got 1000"):
+        main(["demo", "--prefix-rows", "1000"])
+
+
+def test_attention(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(
+        ["attention", "--device", "cpu", "--length", "64", "--heads", "2", "--seconds", "0.01", "--out", str(tmp_path)]
+    )
+    assert "ours, torch backend" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "attention.json").read_text())["milliseconds"]
+    assert set(figures) == {"forward", "forward + backward"}
+    assert all(times["low"] <= times["ms"] <= times["high"] for passes in figures.values() for times in passes.values())
+
+
+def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
+    from bench import attention
+
+    monkeypatch.setattr(attention, "ntk_attention", lambda q, *args, **kwargs: q)
+    with pytest.raises(RuntimeError, match="is wrong: relative error"):
+        main(["attention", "--device", "cpu", "--length", "64", "--out", str(tmp_path)])
+    assert not (tmp_path / "attention.json").exists()
+
+
+def test_help_names_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert "demo" in printed
+    assert "attention" in printed
+
+
+def test_timing_takes_turns():
+    order = []
+    result = timing.measure({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", seconds=0)
+    assert order == list("ab") * (len(order) // 2)
+    assert result["a"]["rounds"] == len(order) // 2 - 1
+
+
+def test_records_say_where_they_come_from(tmp_path):
+    record.save(tmp_path / "x.json", "cpu", figure=1)
+    environment = json.loads((tmp_path / "x.json").read_text())["environment"]
+    assert {"date", "device", "torch", "triton", "ntk_kernels", "commit", "uncommitted_changes"} <= set(environment)
