@@ -159,9 +159,9 @@ def crossing(lengths, times, name) -> float | None:
 
 def error_table(errors, sizes, settings) -> Table:
     table = Table(
-        title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, mean "
-        f"over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) or "
-        "around k-means centres (C)"
+        title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, "
+        f"mean over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) "
+        "or around k-means centres (C)"
     )
     table.add_column("state", no_wrap=True)
     table.add_column("rows per head", justify="right")
@@ -179,8 +179,8 @@ def _short(x: float) -> str:
 
 def time_table(lengths, times, held, break_even, settings) -> Table:
     table = Table(
-        title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']} / "
-        "MiB to keep for the prefix"
+        title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']}"
+        " / MiB to keep for the prefix"
     )
     table.add_column("rows of prefix", justify="right")
     for name in times:
