@@ -70,6 +70,7 @@ def ntk_attention(
         scale = 1 / math.sqrt(head_dim)
     checks.check_finite("scale", scale)
     checks.check_bool("is_causal", is_causal)
+    checks.check_bool("return_lse", return_lse)
     if softcap is not None:
         checks.check_finite("softcap", softcap, positive=True)
     if window is not None:
@@ -90,8 +91,9 @@ def ntk_attention(
     else:
         raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
 
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
 
     backend = choose_backend(backend, query, attn_mask, softcap)

@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value) -> None:
@@ -20,8 +20,8 @@ def check_tensor(name: str, value) -> None:
 
 def check_floating(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple, names: str) -> None:
@@ -43,11 +43,13 @@ def check_bool(name: str, value) -> None:
         raise TypeError(f"`{name}` must be a bool, got {type(value).__name__}")
 
 
-def check_int(name: str, value, *, minimum: int | None = None) -> None:
+def check_int(name: str, value, *, minimum: int = -(2**62), maximum: int = 2**62) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
-    if minimum is not None and value < minimum:
+    if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+    if value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum}, got {value}")
 
 
 def check_finite(name: str, value, *, positive: bool = False) -> None:
@@ -67,10 +69,8 @@ def check_one_of(name: str, value, allowed: tuple) -> None:
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """`query` [B, Hq, Lq, D], `key` [B, Hkv, Lk, D], `value` [B, Hkv, Lk, Dv]; one dtype, one device."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+        check_floating(name, tensor)
     check_shape("query", query, (None, None, None, None), "B Hq Lq D")
-    if query.dtype not in QUERY_DTYPES:
-        raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
     batch, num_heads, _, head_dim = query.shape
     if head_dim == 0:
         raise ValueError(f"`query` must have a head dimension D of at least 1, got shape {list(query.shape)}")
@@ -90,7 +90,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     check_tensor("attn_mask", attn_mask)
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+    if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
         raise TypeError(f"`attn_mask` must be bool (True = visible) or floating-point, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"`attn_mask` must be on the device of `query`, {query.device}, got {attn_mask.device}")

@@ -55,7 +55,7 @@ def prefix_to_state(
     """
     checks.check_floating("prefix_key", prefix_key)
     checks.check_floating("prefix_value", prefix_value)
-    if prefix_key.dim() not in (3, 4) or prefix_key.shape[-1] == 0:
+    if prefix_key.dim() not in (3, 4) or 0 in (*prefix_key.shape[:-2], prefix_key.shape[-1]):
         raise ValueError(f"`prefix_key` must have shape [Hs, m, D] or [N, Hs, m, D], got {list(prefix_key.shape)}")
     letters = "N Hs m Dv" if prefix_key.dim() == 4 else "Hs m Dv"
     checks.check_shape("prefix_value", prefix_value, (*prefix_key.shape[:-1], None), letters)
@@ -72,16 +72,18 @@ def prefix_to_state(
 
     lead = prefix_key.shape[:-2]
     dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
+    checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
     centers = _centers(centers, prefix_key, feature_map, dtype, seed)
     prefix_key, prefix_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
     flat = None if centers is None else centers.flatten(0, -3)
-    per_head = [
-        _sum_features(
-            prefix_key[head].to(dtype), prefix_value[head].to(dtype), None if flat is None else flat[head],
-            feature_map, scale / feature_scale,
-        )
-        for head in range(prefix_key.shape[0])
-    ]  # fmt: skip
+    with torch.autocast(prefix_key.device.type, enabled=False):
+        per_head = [
+            _sum_features(
+                prefix_key[head].to(dtype), prefix_value[head].to(dtype), None if flat is None else flat[head],
+                feature_map, scale / feature_scale,
+            )
+            for head in range(prefix_key.shape[0])
+        ]  # fmt: skip
     z, k, count = (torch.stack(parts) for parts in zip(*per_head, strict=True))
     mid = () if centers is None else (centers.shape[-2],)
     return PrefixState(
@@ -100,8 +102,10 @@ def _sum_features(keys: Tensor, values: Tensor, centers: Tensor | None, feature_
     if centers is None:
         groups = [torch.arange(keys.shape[0], device=keys.device)]
     else:
-        # |k - μ|² without the |k|² that all centres share
-        distance = (centers.square().sum(-1) - 2 * keys @ centers.mT).detach()
+        # |k - μ|² without the |k|² that all centres share, both taken from the centres' mean: keys share a large one
+        origin = centers.mean(0)
+        shifted = centers - origin
+        distance = (shifted.square().sum(-1) - 2 * (keys - origin) @ shifted.mT).detach()
         nearest = distance.argmin(-1)
         order = nearest.argsort(stable=True)
         groups = order.split(torch.bincount(nearest, minlength=centers.shape[0]).tolist())
@@ -159,6 +163,8 @@ def _k_means(prefix_key: Tensor, num_centers: int, seed: int) -> Tensor:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("an int for `centers` needs scikit-learn: pip install 'ntk-kernels[convert]'") from error
+    if not prefix_key.isfinite().all():
+        raise ValueError("`prefix_key` must be finite to find centres in it, got NaN or inf")
     lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(num_rows, generator=generator)[: _SAMPLES_PER_CENTER * num_centers]

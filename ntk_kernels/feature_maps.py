@@ -35,9 +35,9 @@ def _pairs(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def features(x: Tensor, feature_map: str) -> Tensor:
-    """φ(x): [..., D] -> [..., r] in the dtype of `x`, which "elu" overwrites if it records no gradient."""
+    """φ(x): [..., D] -> [..., r] in the dtype of `x`."""
     if feature_map == "elu":
-        return torch.nn.functional.elu(x, inplace=not x.requires_grad).add_(1)
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
     one = x.new_ones(()).expand(*x.shape[:-1], 1)
     if feature_map == "taylor1":
         return torch.cat([one, x], dim=-1)

@@ -78,6 +78,9 @@ class PrefixState:
             for name in ("values", "bias"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` must come with `keys`, got `keys` = None")
+        if self.num_states == 0 or self.num_heads == 0:
+            name = "keys" if self.k is None else "k"
+            raise ValueError(f"`{name}` must have at least one state and head, got {list(self._any.shape)}")
         for name, tensor in self.tensors().items():
             if tensor.device != self.device:
                 raise ValueError(f"`{name}` must be on the device of the other tensors, {self.device}, "
@@ -87,6 +90,8 @@ class PrefixState:
         checks.check_one_of("feature_map", self.feature_map, FEATURE_MAPS)
         if self.feature_scale is not None:
             checks.check_finite("feature_scale", self.feature_scale)
+        if self.centers is not None and self.centers.dim() not in (3, 4):
+            raise ValueError(f"`centers` must have 3 or 4 dimensions, [N?, Hs, C, D], got {list(self.centers.shape)}")
         mid, mid_names = ((), "") if self.centers is None else ((self.centers.shape[-2],), "C ")
         stack = self.k.dim() - len(mid) - 2
         if stack not in (0, 1):
@@ -240,7 +245,7 @@ class PrefixState:
         """
         if not isinstance(other, PrefixState):
             raise TypeError(f"`other` must be a PrefixState, got {type(other).__name__}")
-        same = ["num_heads", "head_dim", "value_dim", "is_stack", "num_states"]
+        same = ["num_heads", "head_dim", "value_dim", "is_stack", "num_states", "device"]
         if self.k is not None and other.k is not None:
             same += ["feature_map", "feature_scale"]
         for name in same:
@@ -277,6 +282,8 @@ class PrefixState:
         Raises:
             ValueError: if there is no state, one is a stack already, or feature maps, scales or sizes differ.
         """
+        if isinstance(states, PrefixState):
+            raise TypeError("`states` must be a sequence of PrefixStates, got one PrefixState")
         states = list(states)
         if not states:
             raise ValueError("`states` must hold at least one PrefixState, got none")
@@ -286,7 +293,7 @@ class PrefixState:
                 raise TypeError(f"`states[{i}]` must be a PrefixState, got {type(state).__name__}")
             if state.is_stack:
                 raise ValueError(f"`states[{i}]` must be a single state, got a stack of {state.num_states}")
-            for name in ("num_heads", "head_dim", "value_dim", "feature_map", "feature_scale"):
+            for name in ("num_heads", "head_dim", "value_dim", "feature_map", "feature_scale", "device"):
                 ours, theirs = getattr(first, name), getattr(state, name)
                 if ours != theirs:
                     raise ValueError(f"`states[{i}]` must have the same {name} as states[0], {ours!r}, got {theirs!r}")
@@ -336,7 +343,8 @@ class PrefixState:
     def save(self, path) -> None:
         """Writes the state to `path` as a safetensors file (needs the `io` extra)."""
         _, save_file = _safetensors()
-        description = {"feature_map": self.feature_map, "feature_scale": self.feature_scale}
+        feature_scale = None if self.feature_scale is None else float(self.feature_scale)
+        description = {"feature_map": self.feature_map, "feature_scale": feature_scale}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(description)}
         # Copies: safetensors refuses tensors that share memory.
         tensors = {
@@ -355,7 +363,11 @@ class PrefixState:
         """
         safe_open, _ = _safetensors()
         if not Path(path).is_file():
-            raise FileNotFoundError(f"`path` must be a prefix-state file, got {str(path)!r}, which does not exist")
+            raise FileNotFoundError(f"`path` must be a prefix-state file, got {str(path)!r}, which is no file")
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"`device` must be a torch.device or its name, got {device!r}") from error
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -456,7 +468,8 @@ def _same_centers(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _flatten(state: PrefixState):
     tensors = state.tensors()
-    return list(tensors.values()), (tuple(tensors), state.feature_map, state.feature_scale)
+    # A list, not a tuple: it has to be the same after a trip through JSON (torch.export.save).
+    return list(tensors.values()), [list(tensors), state.feature_map, state.feature_scale]
 
 
 def _flatten_with_keys(state: PrefixState):

@@ -11,7 +11,9 @@ For batch row b, query head h, query row i:
     out_i = (Σ_j e^{s_ij} v_j + N_i) / (Σ_j e^{s_ij} + M_i)
     lse_i = log(Σ_j e^{s_ij} + M_i)
 
-A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0.
+A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0. Where a prefix has
+no mass, nothing bounds its weight w_ic e^{-lse_i} in the output; it is cut off at e^40, so that no finite input gives
+an infinite output.
 
 Gradients (what the fused backends compute; here autograd does). With P_ij = e^{s_ij - lse_i}, the gradient
 dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
@@ -92,7 +94,8 @@ def ntk_attention(
             return None
         tensor = tensor if state.is_stack else tensor[None]
         if state_index is not None:
-            tensor = tensor[state_index.long().clamp(min=0)]
+            none = (state_index < 0).reshape(-1, *(1,) * (tensor.dim() - 1))
+            tensor = tensor[state_index.long().clamp(min=0)].masked_fill(none, 0)
         return tensor.to(dtype).repeat_interleave(num_heads // tensor.shape[1], dim=1)
 
     def absent(logits):  # batch rows with index -1 have no state
@@ -110,36 +113,29 @@ def ntk_attention(
             value = torch.cat([of_state("values").expand(*value.shape[:2], -1, -1), value], dim=-2)
 
         k = of_state("k")
-        prefix_logits = torch.full_like(q[..., :1], -math.inf)  # of the centres, where there is mass
+        log_mass = torch.full_like(q[..., :1], -math.inf)
         if k is not None:
             z, centers, log_scale = of_state("full_z"), of_state("centers"), of_state("log_scale")
             if centers is None:  # one centre at the origin
                 z, k, centers = z[:, :, None], k[:, :, None], q.new_zeros(1, 1, 1, q.shape[3])
                 log_scale = None if log_scale is None else log_scale[:, :, None]
-            log_w = scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :])
-            log_w = absent(log_w)
-            phi = feature_map(q * (math.sqrt(scale) if state.feature_scale is None else state.feature_scale),
-                              state.feature_map)  # fmt: skip
-            top = log_w.detach().amax(-1, keepdim=True)
+            log_w = absent(scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :]))
+            feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
+            phi = feature_map(feature_scale * q, state.feature_map)
+            mass = torch.einsum("bhir,bhcr->bhic", phi, k)  # of each centre, without its weight
+            top = log_w.detach().masked_fill(mass == 0, -math.inf).amax(-1, keepdim=True)
             top = top.masked_fill(top == -math.inf, 0)
-            has_mass = torch.einsum("bhic,bhir,bhcr->bhi", (log_w - top).exp(), phi, k)[..., None] > 0
-            prefix_logits = log_w.masked_fill(~has_mass, -math.inf)
+            mass = ((log_w - top).masked_fill(mass == 0, -math.inf).exp() * mass).sum(-1, keepdim=True)
+            log_mass = (top + mass.masked_fill(mass <= 0, 1).log()).masked_fill(mass <= 0, -math.inf)
 
-        # Any shift gives the same result; this one keeps every exponential of the denominator <= 1.
-        shift = torch.cat([scores, prefix_logits], dim=-1).detach().amax(-1, keepdim=True)
-        shift = shift.masked_fill(shift == -math.inf, 0)
-        p = (scores - shift).exp()
-        numerator, denominator = p @ value, p.sum(-1, keepdim=True)
+        logits = torch.cat([scores, log_mass], dim=-1)
+        empty = (logits == -math.inf).all(-1, keepdim=True)
+        lse = logits.masked_fill(empty, 0).logsumexp(-1, keepdim=True)
+        out = (scores - lse).exp() @ value
         if k is not None:
-            # Without mass nothing bounds w; stop short of the dtype's overflow, so that 0 · w stays 0.
-            w = (log_w - shift).clamp(max=math.log(torch.finfo(dtype).max) - 8).exp()
-            numerator = numerator + torch.einsum("bhic,bhir,bhcrd->bhid", w, phi, z)
-            denominator = denominator + torch.einsum("bhic,bhir,bhcr->bhi", w, phi, k)[..., None].relu()
-
-        empty = denominator == 0
-        denominator = denominator.masked_fill(empty, 1)
-        out = (numerator / denominator).masked_fill(empty, 0).to(query.dtype)
-        lse = (shift + denominator.log()).masked_fill(empty, -math.inf).squeeze(-1)
+            out = out + torch.einsum("bhic,bhir,bhcrd->bhid", (log_w - lse).clamp(max=40).exp(), phi, z)
+        out = out.masked_fill(empty, 0).to(query.dtype)
+        lse = lse.masked_fill(empty, -math.inf).squeeze(-1)
     return (out, lse) if return_lse else out
 
 

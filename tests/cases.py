@@ -34,7 +34,7 @@ class Case:
 
 def make_state(
     generator, *, head_dim, value_dim, heads, feature_map="elu", stack=None, centers=None, rank=None, rows=0,
-    bias=True, log_scale=False, feature_scale=None, dtype=F32, mass="positive", center_magnitude=1.0,
+    empty_rows=False, bias=True, log_scale=False, feature_scale=None, dtype=F32, mass="positive", center_magnitude=1.0,
 ):  # fmt: skip
     """A random state. `mass`: "positive" (k is a sum of features, as of a real prefix), "mixed" (any sign, so that
     the clamp acts on some rows), "constant" (k has the constant feature only) or "none" (k = 0)."""
@@ -65,7 +65,7 @@ def make_state(
             tensors["centers"] = center_magnitude * rand(*lead, centers, head_dim)
         if log_scale:
             tensors["log_scale"] = rand(*lead, *mid) - 1
-    if rows:
+    if rows or empty_rows:
         tensors["keys"], tensors["values"] = rand(*lead, rows, head_dim), rand(*lead, rows, value_dim)
         if bias:
             tensors["bias"] = rand(*lead, rows)
@@ -147,6 +147,7 @@ CASES = [
     Case("low_rank_centres", "a pair for each centre", state={"rank": 2, "centers": 3} | TAYLOR1),
     Case("rows", "exact rows beside the expansion", state={"rows": 5} | TAYLOR1, options=CAUSAL),
     Case("rows_unbiased", "exact rows, bias 0", state={"rows": 3, "bias": False}),
+    Case("rows_zero", "R = 0", state={"rows": 0, "empty_rows": True}),
     Case("rows_only", "no expansion at all", state={"rows": 4, "feature_map": None}, options=CAUSAL),
     Case("all_parts", "everything at once", state={"rows": 3, "centers": 2, "rank": 2, "log_scale": True} | TAYLOR1),
     Case("state_per_query_head", "Hs = Hq", state={"heads": 4, "rows": 2, "centers": 2} | TAYLOR1, options=CAUSAL),
@@ -211,7 +212,8 @@ CASES = [
     Case("blhd_cache", "views of [B, L, H, D], several ranges", layout="BLHD", seq_q=19, seq_k=63, options=CAUSAL),
     Case("bhdl", "last stride is not 1", layout="BHDL", options=CAUSAL),
     Case("scale", "OPT pre-scales its queries", options=CAUSAL | {"scale": 1.0}),
-    Case("scale_zero", "every visible key weighs the same", options={"scale": 0.0}),
+    Case("scale_zero", "every visible key weighs the same", options=CAUSAL | {"scale": 0.0}),
+    Case("scale_negative", "", options=CAUSAL | {"scale": -0.5}, state={"feature_scale": 0.5}),
     # logits of about ±1000
     Case("huge_plain", "", magnitude=30, state=None, options=CAUSAL),
     Case("huge_elu", "", magnitude=30, options=CAUSAL),

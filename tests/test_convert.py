@@ -164,7 +164,7 @@ REFUSED = {
     "rank": ((keys[0], values[0]), {}, ValueError, r"`prefix_key` must have shape \[Hs, m, D\] or"),
     "rows": ((keys, values[:, :7]), {}, ValueError, r"`prefix_value` must have shape \[Hs=2, m=50, Dv\], got \[2, 7, 5"),
     "dtype": ((keys, values.double()), {}, ValueError, "`prefix_value` must have the dtype of `prefix_key`"),
-    "integers": ((keys.long(), values), {}, TypeError, "`prefix_key` must be a floating-point tensor"),
+    "integers": ((keys.long(), values), {}, TypeError, "`prefix_key` must be float16, bfloat16, float32 or float64, got torch.int64"),
     "map": ((keys, values, "relu"), {}, ValueError, "`feature_map` must be one of"),
     "centers_word": ((keys, values), {"centers": "median"}, ValueError, "`centers` must be one of 'mean', got 'median'"),
     "centers_zero": ((keys, values), {"centers": 0}, ValueError, "`centers` must be at least 1, got 0"),
@@ -173,6 +173,9 @@ REFUSED = {
     "centers_float": ((keys, values), {"centers": 2.5}, TypeError, "`centers` must be 'mean', an int, a tensor or None"),
     "centers_shape": ((keys, values), {"centers": torch.rand(2, 3, 5)}, ValueError,
                       r"`centers` must have shape \[Hs=2, C, D=6\], got \[2, 3, 5\]"),
+    "no_heads": ((keys[:0], values[:0]), {}, ValueError, r"`prefix_key` must have shape \[Hs, m, D\] or .* got \[0, 50, 6\]"),
+    "nan": ((keys * math.nan, values), {"centers": 2}, ValueError, "`prefix_key` must be finite"),
+    "seed": ((keys, values), {"centers": 2, "seed": -1}, ValueError, "`seed` must be at least 0, got -1"),
     "scale": ((keys, values), {"scale": math.inf}, ValueError, "`scale` must be finite, got inf"),
     "scale_sign": ((keys, values), {"scale": -1.0}, ValueError, "`scale` must be positive, got -1.0"),
     "feature_scale": ((keys, values), {"feature_scale": 0.0}, ValueError, "`feature_scale` must be positive, got 0.0"),
@@ -183,6 +186,22 @@ REFUSED = {
 def test_refuses(arguments, options, error, message):
     with pytest.raises(error, match=message):
         prefix_to_state(*arguments, **options)
+
+
+def test_autocast_changes_nothing():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = prefix_to_state(keys, values)
+    for name, tensor in prefix_to_state(keys, values).tensors().items():
+        assert torch.equal(tensor, inside.tensors()[name])
+
+
+def test_nearest_centre_under_a_large_mean():
+    """The mean that all keys share must not cost the digits that tell the centres apart."""
+    keys = 300 + torch.randn(1, 2000, 64, dtype=F64)
+    centers, values = keys[:, :16].float(), torch.ones(1, 2000, 1)
+    expected = torch.cdist(keys[0].float().double(), centers[0].double()).argmin(-1).bincount(minlength=16)
+    counts = prefix_to_state(keys.float(), values, centers=centers).log_scale.exp().round()
+    assert counts[0].tolist() == expected.tolist()
 
 
 def test_result_is_a_state():

@@ -226,3 +226,95 @@ def test_switched_off_parts_add_nothing(backend):
             assert (ours[:, 2] == 0).all(), name
             ours = ours[:, :2]
         torch.testing.assert_close(ours, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@all_backends
+def test_a_centre_without_content_outshines_nobody(backend):
+    """z_c = k_c = 0 at a logit of +480: as if it were not there. Its gradient is there, though: it may be trained."""
+    query, key, value = (tensor.float() for tensor in qkv())
+    state = a_state(feature_map="taylor1", centers=2, dtype=torch.float32)
+    z, k, centers = state.z.clone(), state.k.clone(), state.centers.clone()
+    z[:, 1] = k[:, 1] = 0
+    query = query.abs() * 8
+    centers[:, 1] = 60
+    alone = PrefixState(z[:, :1], k[:, :1], "taylor1", centers=centers[:, :1])
+    both = PrefixState(z, k, "taylor1", centers=centers)
+    expected, expected_lse = ntk_attention(query, key, value, alone, return_lse=True, backend=backend)
+    out, lse = ntk_attention(query, key, value, both, return_lse=True, backend=backend)
+    torch.testing.assert_close(lse, expected_lse)
+    torch.testing.assert_close(out, expected)
+
+
+@all_backends
+def test_a_zero_state_can_be_trained(backend):
+    """Zeros everywhere, several centres: z and k must get a gradient, or they stay zeros."""
+    query, key, value = (tensor.float() for tensor in qkv())
+    z, k = torch.zeros(2, 3, 9, 8, requires_grad=True), torch.zeros(2, 3, 9, requires_grad=True)
+    out = ntk_attention(query, key, value, PrefixState(z, k, "taylor1", centers=torch.randn(2, 3, 8)), backend=backend)
+    assert (torch.autograd.grad(out.sum(), z)[0].abs().amax((0, 2, 3)) > 0).all()
+
+
+@all_backends
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_a_zero_state_at_logits_of_minus_1000_has_finite_gradients(feature_map, backend):
+    """The state's weight e^1000 is cut off, also under the loss scale of mixed-precision training."""
+    query = torch.full((1, 2, 64, 8), 30.0)
+    key, value = torch.full((1, 2, 64, 8), -12.0), torch.randn(1, 2, 64, 8)
+    r = feature_dim(feature_map, 8)
+    state = PrefixState(torch.zeros(2, r, 8), torch.zeros(2, r), feature_map)
+
+    def attention(*args, **kwargs):
+        return ntk_attention(*args, **kwargs, backend=backend)
+
+    for name, result in run(
+        attention, query, key, value, state, {}, grad_out=65536 * torch.randn(1, 2, 64, 8)
+    ).items():  # fmt: skip
+        assert result.isfinite().all(), name
+
+
+@all_backends
+def test_states_do_not_reach_rows_that_use_none(backend):
+    """Not even a NaN of state 0, which index -1 might pick by accident."""
+    query, key, value = qkv()
+    stack = PrefixState.stack([a_state(rows=1)] * 2)
+    for tensor in stack.tensors().values():
+        tensor[0] = math.nan
+    out, lse = ntk_attention(
+        query, key, value, stack, state_index=torch.tensor([-1, 1]), return_lse=True, backend=backend
+    )  # fmt: skip
+    expected, expected_lse = ntk_attention(query[:1], key[:1], value[:1], return_lse=True, backend=backend)
+    torch.testing.assert_close(out[:1], expected)
+    torch.testing.assert_close(lse[:1], expected_lse)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
+def test_what_stands_in_padding_stays_there(content):
+    """Keys and values that a mask hides from every row, as the unused end of a static cache."""
+    query, key, value = (tensor.float() for tensor in qkv(seq_k=30))
+    visible = torch.arange(30) < 22
+    expected = ntk_attention(query, key[:, :, :22], value[:, :, :22], a_state(), backend="torch")
+    key[:, :, 22:] = value[:, :, 22:] = content
+    out = ntk_attention(query, key, value, a_state(), attn_mask=visible[None], backend="torch")
+    torch.testing.assert_close(out, expected)
+
+
+@all_backends
+@pytest.mark.parametrize("seq_k", [1, 5, 21])
+def test_nan_query_over_few_keys(seq_k, backend):
+    query, key, value = (tensor.float() for tensor in qkv(seq_k=seq_k))
+    query[0, 1, 3, 2] = math.nan
+    out, lse = ntk_attention(query, key, value, return_lse=True, backend=backend)
+    assert out[0, 1, 3].isnan().all()
+    assert lse[0, 1, 3].isnan()
+    assert out.isnan().sum() == 8
+
+
+@all_backends
+def test_elu_does_not_cancel(backend):
+    """φ(-20) is e^-20, not 0."""
+    state = PrefixState(torch.full((1, 1, 1), 2.0), torch.ones(1, 1), "elu")
+    nothing = torch.zeros(1, 1, 0, 1)
+    query = torch.full((1, 1, 1, 1), -20.0)
+    out, lse = ntk_attention(query, nothing, nothing, state, return_lse=True, backend=backend)
+    assert (out.item(), lse.item()) == (pytest.approx(2), pytest.approx(-20))

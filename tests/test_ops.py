@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import CASES, make_inputs
 from oracle import leaves
 
@@ -136,6 +137,21 @@ def test_export_with_a_state_as_input():
     program = torch.export.export(Attend(), (query, key, value, state))
     expected = ntk_attention(query, key, value, state)
     torch.testing.assert_close(program.module()(query, key, value, state), expected, rtol=0, atol=0)
+
+
+def test_exported_program_with_a_state_survives_a_file(tmp_path):
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, state):
+            return ntk_attention(query, key, value, state)
+
+    query, key, value = torch.randn(3, 2, 2, 12, 8)
+    z, k, mu = torch.rand(2, 1, 9, 8), torch.rand(2, 1, 9), torch.randn(2, 1, 8)
+    state = PrefixState(z, k, "taylor1", centers=mu, log_scale=torch.rand(2, 1), feature_scale=0.5)
+    program = torch.export.export(Attend(), (query, key, value, state))
+    program.example_inputs = None  # a file of them needs torch.serialization.add_safe_globals([PrefixState])
+    torch.export.save(program, tmp_path / "attend.pt2")
+    out = torch.export.load(tmp_path / "attend.pt2").module()(query, key, value, state)
+    assert torch.equal(out, ntk_attention(query, key, value, state))
 
 
 def test_checkpoint_recomputes_the_same():

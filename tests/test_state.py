@@ -76,11 +76,15 @@ def write(path, *, metadata=None, **tensors):
 
 def test_load_refuses_foreign_files(tmp_path):
     path = tmp_path / "state.safetensors"
-    with pytest.raises(FileNotFoundError, match="`path`.*does not exist"):
+    with pytest.raises(FileNotFoundError, match="`path`.*is no file"):
         PrefixState.load(path)
+    with pytest.raises(FileNotFoundError, match="`path`.*is no file"):
+        PrefixState.load(tmp_path)
     path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
     with pytest.raises(ValueError, match="`path` must be a safetensors file"):
         PrefixState.load(path)
+    with pytest.raises(ValueError, match="`device` must be a torch.device or its name, got 'nowhere'"):
+        PrefixState.load(path, device="nowhere")
     z, k = torch.rand(2, 4, 6), torch.rand(2, 4)
     write(path, metadata={}, z=z, k=k)
     with pytest.raises(ValueError, match=r"written by PrefixState\.save.*format None"):
@@ -172,6 +176,7 @@ def test_merge_refuses_what_does_not_add():
         (a_state(stack=2), "is_stack"),
         (a_state(feature_scale=2.0), "feature_scale"),
         (a_state(feature_map="taylor1"), "feature_map"),
+        (a_state().to("meta"), "device"),
     ):
         with pytest.raises(ValueError, match=f"`other` must have the same {name} as the state"):
             state.merge(other)
@@ -208,6 +213,8 @@ def test_stack_serves_each_state(recipes):
 
 
 def test_stack_refuses_what_does_not_go_together():
+    with pytest.raises(TypeError, match="`states` must be a sequence of PrefixStates, got one"):
+        PrefixState.stack(a_state())
     with pytest.raises(ValueError, match="`states` must hold at least one"):
         PrefixState.stack([])
     with pytest.raises(TypeError, match=r"`states\[1\]` must be a PrefixState, got int"):
@@ -232,12 +239,15 @@ REFUSED = {
     "z_shape": (dict(z=z[:, :3], k=k, feature_map="elu"), ValueError, r"`z` must have shape \[Hs=2, r=4, Dv\]"),
     "no_such_dim": (dict(z=z, k=k, feature_map="taylor2"), ValueError, r"`k` must end in r = feature_dim\('taylor2', D"),
     "k_rank": (dict(z=z, k=k[None, None], feature_map="elu"), ValueError, "`k` must have 2 or 3 dimensions"),
-    "integers": (dict(z=z.long(), k=k, feature_map="elu"), TypeError, "`z` must be a floating-point tensor, got torch.i"),
+    "integers": (dict(z=z.long(), k=k, feature_map="elu"), TypeError, "`z` must be float16, .* got torch.int64"),
     "list": (dict(z=z.tolist(), k=k, feature_map="elu"), TypeError, "`z` must be a torch.Tensor, got list"),
     "feature_scale": (dict(z=z, k=k, feature_map="elu", feature_scale=math.nan), ValueError,
                       "`feature_scale` must be finite, got nan"),
     "many_centres": (dict(z=z[:, None].expand(-1, 2, -1, -1), k=k[:, None].expand(-1, 2, -1),
                           centers=torch.rand(2, 2, 4), feature_map="elu"), ValueError, "got C=2"),
+    "centre_rank": (dict(z=z, k=k, centers=torch.rand(4), feature_map="elu"), ValueError, r"`centers` must have 3 or 4 dimensions"),
+    "no_heads": (dict(z=z[:0], k=k[:0], feature_map="elu"), ValueError, "`k` must have at least one state and head"),
+    "float8": (dict(z=z.to(torch.float8_e5m2), k=k, feature_map="elu"), TypeError, "`z` must be float16, .*float8"),
     "centre_dim": (dict(z=z[:, None], k=k[:, None], centers=torch.rand(2, 1, 5), feature_map="elu"), ValueError,
                    r"`centers` must have shape \[Hs=2, C, D=4\], got \[2, 1, 5\]"),
     "log_scale": (dict(z=z, k=k, log_scale=torch.rand(3), feature_map="elu"), ValueError,

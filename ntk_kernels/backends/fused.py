@@ -24,12 +24,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias
     """
     value_dim = v.shape[3]
     q, k, v = _pad(q, k, v)
+    q, scale = _positive_scale(q, scale)
     out, lse, *_ = _op(q, k, v, is_causal, bias).forward(q, k, v, scale, is_causal, bias)
     out, lse = out[..., :value_dim], lse[..., : q.shape[2]]
     if bias is not None:  # the ops say nothing useful of such rows: lse = 0 on the CPU
         empty = (bias == -math.inf).all(-1)
         lse = lse.masked_fill(empty, -math.inf)
         out = out.masked_fill(empty.unsqueeze(-1), 0)
+    if not q.is_cuda and (zero := lse == 0).any():
+        # The CPU op takes a row of NaN scores over a few keys for one without visible keys: out = 0, lse = 0.
+        lost = zero & ~q.isfinite().all(-1)
+        lse, out = lse.masked_fill(lost, math.nan), out.masked_fill(lost.unsqueeze(-1), math.nan)
     return out, lse
 
 
@@ -38,13 +43,16 @@ def backward(
     bias: Tensor | None,
 ):  # fmt: skip
     """Gradients of `q`, `k`, `v` through these keys, where `out` and `lse` are those of the whole softmax."""
-    head_dim, value_dim = q.shape[3], v.shape[3]
+    head_dim, value_dim, to_query = q.shape[3], v.shape[3], scale
     q, k, v = _pad(q, k, v)
+    q, scale = _positive_scale(q, scale)
     if v.shape[3] != value_dim:
         out, grad_out = (torch.nn.functional.pad(t, (0, v.shape[3] - value_dim)) for t in (out, grad_out))
     out, grad_out = (_unit_stride(t) for t in (out, grad_out))
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # rows that see nothing: P = 0
     grad_q, grad_k, grad_v = _op(q, k, v, is_causal, bias).backward(grad_out, q, k, v, out, lse, scale, is_causal, bias)
+    if scale != to_query:
+        grad_q = grad_q * to_query
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :value_dim]
 
 
@@ -55,6 +63,11 @@ def _pad(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         dim = -(-dim // 8) * 8
     tensors = [torch.nn.functional.pad(t, (0, dim - t.shape[3])) if t.shape[3] != dim else t for t in (q, k, v)]
     return [_unit_stride(t) for t in tensors]
+
+
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The ops hide keys by -inf and then multiply by the scale, which must not be 0 or negative."""
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

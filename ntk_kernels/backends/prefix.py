@@ -17,7 +17,7 @@ from .layout import empty_grad
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: fill the cache, not the memory
 _MIN_CHUNK_ROWS = 64
-_MAX_EXPONENT = 80.0  # e^80 nears float32's largest; only the weight of a prefix without mass gets there
+_MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which nothing else bounds (see the reference)
 
 
 def normaliser(lse: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Prefix:
         self.num_heads = (row_keys if k is None else k).shape[1]
         absent = None
         if state_index is not None:
-            absent = (state_index < 0)[:, None, None]
+            absent = state_index < 0
             if k is not None and log_scale is None:
                 log_scale = k.new_zeros(k.shape[:3])
             if row_keys is not None and row_bias is None:
@@ -59,8 +59,8 @@ class Prefix:
                 return None
             if state_index is not None:
                 tensor = tensor.index_select(0, state_index.clamp(min=0))
-                if is_logit:
-                    tensor = tensor.masked_fill(absent, -math.inf)
+                fill = -math.inf if is_logit else 0
+                tensor = tensor.masked_fill(absent.reshape(-1, *(1,) * (tensor.dim() - 1)), fill)
             return tensor.to(dtype).unsqueeze(2)
 
         self.zk = self.row_keys = None
@@ -70,6 +70,9 @@ class Prefix:
             self.centers = gather(centers)  # [., Hs, 1, C, D]
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
+            # A centre without content must not outshine the others as `top`; if all are so, none does.
+            has_content = self.zk.unflatten(3, (self.num_centers, -1)).ne(0).any(-1).any(-1).unsqueeze(3)
+            self.is_empty = ~has_content & has_content.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
         if row_keys is not None:
             self.row_keys, self.row_values = gather(row_keys), gather(row_values)  # [., Hs, 1, R, D or Dv]
             row_bias = gather(row_bias, is_logit=True)
@@ -103,8 +106,8 @@ class Prefix:
             log_weight.add_(self.log_scale)
         if self.num_centers == 1:
             return LinearTerm(x, phi, None, phi, log_weight[..., 0])
-        top = log_weight.amax(-1)
-        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).exp_()
+        top = log_weight.masked_fill(self.is_empty, -math.inf).amax(-1)
+        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=_MAX_EXPONENT).exp_()
         return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
 
 
@@ -175,7 +178,7 @@ def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
     term = prefix.linear_term(q)
     weight = term.weight_in(normaliser)
     has_mass = (term.features @ prefix.zk[..., -1:]).squeeze(-1) > 0
-    grad_mass = (delta * weight).neg_().mul_(has_mass)
+    grad_mass = (delta * weight).neg_().masked_fill_(~has_mass, 0)
     grad = torch.cat([grad * weight.unsqueeze(-1), grad_mass.unsqueeze(-1)], dim=-1)
     if sums.needs("z", "k"):
         grad_zk = term.features.mT @ grad
@@ -242,7 +245,7 @@ class _StateSums:
         like, index = self._like[name], self._prefix.state_index
         total = torch.zeros(like.shape, dtype=self._dtype, device=like.device)
         if name in self._sums:
-            grads = self._sums[name].reshape(-1, *like.shape[1:])
+            grads = self._sums[name].reshape(self._sums[name].shape[0], *like.shape[1:])
             if index is None:
                 total.add_(grads)
             else:  # one batch row at a time: index_add_ of several rows into one state has no fixed order on a GPU

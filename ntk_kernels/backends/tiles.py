@@ -89,3 +89,10 @@ def tile_bias(
         if right >= 0:
             bias = bias.masked_fill(j > i + right, -math.inf)
     return bias
+
+
+def without_hidden_keys(bias: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with 0 where no row of the tile sees them: a NaN there, or an overflow, would not stay hidden
+    (NaN - inf = NaN, 0 · NaN = NaN)."""
+    hidden = (bias == -math.inf).all(-2).all(1)[:, None, :, None]
+    return key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import fused
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
 from .prefix import Prefix, merge_prefix, normaliser, prefix_backward
-from .tiles import row_tiles, tile_bias
+from .tiles import row_tiles, tile_bias, without_hidden_keys
 
 
 def forward(
@@ -92,9 +92,12 @@ def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor
     q = q[:, :, tile.start : tile.stop]
     out = lse = None
     for keys in tile.ranges:
-        bias = tile_bias(tile, keys, *band, attn_mask, q) if keys.has_bias else None
         columns = slice(keys.start, keys.stop)
-        part, part_lse = fused.forward(q, k[:, :, columns], v[:, :, columns], scale, keys.is_causal, bias)
+        tile_k, tile_v, bias = k[:, :, columns], v[:, :, columns], None
+        if keys.has_bias:
+            bias = tile_bias(tile, keys, *band, attn_mask, q)
+            tile_k, tile_v = without_hidden_keys(bias, tile_k, tile_v)
+        part, part_lse = fused.forward(q, tile_k, tile_v, scale, keys.is_causal, bias)
         if out is None:
             out, lse = part, part_lse
         else:
@@ -122,11 +125,14 @@ def _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band
     for tile in tiles:
         rows = slice(tile.start, tile.stop)
         for keys in tile.ranges:
-            bias = tile_bias(tile, keys, *band, attn_mask, q) if keys.has_bias else None
             columns = slice(keys.start, keys.stop)
+            tile_k, tile_v, bias = k[:, :, columns], v[:, :, columns], None
+            if keys.has_bias:
+                bias = tile_bias(tile, keys, *band, attn_mask, q)
+                tile_k, tile_v = without_hidden_keys(bias, tile_k, tile_v)
             part = fused.backward(
-                grad_out[:, :, rows], q[:, :, rows], k[:, :, columns], v[:, :, columns], out[:, :, rows],
-                lse[:, :, rows], scale, keys.is_causal, bias,
+                grad_out[:, :, rows], q[:, :, rows], tile_k, tile_v, out[:, :, rows], lse[:, :, rows], scale,
+                keys.is_causal, bias,
             )  # fmt: skip
             if whole:
                 grads = list(part)
