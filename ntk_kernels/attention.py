@@ -92,7 +92,7 @@ def ntk_attention(
         raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
 
     device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
 

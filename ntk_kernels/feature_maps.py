@@ -35,9 +35,10 @@ def _pairs(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def features(x: Tensor, feature_map: str) -> Tensor:
-    """φ(x): [..., D] -> [..., r] in the dtype of `x`."""
+    """φ(x): [..., D] -> [..., r] in the dtype of `x`, which "elu" overwrites if it records no gradient."""
     if feature_map == "elu":
-        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
+        negative = x.clamp(max=0).exp_()
+        return negative.add_(x.clamp(min=0) if x.requires_grad else x.clamp_(min=0))
     one = x.new_ones(()).expand(*x.shape[:-1], 1)
     if feature_map == "taylor1":
         return torch.cat([one, x], dim=-1)
