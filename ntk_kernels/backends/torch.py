@@ -10,6 +10,8 @@ The backward gives the *combined* out and lse to the fused backward, which makes
 prefix's own gradients (formulas in `reference/attention.py`).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def backward(
             key_grads[0] = grad_q.add_(key_grads[0])
         for i, tensor in enumerate((query, key, value)):
             if needs_grad[i]:
-                grads[i] = in_layout(key_grads[i], empty_grad(tensor))
+                grads[i] = in_layout(key_grads[i], partial(empty_grad, tensor))
     return tuple(grads)
 
 
@@ -76,11 +78,11 @@ def _wide_enough(attn_mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
 def _keys_forward(query, key, value, attn_mask, scale, band) -> tuple[Tensor, Tensor]:
     """Attention over the input's keys alone."""
     q, k, v = _wide_enough(attn_mask, query, key, value)
-    out = empty_out(query, value)
     tiles = row_tiles(q.shape[2], k.shape[2], *band, attn_mask) if query.numel() else []
     if len(tiles) == 1:
         tile_out, tile_lse = _tile_forward(tiles[0], q, k, v, attn_mask, scale, band)
-        return in_layout(tile_out, out), tile_lse.contiguous()
+        return in_layout(tile_out, partial(empty_out, query, value)), tile_lse.contiguous()
+    out = empty_out(query, value)
     lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
     for tile in tiles:
         rows = slice(tile.start, tile.stop)
