@@ -31,8 +31,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias
         empty = (bias == -math.inf).all(-1)
         lse = lse.masked_fill(empty, -math.inf)
         out = out.masked_fill(empty.unsqueeze(-1), 0)
-    if not q.is_cuda and (zero := lse == 0).any():
-        # The CPU op takes a row of NaN scores over a few keys for one without visible keys: out = 0, lse = 0.
+    if not q.is_cuda and k.shape[2] % 16 and (zero := lse == 0).any():
+        # Where the last keys don't fill a vector, the CPU op takes a row of NaN scores for one that sees nothing.
         lost = zero & ~q.isfinite().all(-1)
         lse, out = lse.masked_fill(lost, math.nan), out.masked_fill(lost.unsqueeze(-1), math.nan)
     return out, lse
