@@ -2,9 +2,9 @@
 
 import argparse
 
-from . import attention, demo
+from . import attention, demo, report
 
-BENCHMARKS = {"demo": demo, "attention": attention}
+BENCHMARKS = {"demo": demo, "attention": attention, "report": report}
 
 
 def main(argv=None) -> None:

@@ -1,5 +1,6 @@
 """Times side by side: what is compared is run in turns, so that a noisy machine is noisy for all."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,9 @@ import torch
 
 
 def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_rounds: int = 5) -> dict[str, dict]:
-    """Calls every function in turns for about `seconds` in all (not counting one warm-up round).
+    """Calls every function once a round, for about `seconds` in all (not counting one warm-up round).
+
+    The order changes from round to round: who comes after a large function finds cold caches.
 
     Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
     """
@@ -20,11 +23,13 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
         function()
     synchronize()
     times = {name: [] for name in functions}
+    order, shuffler = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < min_rounds:
-        for name, function in functions.items():
+    while time.perf_counter() < end or len(times[order[0]]) < min_rounds:
+        shuffler.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            function()
+            functions[name]()
             synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
     results = {}
