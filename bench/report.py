@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 
-from . import record
+from . import attention, record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,8 @@ def with_figures(text: str) -> str:
 
 def attention_table(figures: dict) -> str:
     passes = figures["milliseconds"]
-    plain = "SDPA, no prefix"
     lines = ["| | " + " | ".join(passes) + " |", "|---|" + "---:|" * len(passes)]
-    for name in passes["forward"]:
-        cells = (f"{t[name]['ms']:.2f} ms, {t[name]['ms'] / t[plain]['ms']:.2f}×" for t in passes.values())
+    for name in dict.fromkeys((*attention.OURS, *attention.LARGE)):
+        cells = (f"{t[name]['ms']:.2f} ms, {t[name]['ratio']:.2f}×" for t in passes.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

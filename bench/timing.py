@@ -15,8 +15,8 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
 
     Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
     """
-    # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before, every call
-    # pays for fresh ones.
+    # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before, every
+    # call pays for fresh ones.
     torch.zeros(30 * 2**20, dtype=torch.uint8)
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for function in functions.values():

@@ -68,7 +68,21 @@ def check_one_of(name: str, value, allowed: tuple) -> None:
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """`query` [B, Hq, Lq, D], `key` [B, Hkv, Lk, D], `value` [B, Hkv, Lk, Dv]; one dtype, one device."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    tensors = (query, key, value)
+    if all(type(tensor) is Tensor and tensor.dim() == 4 for tensor in tensors):
+        batch, num_heads, _, head_dim = query.shape
+        if (
+            key.shape[0] == batch
+            and key.shape[3] == head_dim > 0
+            and value.shape[:3] == key.shape[:3]
+            and key.shape[1] > 0
+            and num_heads % key.shape[1] == 0
+            and query.dtype == key.dtype == value.dtype
+            and query.dtype in FLOAT_DTYPES
+            and query.device == key.device == value.device
+        ):
+            return  # the usual case in one go; what follows finds the words for what is wrong
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         check_floating(name, tensor)
     check_shape("query", query, (None, None, None, None), "B Hq Lq D")
     batch, num_heads, _, head_dim = query.shape

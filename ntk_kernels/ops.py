@@ -7,6 +7,8 @@ Both are functional and of fixed arity: a gradient that nobody asked for comes b
 as `ntk_kernels.attention` prepares it: always a stack, always with a dimension for the centres.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -40,8 +42,18 @@ def attention(*inputs):
 
 
 def _call(op, function, inputs):
-    # torch.func wants to see the autograd.Function itself, not an op with one behind it.
-    return function.apply(*inputs) if torch._C._are_functorch_transforms_active() else op(*inputs)
+    if torch.compiler.is_compiling():
+        return op(*inputs)
+    # What the op's autograd kernel would do, without the way through the dispatcher. (torch.func wants to see the
+    # autograd.Function itself, not an op with one behind it.)
+    if torch._C._are_functorch_transforms_active() or _needs_grad(inputs):
+        return function.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _needs_grad(inputs) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 # Autograd --------------------------------------------------------------------------------------------------------
@@ -95,9 +107,9 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _autograd_kernel(op, function):
     def kernel(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if _needs_grad(inputs):
             return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # 20 microseconds less
+        with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return kernel
@@ -114,13 +126,18 @@ def _attention_impl(query, *rest):
     z, row_keys, state_index = rest[2], rest[6], rest[9]
     if state_index is not None and state_index.device.type == "cpu":
         checks.check_index_range(state_index, (row_keys if z is None else z).shape[0])
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         return torch_backend.forward(query, *rest)
 
 
 def _backward_impl(grad_out, grad_lse, query, *rest):
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         return torch_backend.backward(grad_out, grad_lse, query, *rest)
+
+
+def _no_autocast(query):
+    device_type = query.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _attention_fake(query, key, value, *rest):
