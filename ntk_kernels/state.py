@@ -1,7 +1,6 @@
 """`PrefixState`: what is left of a prefix, however long it was."""
 
 import json
-import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import checks
+from . import checks, combine
 from .feature_maps import FEATURE_MAPS, head_dim_of
 
 _FORMAT, _VERSION = "ntk-kernels prefix state", 1
@@ -245,33 +244,11 @@ class PrefixState:
         """
         if not isinstance(other, PrefixState):
             raise TypeError(f"`other` must be a PrefixState, got {type(other).__name__}")
-        same = ["num_heads", "head_dim", "value_dim", "is_stack", "num_states", "device"]
+        names = ["num_heads", "head_dim", "value_dim", "is_stack", "num_states", "device"]
         if self.k is not None and other.k is not None:
-            same += ["feature_map", "feature_scale"]
-        for name in same:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                raise ValueError(f"`other` must have the same {name} as the state, {ours!r}, got {theirs!r}")
-        with_features, with_rows = (
-            [state for state in (self, other) if getattr(state, name) is not None] for name in ("k", "keys")
-        )
-        merged = {}
-        if with_features:
-            merged = _merge_features(*with_features) if len(with_features) == 2 else _features_of(*with_features)
-        if with_rows:
-            merged |= {
-                "keys": torch.cat([state.keys for state in with_rows], dim=-2),
-                "values": torch.cat([state.values for state in with_rows], dim=-2),
-            }
-            if any(state.bias is not None for state in with_rows):
-                merged["bias"] = torch.cat([state._bias_or_zero() for state in with_rows], dim=-1)
-        return PrefixState(**merged)
-
-    def _bias_or_zero(self) -> Tensor:
-        return self.keys.new_zeros(self.keys.shape[:-1]) if self.bias is None else self.bias
-
-    def _log_scale_or_zero(self) -> Tensor:
-        return self.k.new_zeros(self.k.shape[:-1]) if self.log_scale is None else self.log_scale
+            names += ["feature_map", "feature_scale"]
+        combine.check_alike([self, other], names, lambda i: "`other`" if i else "the state")
+        return PrefixState(**combine.merged(self, other))
 
     @staticmethod
     def stack(states) -> "PrefixState":
@@ -287,56 +264,14 @@ class PrefixState:
         states = list(states)
         if not states:
             raise ValueError("`states` must hold at least one PrefixState, got none")
-        first = states[0]
         for i, state in enumerate(states):
             if not isinstance(state, PrefixState):
                 raise TypeError(f"`states[{i}]` must be a PrefixState, got {type(state).__name__}")
             if state.is_stack:
                 raise ValueError(f"`states[{i}]` must be a single state, got a stack of {state.num_states}")
-            for name in ("num_heads", "head_dim", "value_dim", "feature_map", "feature_scale", "device"):
-                ours, theirs = getattr(first, name), getattr(state, name)
-                if ours != theirs:
-                    raise ValueError(f"`states[{i}]` must have the same {name} as states[0], {ours!r}, got {theirs!r}")
-
-        stacked = {"feature_map": first.feature_map, "feature_scale": first.feature_scale}
-        if first.k is not None:
-            if len({state.rank for state in states}) == 1 and first.rank is not None:
-                pair = [{"z_a": state.z_a, "z_b": state.z_b} for state in states]
-            else:
-                pair = [{"z": state.full_z} for state in states]
-            parts = [{**z, "k": state.k} for z, state in zip(pair, states, strict=True)]
-            if any(state.centers is not None for state in states):
-                most = max(state.num_centers for state in states)
-                for part, state in zip(parts, states, strict=True):
-                    part["log_scale"] = state._log_scale_or_zero()
-                    part["centers"] = state.centers
-                    if state.centers is None:
-                        part |= {name: tensor.unsqueeze(1) for name, tensor in part.items() if tensor is not None}
-                        part["centers"] = state.k.new_zeros(state.num_heads, 1, state.head_dim)
-                    missing = most - state.num_centers
-                    for name, tensor in part.items():
-                        part[name] = _pad(tensor, 1, missing, -math.inf if name == "log_scale" else 0)
-            elif any(state.log_scale is not None for state in states):
-                for part, state in zip(parts, states, strict=True):
-                    part["log_scale"] = state._log_scale_or_zero()
-            stacked |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        most = max(state.num_rows for state in states)
-        if any(state.keys is not None for state in states):
-            with_bias = any(state.bias is not None or state.num_rows < most for state in states)
-            rows = []
-            for state in states:
-                if state.keys is None:
-                    like = state._any
-                    state = PrefixState(
-                        keys=like.new_zeros(state.num_heads, 0, state.head_dim),
-                        values=like.new_zeros(state.num_heads, 0, state.value_dim),
-                    )
-                missing = most - state.num_rows
-                rows.append({"keys": _pad(state.keys, 1, missing, 0), "values": _pad(state.values, 1, missing, 0)})
-                if with_bias:
-                    rows[-1]["bias"] = _pad(state._bias_or_zero(), 1, missing, -math.inf)
-            stacked |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return PrefixState(**stacked)
+        names = ["num_heads", "head_dim", "value_dim", "feature_map", "feature_scale", "device"]
+        combine.check_alike(states, names, lambda i: f"`states[{i}]`")
+        return PrefixState(**combine.stacked(states))
 
     # Files -----------------------------------------------------------------------------------------------------
 
@@ -400,70 +335,6 @@ def _safetensors():
     except ImportError as error:
         raise ImportError("PrefixState.save and .load need safetensors: pip install 'ntk-kernels[io]'") from error
     return safe_open, save_file
-
-
-def _pad(tensor: Tensor, dim: int, missing: int, fill: float) -> Tensor:
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dim)
-
-
-def _features_of(state: PrefixState) -> dict:
-    names = ("z", "k", "z_a", "z_b", "centers", "log_scale", "feature_map", "feature_scale")
-    return {name: getattr(state, name) for name in names}
-
-
-def _merge_features(a: PrefixState, b: PrefixState) -> dict:
-    merged = {"feature_map": a.feature_map, "feature_scale": a.feature_scale}
-    if _same_centers(a.centers, b.centers):
-        merged["centers"] = a.centers
-        scale_a = scale_b = None
-        if a.log_scale is not None or b.log_scale is not None:
-            log_a, log_b = a._log_scale_or_zero(), b._log_scale_or_zero()
-            merged["log_scale"] = torch.logaddexp(log_a, log_b)
-            shift = merged["log_scale"].masked_fill(merged["log_scale"] == -math.inf, 0)
-            scale_a, scale_b = (log_a - shift).exp(), (log_b - shift).exp()
-        merged["k"] = _weigh(a.k, scale_a) + _weigh(b.k, scale_b)
-        if a.rank is not None and b.rank is not None:
-            merged["z_a"] = torch.cat([_weigh(a.z_a, scale_a), _weigh(b.z_a, scale_b)], dim=-1)
-            merged["z_b"] = torch.cat([a.z_b, b.z_b], dim=-2)
-        else:
-            merged["z"] = _weigh(a.full_z, scale_a) + _weigh(b.full_z, scale_b)
-        return merged
-    if a.feature_map != "taylor1":
-        raise ValueError(
-            f"`other` must be expanded around the same centres, as several go with 'taylor1' only, got "
-            f"feature_map={a.feature_map!r} and different centres"
-        )
-    sides = []
-    for state in (a, b):
-        side = {"k": state.k, "log_scale": state._log_scale_or_zero()}
-        if a.rank is not None and a.rank == b.rank:
-            side |= {"z_a": state.z_a, "z_b": state.z_b}
-        else:
-            side["z"] = state.full_z
-        if state.centers is None:
-            lead = state.k.shape[:-1]
-            side = {name: tensor.unsqueeze(len(lead)) for name, tensor in side.items()}
-            side["centers"] = state.k.new_zeros(*lead, 1, state.head_dim)
-        else:
-            side["centers"] = state.centers
-        sides.append(side)
-    axis = 2 if a.is_stack else 1
-    return merged | {name: torch.cat([sides[0][name], sides[1][name]], dim=axis) for name in sides[0]}
-
-
-def _weigh(tensor: Tensor, weight: Tensor | None) -> Tensor:
-    """`tensor` [..., C?, r, ...] times `weight` [..., C?]."""
-    return tensor if weight is None else tensor * weight.reshape(weight.shape + (1,) * (tensor.dim() - weight.dim()))
-
-
-def _same_centers(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 def _flatten(state: PrefixState):

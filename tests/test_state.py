@@ -221,7 +221,7 @@ def test_stack_refuses_what_does_not_go_together():
         PrefixState.stack([a_state(), 3])
     with pytest.raises(ValueError, match=r"`states\[1\]` must be a single state, got a stack of 2"):
         PrefixState.stack([a_state(), a_state(stack=2)])
-    with pytest.raises(ValueError, match=r"`states\[1\]` must have the same feature_map as states\[0\], 'elu', got"):
+    with pytest.raises(ValueError, match=r"`states\[1\]` must have the same feature_map as `states\[0\]`, 'elu', got"):
         PrefixState.stack([a_state(), a_state(feature_map="taylor1")])
 
 

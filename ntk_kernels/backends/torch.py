@@ -94,11 +94,7 @@ def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor
     q = q[:, :, tile.start : tile.stop]
     out = lse = None
     for keys in tile.ranges:
-        columns = slice(keys.start, keys.stop)
-        tile_k, tile_v, bias = k[:, :, columns], v[:, :, columns], None
-        if keys.has_bias:
-            bias = tile_bias(tile, keys, *band, attn_mask, q)
-            tile_k, tile_v = without_hidden_keys(bias, tile_k, tile_v)
+        tile_k, tile_v, bias = _range_of(keys, tile, q, k, v, attn_mask, band)
         part, part_lse = fused.forward(q, tile_k, tile_v, scale, keys.is_causal, bias)
         if out is None:
             out, lse = part, part_lse
@@ -111,6 +107,15 @@ def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor
         shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), torch.full(shape[:3], -torch.inf, dtype=lse_dtype(q), device=q.device)
     return out, lse
+
+
+def _range_of(keys, tile, q, k, v, attn_mask, band) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of a range, and what to add to its scores."""
+    k, v = (tensor[:, :, keys.start : keys.stop] for tensor in (k, v))
+    if not keys.has_bias:
+        return k, v, None
+    bias = tile_bias(tile, keys, *band, attn_mask, like=q)
+    return *without_hidden_keys(bias, k, v), bias
 
 
 def _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band, out, lse) -> list[Tensor]:
@@ -128,10 +133,7 @@ def _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band
         rows = slice(tile.start, tile.stop)
         for keys in tile.ranges:
             columns = slice(keys.start, keys.stop)
-            tile_k, tile_v, bias = k[:, :, columns], v[:, :, columns], None
-            if keys.has_bias:
-                bias = tile_bias(tile, keys, *band, attn_mask, q)
-                tile_k, tile_v = without_hidden_keys(bias, tile_k, tile_v)
+            tile_k, tile_v, bias = _range_of(keys, tile, q, k, v, attn_mask, band)
             part = fused.backward(
                 grad_out[:, :, rows], q[:, :, rows], tile_k, tile_v, out[:, :, rows], lse[:, :, rows], scale,
                 keys.is_causal, bias,
