@@ -10,7 +10,12 @@ A prefix of any length is converted to, or trained as, a `PrefixState` of fixed 
 
 from importlib.metadata import version as _version
 
-from . import reference
+try:
+    from . import reference
+except ImportError as error:
+    raise ImportError(
+        "ntk_kernels.reference is missing: this is a checkout that is not installed; run `pip install -e .` in it"
+    ) from error
 from .attention import ntk_attention
 from .convert import prefix_to_state
 from .feature_maps import FEATURE_MAPS, feature_dim

@@ -97,8 +97,10 @@ def _sum_of_features(a, b) -> dict:
     arguments, weights = {"centers": a.centers}, (None, None)
     if a.log_scale is not None or b.log_scale is not None:
         both = torch.stack([_log_scale_of(a), _log_scale_of(b)])
-        arguments["log_scale"] = total = both.logsumexp(0)
-        weights = (both - total.masked_fill(total == -math.inf, 0)).exp().unbind()
+        off = (both == -math.inf).all(0)  # in both: it stays off, and its gradient is 0
+        total = both.masked_fill(off, 0).logsumexp(0)
+        arguments["log_scale"] = total.masked_fill(off, -math.inf)
+        weights = (both - total).exp().unbind()
     arguments["k"] = _times(a.k, weights[0]) + _times(b.k, weights[1])
     if a.rank is not None and b.rank is not None:
         arguments["z_a"] = torch.cat([_times(a.z_a, weights[0]), _times(b.z_a, weights[1])], dim=-1)

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(code):
@@ -36,6 +39,19 @@ for use, package in ((lambda: state.save("x"), "io"), (lambda: ntk_kernels.Prefi
         *["PrefixState.save and .load need safetensors: pip install 'ntk-kernels[io]'"] * 2,
         "an int for `centers` needs scikit-learn: pip install 'ntk-kernels[convert]'",
     ]
+
+
+def test_a_checkout_that_is_not_installed_says_so():
+    result = run(f"""
+import sys
+sys.path = [{str(ROOT)!r}] + [path for path in sys.path if "editable" not in path]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+try:
+    import ntk_kernels
+except ImportError as error:
+    print(error)
+""")
+    assert "not installed; run `pip install -e .`" in result.stdout, result.stderr
 
 
 def test_public_names():

@@ -167,6 +167,23 @@ def test_merge_around_the_same_centre_keeps_its_size():
     torch.testing.assert_close(twice.log_scale, state.log_scale + math.log(2))
 
 
+def test_merge_of_what_is_switched_off():
+    """log_scale = -inf in one state, in the other, in both: no NaN, not in the gradient either."""
+    states, leaves = [], []
+    for seed, off in enumerate(([0, 2], [1, 2])):
+        state = a_state(seed, feature_map="taylor1", centers=4)
+        log_scale = torch.zeros(2, 4)
+        log_scale[:, off] = -math.inf
+        leaves.append(log_scale.requires_grad_())
+        states.append(PrefixState(state.z, state.k, "taylor1", centers=torch.ones(2, 4, 4), log_scale=leaves[-1]))
+    both = states[0].merge(states[1])
+    torch.testing.assert_close(both.log_scale[0], torch.tensor([0, 0, -math.inf, math.log(2)]))
+    torch.testing.assert_close(both.z[:, 0], states[1].z[:, 0])
+    torch.testing.assert_close(both.z[:, 1], states[0].z[:, 1])
+    loss = both.log_scale.exp().sum() + both.z.sum() + both.k.sum()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, leaves))
+
+
 def test_merge_refuses_what_does_not_add():
     state = a_state()
     for other, name in (
