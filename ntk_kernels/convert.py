@@ -132,7 +132,8 @@ def _centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dtype, 
     if centers is None:
         return None
     if isinstance(centers, str):
-        checks.check_one_of("centers", centers, ("mean",))
+        if centers != "mean":
+            raise ValueError(f"`centers` must be 'mean', an int, a tensor or None, got {centers!r}")
         return prefix_key.to(dtype).sum(-2, keepdim=True) / max(num_rows, 1)
     if isinstance(centers, Tensor):
         checks.check_floating("centers", centers)

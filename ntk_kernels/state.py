@@ -278,6 +278,8 @@ class PrefixState:
     def save(self, path) -> None:
         """Writes the state to `path` as a safetensors file (needs the `io` extra)."""
         _, save_file = _safetensors()
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}")
         feature_scale = None if self.feature_scale is None else float(self.feature_scale)
         description = {"feature_map": self.feature_map, "feature_scale": feature_scale}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(description)}
@@ -304,7 +306,7 @@ class PrefixState:
         except RuntimeError as error:
             raise ValueError(f"`device` must be a torch.device or its name, got {device!r}") from error
         try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
+            with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own types for what isn't one of its files
@@ -323,9 +325,10 @@ class PrefixState:
             unknown = sorted(set(tensors) - set(_TENSORS))
             if unknown:
                 raise ValueError(f"unknown tensors {unknown}")
-            return cls(**tensors, **json.loads(metadata["state"]))
+            state = cls(**tensors, **json.loads(metadata["state"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must hold a valid prefix state, got {str(path)!r}: {error}") from error
+        return state.to(device)
 
 
 def _safetensors():

@@ -90,6 +90,8 @@ def make_mask(kind, case, generator):
         return (torch.arange(case.seq_k) >= case.seq_k - lengths[:, None])[:, None, None, :]
     if kind == "two_dimensional":
         return keep[0, 0]
+    if kind == "three_dimensional":
+        return keep[0]
     if kind == "per_head":
         return keep[:1, :, :, :1] | keep[:1, :, :1, :]
     if kind == "nothing":
@@ -159,6 +161,7 @@ CASES = [
     Case("index_none", "-1: no state", batch=3, state={"stack": 2, "rows": 2, "log_scale": True}, state_index=(-1, 1, 0),
          options=CAUSAL),
     Case("index_none_centres", "-1 with centres", state={"stack": 2, "centers": 2} | TAYLOR1, state_index=(-1, 1)),
+    Case("index_none_unbiased", "-1 with rows of bias 0", state={"stack": 2, "rows": 2, "bias": False}, state_index=(-1, 1)),
     Case("index_single", "a single state, switched off for one row", state={"rows": 2}, state_index=(0, -1)),
     # lengths and the diagonal
     Case("full", "no causality"),
@@ -181,6 +184,7 @@ CASES = [
     Case("window", "left and right", seq_q=300, seq_k=300, heads=2, kv_heads=1, batch=1, options={"window": (20, 10)}),
     Case("window_causal", "sliding window", options=CAUSAL | {"window": (7, -1)}),
     Case("window_causal_cache", "sliding window over a cache", seq_q=19, seq_k=63, options=CAUSAL | {"window": (9, 0)}),
+    Case("window_causal_right", "causality cuts the right side", options=CAUSAL | {"window": (3, 5)}),
     Case("window_right", "left unbounded", options={"window": (-1, 4)}),
     Case("window_offset", "window around a moved diagonal", options={"window": (3, 2), "causal_offset": -30}),
     Case("window_unbounded", "(-1, -1) is no window", options={"window": (-1, -1)}),
@@ -196,6 +200,11 @@ CASES = [
     Case("mask_2d", "[Lq, Lk]", mask="two_dimensional"),
     Case("mask_per_head", "[1, Hq, Lq, 1] against [1, Hq, 1, Lk]", mask="per_head"),
     Case("mask_window", "mask and window", mask="bool", options={"window": (9, 9)}),
+    Case("mask_3d", "[Hq, Lq, Lk]", mask="three_dimensional"),
+    Case("mask_window_tiles", "mask columns of a tile that does not start at key 0", mask="bool", seq_q=300, seq_k=300,
+         heads=2, kv_heads=1, options={"window": (20, 10)}),
+    Case("mask_padding_window", "the same with [B, 1, 1, Lk]", mask="padding", seq_q=300, seq_k=300, heads=2, kv_heads=1,
+         options=CAUSAL | {"window": (20, 0)}),
     Case("mask_nothing", "every key hidden: the prefix alone", mask="nothing"),
     Case("mask_nothing_plain", "every key hidden, no prefix: 0", mask="nothing", state=None),
     Case("mask_wide", "a float32 mask on bfloat16 tensors", mask="additive_float32", dtype=BF16, state=TAYLOR1),
@@ -234,6 +243,8 @@ CASES = [
     Case("bf16_taylor2", "", dtype=BF16, state=TAYLOR2, options=CAUSAL),
     Case("bf16_cache", "several ranges", dtype=BF16, seq_q=19, seq_k=63, options=CAUSAL),
     Case("bf16_mask", "", dtype=BF16, mask="bool", options=CAUSAL),
+    Case("bf16_tiles", "sums over many tiles", dtype=BF16, batch=1, heads=1, kv_heads=1, seq_q=2100, seq_k=2100,
+         options=CAUSAL | {"window": (2100, 0)}),
     Case("f16", "float32 state under a float16 model", dtype=HALF, head_dim=64, options=CAUSAL),
     Case("f16_state", "float16 state", dtype=HALF, state={"dtype": HALF, "rows": 2} | TAYLOR1, options=CAUSAL),
     # what only the reference serves

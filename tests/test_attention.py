@@ -6,6 +6,7 @@ from cases import CASES, make_inputs
 from oracle import check_case, run
 
 from ntk_kernels import ntk_attention
+from ntk_kernels.backends import prefix
 
 BACKENDS = ["torch"]
 SERVED = [case for case in CASES if "softcap" not in case.options]
@@ -31,6 +32,20 @@ def test_backward(case, backend):
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in WITH_LSE_GRADIENT], ids=lambda case: case.id)
 def test_backward_through_lse(case, backend):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True)
+
+
+@pytest.mark.parametrize("rows", [9, 36])
+@pytest.mark.parametrize("case", [case for case in SERVED if case.state and case.seq_q == 37], ids=lambda case: case.id)
+def test_chunks_of_rows(case, rows, monkeypatch):
+    """The prefix is added in chunks: five of them here, or one of 36 rows and one of a single row."""
+    monkeypatch.setattr(prefix, "_CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(prefix, "_MIN_CHUNK_ROWS", rows)
+    check_case(make_inputs(case), case.dtype, backend="torch", backward=True)
+
+
+def test_out_is_in_memory_like_query():
+    query, key, value, state, options = make_inputs(next(case for case in CASES if case.id == "blhd"))
+    assert ntk_attention(query, key, value, state, **options, backend="torch").stride() == query.stride()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "softcap" in case.options], ids=lambda case: case.id)

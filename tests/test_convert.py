@@ -37,7 +37,7 @@ def test_is_the_reference_s(feature_map, centers, lead, dtype):
     for name, expected in exact.items():
         ours = getattr(state, name)
         assert ours.dtype == accumulation
-        assert_as_accurate(name, ours, eager[name], expected, accumulation, eager_dtype=torch.float32)
+        assert_as_accurate(name, ours, eager[name], expected, accumulation)
 
 
 def test_mean_is_one_centre_at_the_mean():
@@ -152,6 +152,21 @@ def test_k_means_finds_clusters_and_is_seeded():
     torch.testing.assert_close(one.log_scale, torch.full((1, 8), math.log(40)))
 
 
+def test_k_means_uses_the_seed_and_all_of_the_rows():
+    keys, values = a_prefix(1, rows=3 * 256 * 2)
+    keys[:, keys.shape[1] // 2 :] += 100
+    states = [prefix_to_state(keys, values, centers=2, seed=seed) for seed in range(2)]
+    for state in states:
+        assert sorted((state.centers[0].mean(-1) > 50).tolist()) == [False, True]
+    assert not torch.equal(states[0].centers, states[1].centers)  # other rows were sampled
+
+
+def test_mean_of_half_precision_keys_is_taken_in_float32():
+    keys = (10 + torch.randn(1, 5000, 6)).bfloat16()
+    state = prefix_to_state(keys, torch.ones(1, 5000, 1).bfloat16())
+    torch.testing.assert_close(state.centers[:, 0].double(), keys.double().mean(1), rtol=1e-6, atol=0)
+
+
 def test_more_centres_than_clusters():
     keys = torch.ones(1, 20, 6)
     with pytest.warns(Warning, match="distinct clusters"):  # scikit-learn's
@@ -166,7 +181,7 @@ REFUSED = {
     "dtype": ((keys, values.double()), {}, ValueError, "`prefix_value` must have the dtype of `prefix_key`"),
     "integers": ((keys.long(), values), {}, TypeError, "`prefix_key` must be float16, bfloat16, float32 or float64, got torch.int64"),
     "map": ((keys, values, "relu"), {}, ValueError, "`feature_map` must be one of"),
-    "centers_word": ((keys, values), {"centers": "median"}, ValueError, "`centers` must be one of 'mean', got 'median'"),
+    "centers_word": ((keys, values), {"centers": "median"}, ValueError, "`centers` must be 'mean', an int, a tensor or None, got 'median'"),
     "centers_zero": ((keys, values), {"centers": 0}, ValueError, "`centers` must be at least 1, got 0"),
     "centers_many": ((keys, values), {"centers": 51}, ValueError, "at most the number of prefix rows, m=50, got 51"),
     "centers_elu": ((keys, values, "elu"), {"centers": 2}, ValueError, "at most 1 with feature_map='elu', got 2"),

@@ -215,6 +215,33 @@ def test_autocast_casts_the_model_and_not_the_state():
     assert torch.autograd.grad(out.float().sum(), state.z)[0].dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone_and_the_backward_too():
+    query, key, value = torch.randn(3, 1, 2, 16, 8)
+    state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ntk_attention(query.double(), key.double(), value.double(), state).dtype == torch.float64
+        out = ntk_attention(query, key, value, state)
+        (inside,) = torch.autograd.grad(out.float().square().sum(), state.z, retain_graph=True)
+    (outside,) = torch.autograd.grad(out.float().square().sum(), state.z)
+    assert torch.equal(inside, outside)
+
+
+def test_backward_flops_are_those_of_sdpa():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, key = torch.randn(2, 2, 4, 32, 16).unbind()
+    value = torch.randn(2, 4, 32, 8)
+    counts = []
+    for attend in (ntk_attention, torch.nn.functional.scaled_dot_product_attention):
+        leaves_ = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        backend = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, backend:
+            torch.autograd.grad(attend(*leaves_).sum(), leaves_)
+        counts.append(counter.get_total_flops())
+    recomputed_scores = 2 * 2 * 4 * 32 * 32 * 16
+    assert counts[0] == counts[1] + recomputed_scores
+
+
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 

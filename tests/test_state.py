@@ -55,6 +55,13 @@ def test_save_and_load(recipe, tmp_path):
     assert_same(PrefixState.load(tmp_path / "state.safetensors"), state)
 
 
+def test_load_to_a_device_and_save_to_a_folder(tmp_path):
+    a_state().save(tmp_path / "state.safetensors")
+    assert PrefixState.load(tmp_path / "state.safetensors", device="meta").device.type == "meta"
+    with pytest.raises(FileNotFoundError, match="`path` must be in a folder that exists"):
+        a_state().save(tmp_path / "missing" / "state.safetensors")
+
+
 def test_save_trained_and_strided_tensors(tmp_path):
     state = PrefixState(torch.rand(6, 4, 2).permute(2, 1, 0).requires_grad_(), torch.rand(2, 4).requires_grad_(), "elu")
     state.save(tmp_path / "state.safetensors")
@@ -167,6 +174,30 @@ def test_merge_around_the_same_centre_keeps_its_size():
     torch.testing.assert_close(twice.log_scale, state.log_scale + math.log(2))
 
 
+def test_merge_of_stacks():
+    one, other = (a_state(seed, stack=3, feature_map="taylor1", centers=seed + 1, dtype=F64) for seed in (0, 1))
+    both = one.merge(other)
+    assert (both.num_states, both.num_centers) == (3, 3)
+    query, nothing = torch.randn(3, 2, 9, 4, dtype=F64), torch.zeros(3, 2, 0, 4, dtype=F64)
+    lse = [
+        ntk_attention(query, nothing, torch.zeros(3, 2, 0, 6, dtype=F64), state, state_index=torch.tensor([2, 0, 1]),
+                      return_lse=True)[1]
+        for state in (one, other, both)
+    ]  # fmt: skip
+    torch.testing.assert_close(lse[2], torch.logaddexp(lse[0], lse[1]))
+
+
+def test_merge_with_rows_keeps_the_feature_scale():
+    for states in ((a_state(feature_scale=0.5), a_state(feature_map=None, rows=2)),) * 2:
+        merged = states[0].merge(states[1])
+        assert (merged.feature_scale, merged.feature_map) == (0.5, "elu")
+
+
+def test_low_rank_pair_is_multiplied_in_float32():
+    state = a_state(rank=2, dtype=torch.bfloat16)
+    torch.testing.assert_close(state.full_z, state.z_a.float() @ state.z_b.float())
+
+
 def test_merge_of_what_is_switched_off():
     """log_scale = -inf in one state, in the other, in both: no NaN, not in the gradient either."""
     states, leaves = [], []
@@ -212,6 +243,7 @@ STACKS = {
                 {"feature_map": "taylor1", "centers": 1, "log_scale": True}],
     "rows": [{"rows": 3}, {}, {"rows": 1, "bias": False}],
     "rows_only": [{"feature_map": None, "rows": 1}, {"feature_map": None, "rows": 4}],
+    "rows_unbiased": [{"feature_map": None, "rows": 4, "bias": False}, {"feature_map": None, "rows": 2, "bias": False}],
 }  # fmt: skip
 
 
@@ -238,6 +270,10 @@ def test_stack_refuses_what_does_not_go_together():
         PrefixState.stack([a_state(), 3])
     with pytest.raises(ValueError, match=r"`states\[1\]` must be a single state, got a stack of 2"):
         PrefixState.stack([a_state(), a_state(stack=2)])
+    with pytest.raises(
+        ValueError, match=r"`states\[1\]` must have the same feature_scale as `states\[0\]`, None, got 2.0"
+    ):
+        PrefixState.stack([a_state(), a_state(feature_scale=2.0)])
     with pytest.raises(ValueError, match=r"`states\[1\]` must have the same feature_map as `states\[0\]`, 'elu', got"):
         PrefixState.stack([a_state(), a_state(feature_map="taylor1")])
 
