@@ -8,7 +8,7 @@ CONVERT = ["scikit-learn"]
 setup(
     name="ntk-kernels",
     version="0.1.0",
-    description="NTK-Attention: attention with an infinitely long learned prefix, fused in Triton",
+    description="NTK-Attention: attention with an infinitely long learned prefix, with Triton kernels to come",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

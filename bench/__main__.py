@@ -2,7 +2,10 @@
 
 import argparse
 
-from . import attention, demo, report
+try:
+    from . import attention, demo, report
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
 BENCHMARKS = {"demo": demo, "attention": attention, "report": report}
 
@@ -10,7 +13,7 @@ BENCHMARKS = {"demo": demo, "attention": attention, "report": report}
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Benchmarks of ntk-kernels. Each prints a table and leaves figures in bench/results/<device>/.",
+        description="Benchmarks of ntk-kernels. Each prints a table and leaves figures in the folder it names.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="benchmark")
     for name, module in BENCHMARKS.items():

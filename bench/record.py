@@ -1,5 +1,6 @@
 """Where a run's figures go, and what they were measured on."""
 
+import argparse
 import datetime
 import json
 import platform
@@ -24,10 +25,43 @@ def device_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def results_folder(device: str, out: str | None) -> Path:
-    folder = ROOT / "bench" / "results" / device_name(device) if out is None else Path(out)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes: where it runs and where its figures go."""
+    parser.add_argument("--device", type=_device, default=default_device(), help="cpu or cuda (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", help="folder for the figures (default: bench/out/<device>)")
+    where.add_argument(
+        "--record", action="store_true", help="write to bench/results/<device>, the records that the project keeps"
+    )
+
+
+def results_folder(arguments: argparse.Namespace) -> Path:
+    folder = ROOT / "bench" / ("results" if arguments.record else "out") / device_name(arguments.device)
+    if arguments.out is not None:
+        folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def positive(number: type):
+    """An argparse type: a positive int or float."""
+
+    def parse(text: str):
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = number.__name__  # argparse puts it into "invalid int value"
+    return parse
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not to be had: {str(error).splitlines()[0]}") from None
+    return text
 
 
 def environment(device: str) -> dict:

@@ -1,4 +1,4 @@
-"""Writes the recorded figures of the CPU into README.md, between its markers."""
+"""For maintainers: writes the recorded figures of the CPU into README.md, between its markers."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.check and updated != text:
         raise SystemExit("README.md does not show the recorded figures; run: python -m bench report")
     path.write_text(updated, encoding="utf-8")
+    print(f"README.md {'now shows' if updated != text else 'already shows'} the recorded figures")
 
 
 def with_figures(text: str) -> str:

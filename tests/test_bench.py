@@ -1,5 +1,6 @@
 """The benchmarks on small sizes. The demo's encoder is not downloaded for tests: random tensors stand in for it."""
 
+import argparse
 import json
 
 import pytest
@@ -10,7 +11,15 @@ from bench.__main__ import main
 from ntk_kernels import ntk_attention, prefix_to_state, reference
 
 
-def random_layers(prefix_rows, num_inputs, on_chunk=lambda: None):
+class RandomReader:
+    def __init__(self, prefix_rows, num_inputs):
+        self.sizes = prefix_rows, num_inputs
+
+    def layers(self, on_chunk=lambda: None):
+        return random_layers(*self.sizes)
+
+
+def random_layers(prefix_rows, num_inputs):
     generator = torch.Generator().manual_seed(0)
 
     def rand(*lead):
@@ -25,7 +34,7 @@ def random_layers(prefix_rows, num_inputs, on_chunk=lambda: None):
 
 
 def test_demo(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(encoder, "collect", random_layers)
+    monkeypatch.setattr(encoder, "Reader", RandomReader)
     monkeypatch.setattr(demo, "LENGTHS", [64, 256])
     monkeypatch.setenv("COLUMNS", "200")
     main(["demo", "--device", "cpu", "--prefix-rows", "512", "--seconds", "0.01", "--out", str(tmp_path)])
@@ -58,9 +67,32 @@ def test_crossing(gains, expected):
     assert demo.crossing([10, 20, 30], times, "state") == expected
 
 
-def test_demo_refuses_odd_lengths():
-    with pytest.raises(SystemExit, match="--prefix-rows must be a positive multiple of 512, got 1000"):
-        main(["demo", "--prefix-rows", "1000"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["demo", "--prefix-rows", "1000"], "must be a multiple of 512, got 1000"),
+     (["demo", "--prefix-rows", "-512"], "must be positive, got -512"),
+     (["demo", "--seconds", "0"], "must be positive, got 0"),
+     (["demo", "--device", "nowhere"], "'nowhere' is not to be had"),
+     (["attention", "--length", "0"], "must be positive, got 0"),
+     (["attention", "--heads", "many"], "invalid int value: 'many'"),
+     (["attention", "--out", "x", "--record"], "not allowed with argument --out")],
+)  # fmt: skip
+def test_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_demo_without_its_encoder(monkeypatch):
+    monkeypatch.setattr(encoder, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="the encoder is missing: pip install"):
+        main(["demo", "--device", "cpu"])
+
+
+def test_figures_go_where_git_does_not_look():
+    arguments = argparse.Namespace(device="cpu", out=None, record=False)
+    assert record.results_folder(arguments) == record.ROOT / "bench" / "out" / "cpu"
+    assert "bench/out/" in (record.ROOT / ".gitignore").read_text()
 
 
 def test_attention(tmp_path, capsys, monkeypatch):
