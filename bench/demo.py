@@ -205,7 +205,7 @@ def time_table(lengths, times, held, break_even, settings) -> Table:
     states = [name if name in break_even else None for name in times]
     table.add_row("MiB", "", *(f"{held[name][-1] / 2**20:.2f}" if name else "" for name in states))
     table.add_row(
-        "rows from which it beats exact", "",
+        "break-even", "",
         *(_crossing_text(break_even[name], lengths) if name else "" for name in states),
     )  # fmt: skip
     return table
