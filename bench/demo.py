@@ -194,7 +194,7 @@ def time_table(lengths, times, held, break_even, settings) -> Table:
         title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']}, "
         "by rows of the prefix; MiB that have to be kept for it"
     )
-    table.add_column("rows", justify="right")
+    table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("MiB, exact", justify="right")
     for name in times:
         table.add_column(name, justify="right")
