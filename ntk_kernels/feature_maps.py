@@ -4,7 +4,6 @@
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,21 +27,17 @@ def head_dim_of(feature_map: str, num_features: int) -> int | None:
     return guess if guess >= 1 and feature_dim(feature_map, guess) == num_features else None
 
 
-@lru_cache(maxsize=32)
-def _pairs(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    a, b = torch.triu_indices(head_dim, head_dim, offset=1, device=device)
-    return a, b
-
-
 def features(x: Tensor, feature_map: str) -> Tensor:
     """φ(x): [..., D] -> [..., r] in the dtype of `x`, which "elu" overwrites if it records no gradient."""
     if feature_map == "elu":
-        negative = x.clamp(max=0).exp_()
-        return negative.add_(x.clamp(min=0) if x.requires_grad else x.clamp_(min=0))
+        if x.requires_grad:
+            return x.clamp(max=0).exp() + x.clamp(min=0)
+        return x.clamp(max=0).exp_().add_(x.clamp_(min=0))
     one = x.new_ones(()).expand(*x.shape[:-1], 1)
     if feature_map == "taylor1":
         return torch.cat([one, x], dim=-1)
-    a, b = _pairs(x.shape[-1], x.device)
+    # Not cached: made in inference mode or under tracing, the indices would spoil later calls.
+    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], offset=1, device=x.device)
     return torch.cat([one, x, x[..., a].mul_(x[..., b]), x.square().mul_(math.sqrt(0.5))], dim=-1)
 
 

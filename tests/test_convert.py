@@ -109,16 +109,30 @@ def test_chunks_give_the_same(monkeypatch):
         torch.testing.assert_close(tensor, whole.tensors()[name])
 
 
-@pytest.mark.parametrize("centers", [None, "mean", "given"])
-def test_gradients(centers):
+@pytest.mark.parametrize(
+    "feature_map, centers",
+    [("taylor1", None), ("taylor1", "mean"), ("taylor1", "given"), ("taylor2", None), ("taylor2", "mean"),
+     ("elu", None), ("elu", "mean")],
+)  # fmt: skip
+def test_gradients(feature_map, centers):
     keys, values = (tensor.requires_grad_() for tensor in a_prefix(2, rows=5, head_dim=3, value_dim=2, dtype=F64))
     given = torch.randn(2, 3, 3, dtype=F64) if centers == "given" else centers
 
     def convert(keys, values):
-        state = prefix_to_state(keys, values, centers=given)
+        state = prefix_to_state(keys, values, feature_map, centers=given)
         return (state.z, state.k) if centers is None else (state.z, state.k, state.centers)
 
     assert torch.autograd.gradcheck(convert, (keys, values))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_inference_mode_leaves_nothing_behind(feature_map):
+    keys, values = a_prefix(2)
+    with torch.inference_mode():
+        prefix_to_state(keys, values, feature_map)
+    keys.requires_grad_()
+    state = prefix_to_state(keys, values, feature_map)
+    assert torch.autograd.grad(state.z.square().sum(), keys)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("centers", [None, "mean"])

@@ -28,6 +28,12 @@ def test_backward_is_autograd_s(feature_map, head_dim):
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_features_are_differentiable(feature_map):
+    x = torch.randn(3, 5, 4, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: features(x, feature_map), x)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_head_dim_of_inverts_feature_dim(feature_map):
     dims = {feature_dim(feature_map, head_dim): head_dim for head_dim in range(1, 300)}
     for r in range(max(dims) + 1 if feature_map == "taylor2" else 299):
