@@ -8,13 +8,13 @@ CONVERT = ["scikit-learn"]
 setup(
     name="ntk-kernels",
     version="0.1.0",
-    description="NTK-Attention: attention with an infinitely long learned prefix, with Triton kernels to come",
+    description="NTK-Attention: attention with an infinitely long learned prefix, fused in Triton",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
     # reference/ stays at the top level, where readers find it, and is installed as a part of the package.
-    packages=["ntk_kernels", "ntk_kernels.backends", "ntk_kernels.reference"],
+    packages=["ntk_kernels", "ntk_kernels.backends", "ntk_kernels.kernels", "ntk_kernels.reference"],
     package_dir={"ntk_kernels.reference": "reference"},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy"],
     extras_require={

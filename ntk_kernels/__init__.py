@@ -20,6 +20,15 @@ from .attention import ntk_attention
 from .convert import prefix_to_state
 from .feature_maps import FEATURE_MAPS, feature_dim
 from .state import PrefixState
+from .varlen import ntk_attention_varlen
 
 __version__ = _version("ntk-kernels")
-__all__ = ["FEATURE_MAPS", "PrefixState", "feature_dim", "ntk_attention", "prefix_to_state", "reference"]
+__all__ = [
+    "FEATURE_MAPS",
+    "PrefixState",
+    "feature_dim",
+    "ntk_attention",
+    "ntk_attention_varlen",
+    "prefix_to_state",
+    "reference",
+]

@@ -22,6 +22,8 @@ def ntk_attention(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     causal_offset: int | None = None,
+    key_start: Tensor | None = None,
+    key_stop: Tensor | None = None,
     state_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -49,10 +51,12 @@ def ntk_attention(
             -1 is unbounded (FlashAttention's `window_size`).
         softcap: scores become softcap · tanh(scores / softcap), before the mask. Not applied to the prefix.
         causal_offset: row i has its diagonal at key i + causal_offset; default Lk - Lq.
+        key_start, key_stop: [B] int, the first visible key of each batch row and the end of its visible keys, for
+            padded batches (left padding: key_start; per-row lengths: key_stop). They do not move the diagonal.
         state_index: [B] int, which state of a stack each batch row uses; -1 for none.
         return_lse: also return the log of the denominator.
-        backend: "torch" (PyTorch's fused attention, any device), "reference" (plain formula) or None, to choose;
-            NTK_KERNELS_BACKEND sets the default.
+        backend: "triton" (fused kernels, GPUs), "torch" (PyTorch's fused attention, any device), "reference" (plain
+            formula) or None, to choose; NTK_KERNELS_BACKEND sets the default.
 
     Returns:
         out [B, Hq, Lq, Dv] in the dtype of `query`; with `return_lse` also lse [B, Hq, Lq], natural logarithm, in
@@ -65,65 +69,95 @@ def ntk_attention(
     Source: arXiv 2406.14036, Algorithm 2; `ntk_kernels.reference.ntk_attention` is this definition as code.
     """
     checks.check_qkv(query, key, value)
-    head_dim = query.shape[3]
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
-    checks.check_finite("scale", scale)
-    checks.check_bool("is_causal", is_causal)
     checks.check_bool("return_lse", return_lse)
-    if softcap is not None:
-        checks.check_finite("softcap", softcap, positive=True)
-    if window is not None:
-        checks.check_window(window)
+    scale = check_options(query, state, scale, is_causal, window, softcap)
     if causal_offset is not None:
         checks.check_int("causal_offset", causal_offset)
         if not is_causal and window is None:
             raise ValueError("`causal_offset` must come with `is_causal` or `window`, got neither")
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, key)
-    if state is None:
-        if state_index is not None:
-            raise ValueError("`state_index` must come with a `state`, got `state` = None")
-    elif isinstance(state, PrefixState):
-        checks.check_state_fits(state, query, key, value, state_index)
-        if scale < 0 and state.k is not None and state.feature_scale is None:
-            raise ValueError(f"`scale` must not be negative for a state without feature_scale, got {scale}")
-    else:
-        raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+    for name, tensor in (("key_start", key_start), ("key_stop", key_stop)):
+        if tensor is not None:
+            checks.check_sequence_tensor(name, tensor, query.shape[0], "B", query)
+    check_state(state, query, key, value, state_index, query.shape[0])
 
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-
-    backend = choose_backend(backend, query, attn_mask, softcap)
+    query, key, value = autocast(query, key, value)
+    backend = choose_backend(backend, query, key, value, state, attn_mask, softcap)
     if backend == "reference":
         if state_index is not None and state_index.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.check_index_range(state_index, state.num_states)
         return reference.ntk_attention(
             query, key, value, state, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window,
-            softcap=softcap, causal_offset=causal_offset, state_index=state_index, return_lse=return_lse,
+            softcap=softcap, causal_offset=causal_offset, key_start=key_start, key_stop=key_stop,
+            state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
 
-    feature_scale = 1.0  # unused without features
-    if state is not None and state.k is not None:
-        feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
     left, right = window or (-1, -1)
     out, lse = ops.attention(
         query,
         key,
         value,
-        *_state_arguments(state),
+        *state_arguments(state, backend),
         state_index,
         _four_dimensional(attn_mask),
+        key_start,
+        key_stop,
+        None,  # no packed sequences
+        None,
+        0,
+        0,
         None if state is None else state.feature_map,
-        feature_scale,
+        feature_scale_of(state, scale),
         scale,
+        softcap or 0.0,
         left,
         0 if is_causal else right,
         key.shape[2] - query.shape[2] if causal_offset is None else causal_offset,
+        backend,
     )
     return (out, lse) if return_lse else out
+
+
+def check_options(query, state, scale, is_causal, window, softcap) -> float:
+    """Checks what both public functions take, and gives the scale."""
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    checks.check_finite("scale", scale)
+    checks.check_bool("is_causal", is_causal)
+    if softcap is not None:
+        checks.check_finite("softcap", softcap, positive=True)
+    if window is not None:
+        checks.check_window(window)
+    if isinstance(state, PrefixState) and scale < 0 and state.k is not None and state.feature_scale is None:
+        raise ValueError(f"`scale` must not be negative for a state without feature_scale, got {scale}")
+    return scale
+
+
+def check_state(state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None, batch: int) -> None:
+    """`state` is None or a state that fits the call, and `state_index` [B] comes with a state only."""
+    if state is None:
+        if state_index is not None:
+            raise ValueError("`state_index` must come with a `state`, got `state` = None")
+    elif isinstance(state, PrefixState):
+        checks.check_state_fits(state, query, key, value, state_index, batch)
+    else:
+        raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as an op that autocast knows would take them."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def feature_scale_of(state: PrefixState | None, scale: float) -> float:
+    if state is None or state.k is None:
+        return 1.0  # unused without features
+    return math.sqrt(scale) if state.feature_scale is None else state.feature_scale
 
 
 def _four_dimensional(attn_mask: Tensor | None) -> Tensor | None:
@@ -132,14 +166,23 @@ def _four_dimensional(attn_mask: Tensor | None) -> Tensor | None:
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
-def _state_arguments(state: PrefixState | None) -> list[Tensor | None]:
-    """z [N, Hs, C, r, Dv], k [N, Hs, C, r], centers [N, Hs, C, D], log_scale [N, Hs, C], row keys [N, Hs, R, D],
-    values and bias, as the ops take them."""
+def state_arguments(state: PrefixState | None, backend: str) -> list[Tensor | None]:
+    """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias as the ops take them (`backends/inputs.py`)."""
     if state is None:
-        return [None] * 7
-    z, k, log_scale = state.full_z, state.k, state.log_scale
+        return [None] * 8
+    k, log_scale = state.k, state.log_scale
+    z, z_b = (state.z_a, state.z_b) if _keeps_low_rank(state, backend) else (state.full_z, None)
     if state.centers is None:
         heads = 2 if state.is_stack else 1
-        z, k, log_scale = (None if tensor is None else tensor.unsqueeze(heads) for tensor in (z, k, log_scale))
-    tensors = [z, k, state.centers, log_scale, state.keys, state.values, state.bias]
+        z, z_b, k, log_scale = (
+            None if tensor is None else tensor.unsqueeze(heads) for tensor in (z, z_b, k, log_scale)
+        )
+    tensors = [z, z_b, k, state.centers, log_scale, state.keys, state.values, state.bias]
     return tensors if state.is_stack else [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
+
+
+def _keeps_low_rank(state: PrefixState, backend: str) -> bool:
+    """Whether the pair saves work: with few features per head it costs less to multiply it out once."""
+    return backend == "triton" and state.feature_map == "taylor2" and state.z_a is not None and (
+        0 < state.rank <= state.value_dim
+    )

@@ -1,10 +1,11 @@
 """Argument checks and their messages: each names the argument, what it must be and what it got.
 
 Only shapes, dtypes and devices are looked at, so that a check never waits for a device and never breaks a
-compiled graph. The values of `state_index` are checked where that is free (`check_index_range`).
+compiled graph. The values of index tensors are checked where that is free (`check_values`).
 """
 
 import math
+import os
 from numbers import Real
 
 import torch
@@ -126,7 +127,9 @@ def check_window(window) -> None:
         check_int("window", side, minimum=-1)
 
 
-def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None) -> None:
+def check_state_fits(
+    state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None, batch: int
+) -> None:
     """The state has the head dimensions and heads of the call, and `state_index` [B] goes with it."""
     if state.device != query.device:
         raise ValueError(f"`state` must be on the device of `query`, {query.device}, got {state.device}")
@@ -146,15 +149,50 @@ def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_ind
         if state.is_stack:
             raise ValueError(
                 f"`state_index` must say which of the {state.num_states} states of the stack each batch row uses "
-                f"(int tensor [B={query.shape[0]}], -1 for none), got None"
+                f"(int tensor [B={batch}], -1 for none), got None"
             )
         return
-    check_tensor("state_index", state_index)
-    if state_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"`state_index` must be int32 or int64, got {state_index.dtype}")
-    check_shape("state_index", state_index, (query.shape[0],), "B")
-    if state_index.device != query.device:
-        raise ValueError(f"`state_index` must be on the device of `query`, {query.device}, got {state_index.device}")
+    check_sequence_tensor("state_index", state_index, batch, "B", query)
+
+
+def check_sequence_tensor(name: str, tensor: Tensor, length: int, letters: str, query: Tensor) -> None:
+    """`tensor`: int32 or int64 of the given length, beside `query`."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
+    check_shape(name, tensor, (length,), letters)
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+
+
+def check_values(inputs) -> None:
+    """The values of `state_index` and `cu_seqlens_*`, where that is free: on the CPU.
+
+    With NTK_KERNELS_CHECK=1 on other devices too, which then wait for each other.
+    """
+    everywhere = os.environ.get("NTK_KERNELS_CHECK", "0") == "1"
+
+    def readable(tensor):
+        return tensor is not None and (everywhere or tensor.device.type == "cpu")
+
+    if readable(inputs.state_index):
+        check_index_range(inputs.state_index, inputs.num_states)
+    for name, longest, packed in (
+        ("cu_seqlens_q", "max_seqlen_q", inputs.query),
+        ("cu_seqlens_k", "max_seqlen_k", inputs.key),
+    ):
+        if readable(getattr(inputs, name)):
+            check_cu_seqlens(name, getattr(inputs, name), longest, getattr(inputs, longest), packed.shape[2])
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, total: int) -> None:
+    """Starts at 0, never falls, ends within the `total` packed rows; no sequence exceeds `longest`. Reads values."""
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] > total:
+        raise ValueError(f"`{name}` must rise from 0 to at most {total}, the number of packed rows, got {bounds}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"`{longest_name}` must be at least the longest sequence, {max(lengths)}, got {longest}")
 
 
 def check_index_range(state_index: Tensor, num_states: int) -> None:

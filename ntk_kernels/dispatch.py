@@ -7,55 +7,106 @@ call serves it or raises.
 
 import os
 import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from . import checks
 
-BACKENDS = ("torch", "reference")
-_warned: set[str] = set()
-
-
-def torch_backend_lacks(query: Tensor, attn_mask: Tensor | None, softcap: float | None) -> str | None:
-    """What keeps the `torch` backend from serving a call; None if nothing does."""
-    if softcap is not None:
-        return "softcap"
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "a gradient for `attn_mask`"
-    if query.device.type not in ("cpu", "cuda"):
-        return f"the device {query.device.type!r}"
-    if query.device.type == "cuda" and query.dtype == torch.float64:
-        return "float64 on a GPU"
-    return None
+BACKENDS = ("triton", "torch", "reference")
+_MAX_TRITON_HEAD_DIM = 256
+_warned: set[tuple[str, str]] = set()
 
 
 def choose_backend(
-    requested: str | None, query: Tensor, attn_mask: Tensor | None = None, softcap: float | None = None
+    requested: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state=None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> str:
-    """The backend that serves the call: "torch" or "reference".
+    """The backend that serves the call.
 
     Raises:
         ValueError: if `requested`, or the environment variable, is no backend.
         NotImplementedError: if `requested` cannot serve the call.
     """
     checks.check_one_of("backend", requested, (None, *BACKENDS))
-    default = None
-    if requested is None:
-        default = os.environ.get("NTK_KERNELS_BACKEND") or "torch"
-        checks.check_one_of("NTK_KERNELS_BACKEND", default, BACKENDS)
-    if "reference" in (requested, default):
-        return "reference"
-    lacks = torch_backend_lacks(query, attn_mask, softcap)
-    if lacks is None:
-        return "torch"
     if requested is not None:
-        raise NotImplementedError(f"backend='torch' does not support {lacks}; use backend=None or 'reference'")
-    if not torch.compiler.is_compiling() and lacks not in _warned:
-        _warned.add(lacks)
+        first = requested
+    else:
+        first = os.environ.get("NTK_KERNELS_BACKEND") or ("triton" if query.device.type == "cuda" else "torch")
+        checks.check_one_of("NTK_KERNELS_BACKEND", first, BACKENDS)
+    reason = None
+    for backend in BACKENDS[BACKENDS.index(first) :]:
+        lacks = _lacks(backend, query, key, value, state, attn_mask, softcap)
+        if lacks is None:
+            break
+        if requested is not None:
+            others = " or ".join(repr(other) for other in BACKENDS[BACKENDS.index(requested) + 1 :])
+            raise NotImplementedError(
+                f"backend={requested!r} does not support {lacks}; use backend=None, {others}"
+            )
+        reason = reason or lacks
+    if reason is not None and not torch.compiler.is_compiling() and (first, reason) not in _warned:
+        _warned.add((first, reason))
+        cost = ", which is slower and takes O(Lq·Lk) memory" if backend == "reference" else ""
         warnings.warn(
-            f"ntk_attention: the 'torch' backend does not support {lacks}; this call, and later ones like it, go to "
-            f"'reference', which is slower and takes O(Lq·Lk) memory",
+            f"ntk_attention: the {first!r} backend does not support {reason}; this call, and later ones like it, go to "
+            f"{backend!r}{cost}",
             stacklevel=3,
         )
-    return "reference"
+    return backend
+
+
+def _lacks(backend, query, key, value, state, attn_mask, softcap) -> str | None:
+    """What keeps a backend from serving a call; None if nothing does."""
+    if backend == "reference":
+        return None
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "a gradient for `attn_mask`"
+    device = query.device
+    if backend == "torch":
+        if softcap is not None:
+            return "softcap"
+        if device.type not in ("cpu", "cuda"):
+            return f"the device {device.type!r}"
+        if device.type == "cuda" and query.dtype == torch.float64:
+            return "float64 on a GPU"
+        return None
+    if query.dtype == torch.float64:
+        return "float64"
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if head_dim > _MAX_TRITON_HEAD_DIM:
+        return f"head dimensions above {_MAX_TRITON_HEAD_DIM}"
+    if softcap is not None and _needs_grad(query, key, value, state):
+        return "gradients with softcap"
+    return _device_lacks(device.type, device.index)
+
+
+def _needs_grad(query, key, value, state) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    of_state = () if state is None else state.tensors().values()
+    return any(tensor.requires_grad for tensor in (query, key, value, *of_state))
+
+
+@torch.compiler.assume_constant_result
+def _device_lacks(device_type: str, index: int | None) -> str | None:
+    """What keeps the kernels from running on a device."""
+    if find_spec("triton") is None:
+        return "machines without the triton package"
+    from .kernels.tiles import INTERPRETED
+
+    if INTERPRETED:
+        return None if device_type == "cpu" else f"the device {device_type!r} under TRITON_INTERPRET=1"
+    if device_type != "cuda":
+        return f"the device {device_type!r} (but for tests under TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "a GPU that is not there"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"GPUs older than compute capability 8.0 ({torch.cuda.get_device_name(index)})"
+    return None

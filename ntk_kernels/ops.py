@@ -8,32 +8,28 @@ as `ntk_kernels.attention` prepares it: always a stack, always with a dimension 
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import checks
 from .backends import torch as torch_backend
+from .backends.inputs import NUM_DIFFERENTIABLE, SCHEMA, Inputs
 from .backends.layout import empty_grad, empty_out, lse_dtype
 
 NAMESPACE = "ntk_kernels"
-_DIFFERENTIABLE = 10
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? z, Tensor? k, Tensor? centers, Tensor? log_scale, "
-    "Tensor? row_keys, Tensor? row_values, Tensor? row_bias, Tensor? state_index, Tensor? attn_mask, "
-    "str? feature_map, float feature_scale, float scale, "
-    "SymInt window_left, SymInt window_right, SymInt causal_offset"
-)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)")
+_library.define(f"attention({SCHEMA}) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attention_backward(Tensor? grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
-    f"bool[{_DIFFERENTIABLE}] needs_grad) -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})"
+    f"attention_backward(Tensor? grad_out, Tensor? grad_lse, {SCHEMA}, Tensor out, Tensor lse, "
+    f"bool[{NUM_DIFFERENTIABLE}] needs_grad) -> ({', '.join(['Tensor'] * NUM_DIFFERENTIABLE)})"
 )
 _packets = getattr(torch.ops, NAMESPACE)
 _attention = _packets.attention.default
 _attention_backward = _packets.attention_backward.default
+_NUM_TENSORS = Inputs._fields.index("max_seqlen_q")
 
 
 def attention(*inputs):
@@ -69,17 +65,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.options = inputs[: _DIFFERENTIABLE + 2], inputs[_DIFFERENTIABLE + 2 :]
+        tensors, ctx.options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         *tensors, out, lse = ctx.saved_tensors
-        needs_grad = ctx.needs_input_grad[:_DIFFERENTIABLE]
-        no_grads = (None,) * (2 + len(ctx.options))
+        needs_grad = ctx.needs_input_grad[:NUM_DIFFERENTIABLE]
+        no_grads = (None,) * (len(Inputs._fields) - NUM_DIFFERENTIABLE)
         if grad_out is None and grad_lse is None:
-            return (None,) * _DIFFERENTIABLE + no_grads
+            return (None,) * NUM_DIFFERENTIABLE + no_grads
         inputs = (grad_out, grad_lse, *tensors, *ctx.options, out, lse, needs_grad)
         grads = _call(_attention_backward, _AttentionBackward, inputs)
         return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)) + no_grads
@@ -122,17 +118,28 @@ _library.impl("attention_backward", _autograd_kernel(_attention_backward, _Atten
 # Implementations -------------------------------------------------------------------------------------------------
 
 
-def _attention_impl(query, *rest):
-    z, row_keys, state_index = rest[2], rest[6], rest[9]
-    if state_index is not None and state_index.device.type == "cpu":
-        checks.check_index_range(state_index, (row_keys if z is None else z).shape[0])
-    with _no_autocast(query):
-        return torch_backend.forward(query, *rest)
+def _attention_impl(*args):
+    inputs = Inputs(*args)
+    checks.check_values(inputs)
+    with _no_autocast(inputs.query):
+        return _forward_of(inputs.backend)(inputs)
 
 
-def _backward_impl(grad_out, grad_lse, query, *rest):
-    with _no_autocast(query):
-        return torch_backend.backward(grad_out, grad_lse, query, *rest)
+def _backward_impl(grad_out, grad_lse, *args):
+    *inputs, out, lse, needs_grad = args
+    inputs = Inputs(*inputs)
+    if inputs.softcap:
+        raise NotImplementedError("ntk_attention has no backward with softcap; use backend='reference'")
+    with _no_autocast(inputs.query):
+        return torch_backend.backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
+
+
+def _forward_of(backend: str):
+    if backend == "triton":
+        from .backends import triton as triton_backend  # not at import: the package works without triton
+
+        return triton_backend.forward
+    return torch_backend.forward
 
 
 def _no_autocast(query):
@@ -145,8 +152,9 @@ def _attention_fake(query, key, value, *rest):
 
 
 def _backward_fake(grad_out, grad_lse, *args):
-    inputs, needs_grad = args[:_DIFFERENTIABLE], args[-1]
-    make = [empty_grad] * 3 + [lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format)] * 7
+    inputs, needs_grad = args[:NUM_DIFFERENTIABLE], args[-1]
+    make = [empty_grad] * 3
+    make += [partial(torch.empty_like, memory_format=torch.contiguous_format)] * (NUM_DIFFERENTIABLE - 3)
     return tuple(
         make_grad(tensor) if needed else inputs[0].new_empty(0)
         for make_grad, tensor, needed in zip(make, inputs, needs_grad, strict=True)
@@ -162,24 +170,33 @@ torch.library.register_fake(_attention_backward, _backward_fake, lib=_library)
 # Work, for torch.utils.flop_counter ------------------------------------------------------------------------------
 
 
-def _flops(query, key, value, k, centers, row_keys, products: tuple[int, int]) -> int:
-    """Of matrix products: how many over D and over Dv (both passes count the hidden scores, as SDPA's formula does)."""
-    batch, heads, seq_q, head_dim = query
-    over_head_dim, over_value_dim = products
-    keys = key[2] + (row_keys[2] if row_keys is not None else 0)
-    per_row = keys * (over_head_dim * head_dim + over_value_dim * value[3])
-    if k is not None:
-        per_row += over_value_dim * k[2] * k[3] * (value[3] + 1)
-    if centers is not None:
-        per_row += over_head_dim * centers[2] * head_dim
+def _flops(inputs: Inputs, over_head_dim: int, over_value_dim: int) -> int:
+    """Of matrix products, so many over D and over Dv (hidden scores are counted too, as in SDPA's formula).
+
+    `inputs` has shapes for tensors. Packed sequences are counted as if each had the longest one's keys.
+    """
+    batch, heads, seq_q, head_dim = inputs.query
+    keys, value_dim = inputs.value[2:]
+    if inputs.cu_seqlens_q is not None:
+        keys = inputs.max_seqlen_k
+    if inputs.row_keys is not None:
+        keys += inputs.row_keys[2]
+    per_row = keys * (over_head_dim * head_dim + over_value_dim * value_dim)
+    if inputs.k is not None:
+        columns = inputs.z[4] + 1
+        if inputs.z_b is not None:
+            per_row += over_value_dim * inputs.k[2] * inputs.z_b[3] * value_dim
+        per_row += over_value_dim * inputs.k[2] * inputs.k[3] * columns
+    if inputs.centers is not None:
+        per_row += over_head_dim * inputs.centers[2] * head_dim
     return 2 * batch * heads * seq_q * per_row
 
 
 @register_flop_formula(_packets.attention)
-def _attention_flops(query, key, value, z, k, centers, log_scale, row_keys, *rest, **kwargs) -> int:
-    return _flops(query, key, value, k, centers, row_keys, (1, 1))
+def _attention_flops(*args, **kwargs) -> int:
+    return _flops(Inputs(*args), 1, 1)
 
 
 @register_flop_formula(_packets.attention_backward)
-def _backward_flops(grad_out, grad_lse, query, key, value, z, k, centers, log_scale, row_keys, *rest, **kwargs) -> int:
-    return _flops(query, key, value, k, centers, row_keys, (3, 2))
+def _backward_flops(grad_out, grad_lse, *args, **kwargs) -> int:
+    return _flops(Inputs(*args[: len(Inputs._fields)]), 3, 2)

@@ -49,13 +49,20 @@ def visible_keys(seq_q: int, seq_k: int, is_causal: bool, window, causal_offset:
     return visible
 
 
-def _scores(query, key, scale, attn_mask, is_causal, window, softcap, causal_offset) -> Tensor:
+def _scores(
+    query, key, scale, attn_mask, is_causal, window, softcap, causal_offset, key_start=None, key_stop=None
+) -> Tensor:
     """[B, Hq, Lq, Lk] logits over the input's keys, -inf where a key is hidden."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = scale * query @ key.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = visible_keys(query.shape[2], key.shape[2], is_causal, window, causal_offset, query.device)
+    j = torch.arange(key.shape[2], device=query.device)
+    if key_start is not None:
+        visible = visible & (j >= key_start[:, None, None, None])
+    if key_stop is not None:
+        visible = visible & (j < key_stop[:, None, None, None])
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif attn_mask is not None:
@@ -75,6 +82,8 @@ def ntk_attention(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     causal_offset: int | None = None,
+    key_start: Tensor | None = None,
+    key_stop: Tensor | None = None,
     state_index: Tensor | None = None,
     return_lse: bool = False,
     compute_dtype: torch.dtype | None = None,
@@ -105,7 +114,9 @@ def ntk_attention(
     with torch.autocast(query.device.type, enabled=False):
         q, value = query.to(dtype), value.to(dtype)
         value = value.repeat_interleave(num_heads // value.shape[1], dim=1)
-        scores = _scores(q, key.to(dtype), scale, attn_mask, is_causal, window, softcap, causal_offset)
+        scores = _scores(
+            q, key.to(dtype), scale, attn_mask, is_causal, window, softcap, causal_offset, key_start, key_stop
+        )
         rows, row_bias = of_state("keys"), of_state("bias")
         if rows is not None:
             row_scores = scale * q @ rows.mT + (0 if row_bias is None else row_bias[:, :, None, :])
@@ -136,6 +147,35 @@ def ntk_attention(
             out = out + torch.einsum("bhic,bhir,bhcrd->bhid", (log_w - lse).clamp(max=40).exp(), phi, z)
         out = out.masked_fill(empty, 0).to(query.dtype)
         lse = lse.masked_fill(empty, -math.inf).squeeze(-1)
+    return (out, lse) if return_lse else out
+
+
+def ntk_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    state=None,
+    *,
+    state_index: Tensor | None = None,
+    return_lse: bool = False,
+    **options,
+):
+    """`ntk_attention` of each packed sequence; arguments, shapes and results as in `ntk_kernels.ntk_attention_varlen`."""
+    outs, lses = [], []
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(bounds_q) - 1):
+        rows, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
+        sequence = (tensor.transpose(0, 1)[None] for tensor in (query[rows], key[keys], value[keys]))
+        index = None if state_index is None else state_index[b : b + 1]
+        out, lse = ntk_attention(*sequence, state, state_index=index, return_lse=True, **options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    rest = query[bounds_q[-1] :]  # belongs to no sequence
+    outs.append(rest.new_zeros(*rest.shape[:2], value.shape[-1]))
+    lses.append(rest.new_full(rest.shape[1::-1], -math.inf, dtype=lses[0].dtype if lses else None))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
     return (out, lse) if return_lse else out
 
 

@@ -29,6 +29,8 @@ class Case:
     mask: str | None = None
     state: dict | None = field(default_factory=dict)  # of `make_state`
     state_index: tuple | None = None
+    key_start: tuple | None = None
+    key_stop: tuple | None = None
     options: dict = field(default_factory=dict)  # of `ntk_attention`
 
 
@@ -94,6 +96,8 @@ def make_mask(kind, case, generator):
         return keep[0]
     if kind == "per_head":
         return keep[:1, :, :, :1] | keep[:1, :, :1, :]
+    if kind == "rows":
+        return keep[:, :1, :, :1]
     if kind == "nothing":
         return torch.zeros(case.batch, 1, 1, case.seq_k, dtype=torch.bool)
     raise AssertionError(kind)
@@ -120,8 +124,9 @@ def make_inputs(case, seed=0):
     options = dict(case.options)
     if (mask := make_mask(case.mask, case, generator)) is not None:
         options["attn_mask"] = mask
-    if case.state_index is not None:
-        options["state_index"] = torch.tensor(case.state_index)
+    for name in ("state_index", "key_start", "key_stop"):
+        if getattr(case, name) is not None:
+            options[name] = torch.tensor(getattr(case, name))
     return query, key, value, state, options
 
 
@@ -146,9 +151,15 @@ CASES = [
     Case("clamped_centres", "the clamp is on the sum over centres", state={"mass": "mixed", "centers": 4} | TAYLOR1),
     Case("no_mass", "k = 0: the prefix adds to the numerator only", state={"mass": "none"}, options=CAUSAL),
     Case("low_rank", "z_a @ z_b", state={"rank": 3} | TAYLOR1, options=CAUSAL),
+    Case("low_rank_taylor2", "which kernels may leave as a pair", state={"rank": 3} | TAYLOR2, options=CAUSAL),
+    Case("low_rank_taylor2_index", "stacked pairs", state={"rank": 2, "stack": 2, "centers": 1, "log_scale": True} | TAYLOR2,
+         state_index=(1, -1)),
+    Case("low_rank_wide", "a pair of higher rank than Dv", state={"rank": 7} | TAYLOR2, value_dim=5),
+    Case("low_rank_zero", "a pair of rank 0", state={"rank": 0} | TAYLOR2),
     Case("low_rank_centres", "a pair for each centre", state={"rank": 2, "centers": 3} | TAYLOR1),
     Case("rows", "exact rows beside the expansion", state={"rows": 5} | TAYLOR1, options=CAUSAL),
     Case("rows_unbiased", "exact rows, bias 0", state={"rows": 3, "bias": False}),
+    Case("rows_many", "more than one tile of rows", state={"rows": 70} | TAYLOR1, seq_q=5, batch=1),
     Case("rows_zero", "R = 0", state={"rows": 0, "empty_rows": True}),
     Case("rows_only", "no expansion at all", state={"rows": 4, "feature_map": None}, options=CAUSAL),
     Case("all_parts", "everything at once", state={"rows": 3, "centers": 2, "rank": 2, "log_scale": True} | TAYLOR1),
@@ -208,6 +219,17 @@ CASES = [
     Case("mask_nothing", "every key hidden: the prefix alone", mask="nothing"),
     Case("mask_nothing_plain", "every key hidden, no prefix: 0", mask="nothing", state=None),
     Case("mask_wide", "a float32 mask on bfloat16 tensors", mask="additive_float32", dtype=BF16, state=TAYLOR1),
+    Case("mask_columns", "[1, 1, Lq, 1]: rows that see everything or nothing", mask="rows"),
+    # the first and last visible key of each batch row
+    Case("key_start", "left padding", key_start=(0, 5), options=CAUSAL),
+    Case("key_stop", "per-row lengths", key_stop=(20, 37)),
+    Case("key_range", "both, over several tiles, in a window", key_start=(3, 70), key_stop=(200, 300), seq_q=300, seq_k=300,
+         heads=2, kv_heads=1, options={"window": (40, 10)}),
+    Case("key_range_empty", "a row without keys: the prefix alone, or 0", key_start=(9, 0), key_stop=(9, -3)),
+    Case("key_range_empty_plain", "", key_start=(9, 0), key_stop=(3, 40), state=None),
+    Case("key_range_beyond", "bounds outside of the keys hide nothing", key_start=(-4, 0), key_stop=(99, 37)),
+    Case("key_range_mask", "with a mask", key_start=(2, 0), key_stop=(37, 30), mask="bool", options=CAUSAL),
+    Case("key_range_additive", "with a mask to be added", key_start=(2, 0), key_stop=(37, 30), mask="additive"),
     # heads, dimensions, layouts, scale
     Case("ungrouped", "Hq = Hkv", kv_heads=4, options=CAUSAL),
     Case("multi_query", "Hkv = 1", kv_heads=1, options=CAUSAL),
@@ -215,6 +237,12 @@ CASES = [
     Case("value_narrower", "Dv < D", value_dim=5, state={"rows": 2}, options=CAUSAL),
     Case("odd_dim", "D = 13", head_dim=13, state=TAYLOR2, options=CAUSAL),
     Case("d40", "Stable Diffusion's head dimension", head_dim=40, batch=1),
+    Case("d80", "no power of two", head_dim=80, batch=1, seq_q=9, state=TAYLOR1),
+    Case("d96", "", head_dim=96, batch=1, seq_q=9, options=CAUSAL),
+    Case("d112", "", head_dim=112, batch=1, seq_q=9, options=CAUSAL),
+    Case("d80_taylor2", "pairs beyond one tile of features", head_dim=80, batch=1, heads=2, kv_heads=1, seq_q=9,
+         state=TAYLOR2),
+    Case("d128_taylor2_low_rank", "", head_dim=128, batch=1, heads=2, kv_heads=1, seq_q=9, state={"rank": 4} | TAYLOR2),
     Case("d128", "", head_dim=128, batch=1, options=CAUSAL),
     Case("d256", "", head_dim=256, batch=1, state=TAYLOR1, options=CAUSAL),
     Case("blhd", "views of [B, L, H, D]", layout="BLHD", options=CAUSAL),
@@ -247,7 +275,22 @@ CASES = [
          options=CAUSAL | {"window": (2100, 0)}),
     Case("f16", "float32 state under a float16 model", dtype=HALF, head_dim=64, options=CAUSAL),
     Case("f16_state", "float16 state", dtype=HALF, state={"dtype": HALF, "rows": 2} | TAYLOR1, options=CAUSAL),
-    # what only the reference serves
+    # soft-capped scores
     Case("softcap", "scores of the input's keys only", state={"rows": 2}, options=CAUSAL | {"softcap": 2.0}),
+    Case("softcap_plain", "", state=None, options={"softcap": 0.5, "window": (9, 9)}),
+    Case("softcap_mask", "before the mask", mask="additive", options={"softcap": 1.0}),
+    Case("softcap_scale_negative", "", state=None, options={"softcap": 1.0, "scale": -0.5}),
+    Case("softcap_huge", "logits far beyond the cap", magnitude=30, options=CAUSAL | {"softcap": 30.0}),
+    Case("softcap_bf16", "", dtype=BF16, head_dim=64, options=CAUSAL | {"softcap": 20.0}),
 ]  # fmt: skip
 assert len({case.id for case in CASES}) == len(CASES)
+
+
+def served_by(backend, *, backward=False):
+    """The cases that a backend computes itself."""
+    return [
+        case
+        for case in CASES
+        if not (backend == "triton" and case.dtype == F64)
+        and not ("softcap" in case.options and (backend == "torch" or backward))
+    ]

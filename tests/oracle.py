@@ -4,6 +4,8 @@ dtype (half precisions are thus allowed the rounding of their result, and little
 import torch
 
 from ntk_kernels import PrefixState, ntk_attention, reference
+from ntk_kernels.attention import state_arguments
+from ntk_kernels.backends.inputs import Inputs
 
 F64 = torch.float64
 
@@ -24,6 +26,21 @@ def leaves(query, key, value, state, dtype=None):
     return inputs, state
 
 
+def op_inputs(query, key, value, state, options, backend):
+    """What `ntk_attention` calls the op with, but for its scales."""
+    left, right = options.get("window", (-1, -1))
+    mask = options.get("attn_mask")
+    tensors = [query, key, value, *state_arguments(state, backend), options.get("state_index"),
+               None if mask is None else mask[(None,) * (4 - mask.dim())],
+               options.get("key_start"), options.get("key_stop")]  # fmt: skip
+    return Inputs(
+        *tensors, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
+        feature_map=None if state is None else state.feature_map, feature_scale=0.5, scale=0.25, softcap=0.0,
+        window_left=left, window_right=0 if options.get("is_causal") else right,
+        causal_offset=options.get("causal_offset", key.shape[2] - query.shape[2]), backend=backend,
+    )  # fmt: skip
+
+
 def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None, device="cpu"):
     """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input, all on the CPU."""
     query, key, value = (tensor.to(device) for tensor in (query, key, value))
@@ -32,7 +49,8 @@ def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse
     inputs, state = leaves(query, key, value, state, dtype)
     if dtype is not None and "attn_mask" in options and options["attn_mask"].is_floating_point():
         options = options | {"attn_mask": options["attn_mask"].to(dtype)}
-    out, lse = attention(inputs["query"], inputs["key"], inputs["value"], state, **options, return_lse=True)
+    with torch.set_grad_enabled(grad_out is not None):
+        out, lse = attention(inputs["query"], inputs["key"], inputs["value"], state, **options, return_lse=True)
     results = {"out": out.detach(), "lse": lse.detach()}
     if grad_out is not None:
         outputs, grads = [out], [grad_out.to(out)]

@@ -1,31 +1,45 @@
 """The option table, forward and backward, against the float64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
-from cases import CASES, make_inputs
+from cases import CASES, make_inputs, served_by
 from oracle import check_case, run
 
 from ntk_kernels import ntk_attention
 from ntk_kernels.backends import prefix
 
-BACKENDS = ["torch"]
-SERVED = [case for case in CASES if "softcap" not in case.options]
+BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]  # the latter in Triton's interpreter
 WITH_LSE_GRADIENT = ["plain", "elu", "all_parts", "fewer_keys_plain", "more_keys", "mask_bool", "value_wider", "bf16"]
+ONE_OF_EACH = ["elu", "centres", "taylor2", "all_parts", "index_shared", "mask_bool_causal", "window"]
+SERVED = served_by("torch")
 
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
-all_cases = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.id)
 
 
-@all_backends
-@all_cases
-def test_forward(case, backend):
-    check_case(make_inputs(case), case.dtype, backend=backend)
+def each(served):
+    """Each backend with each of its cases."""
+    return pytest.mark.parametrize(
+        "backend, case",
+        [pytest.param(backend, case, id=f"{backend}-{case.id}") for backend in BACKENDS for case in served(backend)],
+    )
 
 
-@all_backends
-@all_cases
-def test_backward(case, backend):
+def forward_only(backend):
+    with_backward = served_by(backend, backward=True)
+    return [case for case in served_by(backend) if case not in with_backward]
+
+
+@each(partial(served_by, backward=True))
+def test_forward_and_backward(backend, case):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True)
+
+
+@pytest.mark.parametrize("case", forward_only("triton"), ids=lambda case: case.id)
+@pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
+def test_forward(case):
+    check_case(make_inputs(case), case.dtype, backend="triton")
 
 
 @all_backends
@@ -54,9 +68,8 @@ def test_what_only_the_reference_serves(case):
         check_case(make_inputs(case), case.dtype, backend=None, backward=True)
 
 
-@all_backends
-@all_cases
-def test_runs_agree_bit_for_bit(case, backend):
+@each(lambda backend: served_by("torch") if backend == "torch" else [case for case in CASES if case.id in ONE_OF_EACH])
+def test_runs_agree_bit_for_bit(backend, case):
     inputs = make_inputs(case)
     grads = {"grad_out": torch.randn(*inputs[0].shape[:3], inputs[2].shape[3]).to(case.dtype)}
 

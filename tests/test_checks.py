@@ -64,7 +64,7 @@ REFUSED = {
     "index_high": (dict(state=stack, state_index=index + 1), ValueError,
                    r"`state_index` must lie between -1 \(no state\) and 2 .* got values from 1 to 3"),
     "index_low": (dict(state=stack, state_index=index - 2), ValueError, "got values from -2 to 0"),
-    "backend": (dict(backend="cuda"), ValueError, "`backend` must be one of None, 'torch', 'reference', got 'cuda'"),
+    "backend": (dict(backend="cuda"), ValueError, "`backend` must be one of None, 'triton', 'torch', 'reference', got 'cuda'"),
 }  # fmt: skip
 
 

@@ -1,22 +1,30 @@
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 
 from ntk_kernels import PrefixState, dispatch, ntk_attention, reference
+from ntk_kernels.backends import torch as torch_backend
 
 query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
 state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+
+BACKENDS = ["torch", "reference"] if torch.cuda.is_available() else ["triton", "torch", "reference"]
 
 
 @pytest.fixture
 def served_by(monkeypatch):
     """Names of the backends that served, in order."""
     names = []
-    for name, module, function in (
-        ("reference", reference, "ntk_attention"),
-        ("torch", dispatch_target(), "forward"),
-    ):
+    modules = {"reference": (reference, "ntk_attention"), "torch": (torch_backend, "forward")}
+    if "triton" in BACKENDS:
+        from ntk_kernels.backends import triton as triton_backend
+
+        modules["triton"] = (triton_backend, "forward")
+    for name, (module, function) in modules.items():
         original = getattr(module, function)
 
         def record(*args, _name=name, _original=original, **kwargs):
@@ -27,18 +35,12 @@ def served_by(monkeypatch):
     return names
 
 
-def dispatch_target():
-    from ntk_kernels.backends import torch as torch_backend
-
-    return torch_backend
-
-
 def test_default_on_the_cpu_is_torch(served_by):
     ntk_attention(query, key, value, state)
     assert served_by == ["torch"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_by_name(served_by, backend):
     ntk_attention(query, key, value, state, backend=backend)
     assert served_by == [backend]
@@ -55,7 +57,7 @@ def test_environment_sets_the_default_and_no_more(served_by, monkeypatch):
 
 def test_environment_is_checked(monkeypatch):
     monkeypatch.setenv("NTK_KERNELS_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="`NTK_KERNELS_BACKEND` must be one of 'torch', 'reference', got 'cudnn'"):
+    with pytest.raises(ValueError, match="`NTK_KERNELS_BACKEND` must be one of 'triton', 'torch', 'reference', got 'cudnn'"):
         ntk_attention(query, key, value, state)
 
 
@@ -86,6 +88,32 @@ def test_a_mask_that_needs_no_gradient_now_is_served(served_by):
     assert served_by == ["torch"]
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
+def test_what_triton_lacks(served_by, monkeypatch):
+    monkeypatch.setenv("NTK_KERNELS_BACKEND", "triton")
+    ntk_attention(query, key, value, state, softcap=5.0)
+    with pytest.warns(UserWarning, match="'triton' backend does not support float64; .* go to 'torch'$"):
+        ntk_attention(query.double(), key.double(), value.double(), state)
+    wide = torch.randn(1, 2, 7, 257)
+    with pytest.warns(UserWarning, match="'triton' backend does not support head dimensions above 256; .* 'torch'$"):
+        ntk_attention(wide, wide, wide)
+    with pytest.warns(UserWarning, match="does not support gradients with softcap; .* go to 'reference', which"):
+        ntk_attention(query.clone().requires_grad_(), key, value, softcap=5.0).sum().backward()
+    assert served_by == ["triton", "torch", "torch", "reference"]
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    """In a process of its own: the interpreter is chosen when Triton's kernels load."""
+    code = (
+        "import torch; from ntk_kernels import ntk_attention; q = torch.randn(1, 1, 4, 8)\n"
+        "try: ntk_attention(q, q, q, backend='triton')\n"
+        "except NotImplementedError as error: print(error)"
+    )
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "backend='triton' does not support the device 'cpu'" in output
+
+
 @pytest.mark.parametrize(
     "arguments, what",
     [({"softcap": 5.0}, "softcap"), ({"attn_mask": torch.zeros(7, 7, requires_grad=True)}, "gradient for `attn_mask`")],
@@ -98,4 +126,4 @@ def test_a_named_backend_serves_or_raises(arguments, what):
 
 def test_other_devices_go_to_the_reference():
     with pytest.warns(UserWarning, match="does not support the device 'meta'"):
-        assert dispatch.choose_backend(None, query.to("meta")) == "reference"
+        assert dispatch.choose_backend(None, *(tensor.to("meta") for tensor in (query, key, value))) == "reference"

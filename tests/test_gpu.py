@@ -2,22 +2,37 @@
 
 import pytest
 import torch
-from cases import CASES, make_inputs
+from cases import CASES, make_inputs, served_by
 from oracle import check_case
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["torch"]
-SERVED = [case for case in CASES if "softcap" not in case.options and case.dtype != torch.float64]
+BACKENDS = ["torch", "triton"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.id)
-def test_forward_and_backward(case, backend):
+def cases_of(*, backward):
+    return pytest.mark.parametrize(
+        "backend, case",
+        [
+            pytest.param(backend, case, id=f"{backend}-{case.id}")
+            for backend in BACKENDS
+            for case in served_by(backend, backward=backward)
+            if case.dtype != torch.float64
+        ],
+    )
+
+
+@cases_of(backward=False)
+def test_forward(backend, case):
+    check_case(make_inputs(case), case.dtype, backend=backend, device="cuda")
+
+
+@cases_of(backward=True)
+def test_forward_and_backward(backend, case):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [case for case in SERVED if case.id in ("elu", "all_parts", "bf16")],
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in ("elu", "all_parts", "bf16")],
                          ids=lambda case: case.id)  # fmt: skip
 def test_backward_through_lse(case, backend):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True, device="cuda")

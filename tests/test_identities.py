@@ -9,7 +9,7 @@ from oracle import run
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["torch", "reference"] if torch.cuda.is_available() else ["torch", "triton", "reference"]
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
 F64 = torch.float64
 

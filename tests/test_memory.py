@@ -3,10 +3,11 @@
 import pytest
 import torch
 from cases import CAUSAL, TAYLOR1, Case, make_inputs
+from oracle import op_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntk_kernels.attention import _four_dimensional, _state_arguments
 from ntk_kernels.backends import torch as torch_backend
+from ntk_kernels.backends.inputs import NUM_DIFFERENTIABLE
 
 CASES = {
     "elu": Case("", "", options=CAUSAL),
@@ -38,15 +39,11 @@ def test_largest_tensor_grows_with_the_length(case):
             **{**vars(case), "batch": 2, "heads": 1, "kv_heads": 1, "seq_q": length, "seq_k": length, "head_dim": 4}
         )
         query, key, value, state, options = make_inputs(sized)
-        left = options.get("window", (-1, -1))[0]
-        args = (
-            query, key, value, *_state_arguments(state), None, _four_dimensional(options.get("attn_mask")),
-            state.feature_map, 0.5, 0.25, left, 0, options.get("causal_offset", 0),
-        )  # fmt: skip
-        needs_grad = [tensor is not None for tensor in args[:10]]
+        inputs = op_inputs(query, key, value, state, options, "torch")
+        needs_grad = [tensor is not None for tensor in inputs[:NUM_DIFFERENTIABLE]]
         with Largest() as seen:
-            out, lse = torch_backend.forward(*args)
-            torch_backend.backward(torch.ones_like(out), torch.ones_like(lse), *args, out, lse, needs_grad)
+            out, lse = torch_backend.forward(inputs)
+            torch_backend.backward(torch.ones_like(out), torch.ones_like(lse), inputs, out, lse, needs_grad)
         return seen.elements
 
     short, long = largest(1024), largest(4096)

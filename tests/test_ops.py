@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import CASES, make_inputs
-from oracle import leaves
+from oracle import leaves, op_inputs
 
 from ntk_kernels import PrefixState, ntk_attention
-from ntk_kernels.attention import _four_dimensional, _state_arguments
+from ntk_kernels.backends.inputs import NUM_DIFFERENTIABLE, SCHEMA, Inputs
 
 attention = torch.ops.ntk_kernels.attention.default
 attention_backward = torch.ops.ntk_kernels.attention_backward.default
-OPCHECKED = ["plain", "elu", "all_parts", "index_none", "mask_bool", "value_narrower", "bf16", "blhd", "no_keys"]
+BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
+all_backends = pytest.mark.parametrize("backend", BACKENDS)
+OPCHECKED = ["plain", "elu", "all_parts", "index_none", "mask_bool", "value_narrower", "bf16", "blhd", "no_keys",
+             "key_range", "low_rank_taylor2"]
 COMPILED = ["elu", "all_parts", "index_none", "mask_padding_causal", "window_causal", "bf16", "blhd_cache"]
 
 
@@ -19,29 +22,40 @@ def case_named(name):
     return next(case for case in CASES if case.id == name)
 
 
-def op_arguments(case, *, requires_grad):
+def op_arguments(case, *, requires_grad, backend="torch"):
     query, key, value, state, options = make_inputs(case)
     if requires_grad:
         inputs, state = leaves(query, key, value, state)
         query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    left, right = options.get("window", (-1, -1))
-    return (
-        query, key, value, *_state_arguments(state), options.get("state_index"),
-        _four_dimensional(options.get("attn_mask")), None if state is None else state.feature_map, 0.5, 0.25,
-        left, 0 if options.get("is_causal") else right, key.shape[2] - query.shape[2],
-    )  # fmt: skip
+    return op_inputs(query, key, value, state, options, backend)
 
 
+@all_backends
 @pytest.mark.parametrize("name", OPCHECKED)
-def test_opcheck_forward(name):
-    torch.library.opcheck(attention, op_arguments(case_named(name), requires_grad=True))
+def test_opcheck_forward(name, backend):
+    torch.library.opcheck(attention, op_arguments(case_named(name), requires_grad=True, backend=backend))
+
+
+def test_opcheck_packed_sequences():
+    args = op_arguments(case_named("no_batch"), requires_grad=False)._asdict()
+    query, key, value = torch.randn(3, 1, 2, 12, 8)
+    packed = dict(query=query, key=key, value=value, cu_seqlens_q=torch.tensor([0, 5, 12]), max_seqlen_q=7,
+                  cu_seqlens_k=torch.tensor([0, 4, 12]), max_seqlen_k=8)  # fmt: skip
+    state = dict.fromkeys(("z", "z_b", "k", "centers", "log_scale", "row_keys", "row_values", "row_bias"))
+    for backend in BACKENDS:
+        torch.library.opcheck(attention, Inputs(**args | packed | state | {"feature_map": None, "backend": backend}))
+
+
+def test_the_schema_and_the_inputs_have_the_same_names():
+    assert tuple(argument.split()[1] for argument in SCHEMA.split(", ")) == Inputs._fields
+    assert tuple(argument.name for argument in attention._schema.arguments) == Inputs._fields
 
 
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_backward(name):
     args = op_arguments(case_named(name), requires_grad=False)
     out, lse = attention(*args)
-    for needs in ([tensor is not None for tensor in args[:10]], [True] + [False] * 9):
+    for needs in ([tensor is not None for tensor in args[:NUM_DIFFERENTIABLE]], [True] + [False] * (NUM_DIFFERENTIABLE - 1)):
         torch.library.opcheck(
             attention_backward, (torch.randn_like(out), torch.randn_like(lse), *args, out, lse, needs),
             # There is no second derivative: the next test sees to the error.
@@ -60,13 +74,14 @@ def test_double_backward_is_refused():
     assert torch.autograd.grad(grad.square().sum(), query)[0].isfinite().all()
 
 
+@all_backends
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_without_graph_breaks(name):
+def test_compile_without_graph_breaks(name, backend):
     case = case_named(name)
     query, key, value, state, options = make_inputs(case)
 
     def loss(query, key, value, state):
-        return ntk_attention(query * 2, key, value, state, **options).float().square().sum()
+        return ntk_attention(query * 2, key, value, state, **options, backend=backend).float().square().sum()
 
     torch._dynamo.reset()
     results = []
@@ -78,19 +93,21 @@ def test_compile_without_graph_breaks(name):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
-def test_compile_dynamic_compiles_once():
+@all_backends
+def test_compile_dynamic_compiles_once(backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def attend(query, key, value, state):
-        return ntk_attention(query, key, value, state, is_causal=True)
+        return ntk_attention(query, key, value, state, is_causal=True, backend=backend)
 
     for batch, length in ((3, 9), (4, 17), (5, 40)):  # no size equal to another: such a pair is one symbol
         query, key, value = (torch.randn(batch, 2, length, 8) for _ in range(3))
         torch.testing.assert_close(
-            attend(query, key, value, state), ntk_attention(query, key, value, state, is_causal=True), rtol=0, atol=0
+            attend(query, key, value, state),
+            ntk_attention(query, key, value, state, is_causal=True, backend=backend), rtol=0, atol=0,
         )
     assert counter.frame_count == 1
 

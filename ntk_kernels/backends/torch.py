@@ -15,55 +15,105 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, packed
+from .inputs import Inputs
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
 from .prefix import Prefix, merge_prefix, normaliser, prefix_backward
 from .tiles import row_tiles, tile_bias, without_hidden_keys
 
 
-def forward(
-    query, key, value, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index, attn_mask, feature_map,
-    feature_scale, scale, window_left, window_right, causal_offset,
-):  # fmt: skip
-    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]; arguments as in `ops.py`."""
-    band = (window_left, window_right, causal_offset)
-    out, lse = _keys_forward(query, key, value, attn_mask, scale, band)
-    if (k is not None or row_keys is not None) and query.numel():
-        state = (z, k, centers, log_scale, row_keys, row_values, row_bias)
-        prefix = Prefix(query, *state, state_index, lse.dtype, (feature_map, feature_scale, scale))
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    if inputs.cu_seqlens_q is not None:
+        return packed.forward(inputs, forward)
+    inputs = _with_key_range_as_mask(inputs)
+    query = inputs.query
+    band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
+    out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, band)
+    if inputs.has_state and query.numel():
+        prefix = Prefix(query, *_full_state(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
         merge_prefix(prefix, query, out, lse)
     return out, lse
 
 
-def backward(
-    grad_out, grad_lse, query, key, value, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index,
-    attn_mask, feature_map, feature_scale, scale, window_left, window_right, causal_offset, out, lse, needs_grad,
-):  # fmt: skip
-    """Gradients of query, key, value and the seven tensors of the state; those that `needs_grad` does not ask for
+def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value and the eight tensors of the state; those that `needs_grad` does not ask for
     have no elements."""
-    state = (z, k, centers, log_scale, row_keys, row_values, row_bias)
+    if inputs.cu_seqlens_q is not None:
+        return packed.backward(grad_out, grad_lse, inputs, out, lse, needs_grad, backward)
+    inputs = _with_key_range_as_mask(inputs)
+    query, key, value = inputs[:3]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = [query.new_empty(0) for _ in needs_grad]
     grad_q = None
-    if k is not None or row_keys is not None:
+    if inputs.has_state:
         delta = (grad_out.to(lse.dtype) * out).sum(-1)
         if grad_lse is not None:
             delta.sub_(grad_lse)
-        prefix = Prefix(query, *state, state_index, lse.dtype, (feature_map, feature_scale, scale))
-        grad_q, *state_grads = prefix_backward(
-            prefix, grad_out, query, lse, delta, state, (needs_grad[0], *needs_grad[3:])
+        state = _full_state(inputs)
+        prefix = Prefix(query, *state, inputs.state_index, lse.dtype, _prefix_options(inputs))
+        needs_z = needs_grad[3] or needs_grad[4]
+        grad_q, grad_z, *state_grads = prefix_backward(
+            prefix, grad_out, query, lse, delta, state, (needs_grad[0], needs_z, *needs_grad[5:])
         )
-        grads[3:] = [absent if grad is None else grad for grad, absent in zip(state_grads, grads[3:], strict=True)]
+        state_grads = [*_low_rank_grads(inputs, grad_z), *state_grads]
+        for i, grad in enumerate(state_grads, start=3):
+            if needs_grad[i]:
+                grads[i] = grad
     if any(needs_grad[:3]):
-        band = (window_left, window_right, causal_offset)
-        key_grads = _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band, out, lse)
+        band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
+        key_grads = _keys_backward(
+            grad_out, grad_lse, query, key, value, inputs.attn_mask, inputs.scale, band, out, lse
+        )
         if grad_q is not None:
             key_grads[0] = grad_q.add_(key_grads[0])
         for i, tensor in enumerate((query, key, value)):
             if needs_grad[i]:
                 grads[i] = in_layout(key_grads[i], partial(empty_grad, tensor))
     return tuple(grads)
+
+
+def _prefix_options(inputs: Inputs) -> tuple:
+    return inputs.feature_map, inputs.feature_scale, inputs.scale
+
+
+def _full_state(inputs: Inputs) -> list[Tensor | None]:
+    """The tensors of the state with a low-rank pair multiplied out."""
+    z, z_b, *rest = inputs.state
+    if z_b is not None:
+        dtype = _product_dtype(z, z_b)
+        z = z.to(dtype) @ z_b.to(dtype)
+    return [z, *rest]
+
+
+def _product_dtype(z_a: Tensor, z_b: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
+
+
+def _low_rank_grads(inputs: Inputs, grad_z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of z and z_b, from that of their product."""
+    if inputs.z_b is None or grad_z is None:
+        return grad_z, None
+    z_a, z_b = (tensor.to(grad_z.dtype) for tensor in (inputs.z, inputs.z_b))
+    return (grad_z @ z_b.mT).to(inputs.z.dtype), (z_a.mT @ grad_z).to(inputs.z_b.dtype)
+
+
+def _with_key_range_as_mask(inputs: Inputs) -> Inputs:
+    """The first and last visible key of each batch row as a mask [B, 1, 1, Lk], or within the mask there is."""
+    if inputs.key_start is None and inputs.key_stop is None:
+        return inputs
+    j = torch.arange(inputs.key.shape[2], device=inputs.key.device)
+    visible = torch.ones_like(j, dtype=torch.bool).expand(inputs.key.shape[0], -1)
+    if inputs.key_start is not None:
+        visible = visible & (j >= inputs.key_start[:, None])
+    if inputs.key_stop is not None:
+        visible = visible & (j < inputs.key_stop[:, None])
+    visible = visible[:, None, None, :]
+    mask = inputs.attn_mask
+    if mask is not None:
+        visible = visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+    return inputs._replace(attn_mask=visible, key_start=None, key_stop=None)
 
 
 def _wide_enough(attn_mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:

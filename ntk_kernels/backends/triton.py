@@ -1,0 +1,28 @@
+"""The `triton` backend: the fused forward of `ntk_kernels.kernels`. The backward is still that of the `torch` backend."""
+
+import torch
+from torch import Tensor
+
+from ..kernels.forward import ntk_fwd_launch
+from .inputs import Inputs
+from .layout import empty_out, lse_dtype
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    query, value = inputs.query, inputs.value
+    out = empty_out(query, value)
+    lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+    if inputs.cu_seqlens_q is not None:  # rows that belong to no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if not lse.numel():
+        return out, lse
+    kernel_out = out if out.stride(3) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    arguments = inputs._asdict()
+    for name in ("query", "key", "value", "backend"):
+        del arguments[name]
+    ntk_fwd_launch(query, inputs.key, value, kernel_out, lse, **arguments)()
+    if kernel_out is not out:
+        out.copy_(kernel_out)
+    return out, lse

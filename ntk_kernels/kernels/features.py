@@ -1,0 +1,146 @@
+"""Jit helpers for the linear-attention term: φ(q), φ(q)·k and φ(q)·Z, made from tiles of q and never stored.
+
+x = feature_scale · q [M, D]; u [M] is a factor for each row. z is one centre's matrix [r, COLUMNS], k its vector [r],
+packed as `ntk_kernels.feature_maps` says: 1, then x, then the pairs x_a·x_b (a < b), row by row, then x_a²/√2.
+
+The pairs are a contraction: Σ_a x_a · (x @ T_a), where row b of T_a is the row of z that belongs to the pair (a, b).
+In steps of CHUNK values of b, half of the product with zeros is skipped where D > CHUNK.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2_E, dot, load_tile, state_dot
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def load_columns(q_rows, row_mask, start, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """[M, CHUNK]: columns `start`... of the q tile whose rows begin at `q_rows` [M, 1]."""
+    columns = start + tl.arange(0, CHUNK)[None, :]
+    return tl.load(q_rows + columns, mask=row_mask & (columns < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def row_dot(q_rows, row_mask, vector, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
+    """q · vector [M], in float32."""
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
+        q = load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        columns = start + tl.arange(0, CHUNK)
+        total += tl.sum(q * tl.load(vector + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
+    return total
+
+
+@triton.jit
+def square_start(HEAD_DIM: tl.constexpr):
+    """First row of z for the squares."""
+    return 1 + HEAD_DIM + HEAD_DIM * (HEAD_DIM - 1) // 2
+
+
+@triton.jit
+def pair_start(a, HEAD_DIM: tl.constexpr):
+    """Row of z that the pair (a, 0) would have if there were one: the pair (a, b > a) has this + b."""
+    return 1 + HEAD_DIM + a * (2 * HEAD_DIM - a - 1) // 2 - a - 1
+
+
+@triton.jit
+def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, LOGIT_PRECISION: tl.constexpr):  # fmt: skip
+    """φ(x) · k [M], in float32."""
+    mass = tl.zeros([BLOCK_M], tl.float32) + tl.load(k_ptr).to(tl.float32)
+    if FEATURE_MAP == "taylor1":
+        return mass + feature_scale * row_dot(q_rows, row_mask, k_ptr + 1, HEAD_DIM, BLOCK_M, CHUNK)
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
+        columns = start + tl.arange(0, CHUNK)
+        in_range = columns < HEAD_DIM
+        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        linear = tl.load(k_ptr + 1 + columns, mask=in_range, other=0.0).to(tl.float32)
+        square = tl.load(k_ptr + square_start(HEAD_DIM) + columns, mask=in_range, other=0.0).to(tl.float32)
+        factor = linear[None, :] + (square * _SQRT_HALF)[None, :] * x
+        for a_start in tl.range(0, start + CHUNK, CHUNK, num_stages=1):
+            a = a_start + tl.arange(0, CHUNK)[:, None]
+            pairs = tl.load(
+                k_ptr + pair_start(a, HEAD_DIM) + columns[None, :],
+                mask=(a < columns[None, :]) & in_range[None, :], other=0.0,
+            )  # fmt: skip
+            x_a = feature_scale * load_columns(q_rows, row_mask, a_start, HEAD_DIM, CHUNK).to(tl.float32)
+            factor = dot(x_a, pairs.to(tl.float32), factor, LOGIT_PRECISION)
+        mass += tl.sum(factor * x, 1)
+    return mass
+
+
+@triton.jit
+def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+                CHUNK: tl.constexpr, PRECISION: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+    """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
+    z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True)
+    return state_dot(phi, z, acc, BF16, 2, PRECISION)
+
+
+@triton.jit
+def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
+            COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+            BF16: tl.constexpr):  # fmt: skip
+    """acc + u · φ(x) @ z and mass + u · φ(x) · k, each feature computed once."""
+    # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
+        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        phi = u[:, None] * tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * _LOG2_E))
+        columns = start + tl.arange(0, CHUNK)
+        mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)
+    return acc, mass
+
+
+@triton.jit
+def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, HEAD_DIM: tl.constexpr,
+                   COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+                   BF16: tl.constexpr):  # fmt: skip
+    """acc + u · x @ z, or acc + u · x²/√2 @ z."""
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):  # one stage, as in add_elu
+        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        phi = u[:, None] * x
+        if SQUARED:
+            phi = phi * x * _SQRT_HALF
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)
+    return acc
+
+
+@triton.jit
+def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+              BF16: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """acc + u · Σ_{a<b} x_a·x_b · z_ab."""
+    u = u * feature_scale * feature_scale
+    columns = tl.arange(0, BLOCK)[None, :]
+    for b_start in tl.static_range(0, BLOCK_D, CHUNK):
+        q_b = load_columns(q_rows, row_mask, b_start, HEAD_DIM, CHUNK)
+        b = b_start + tl.arange(0, CHUNK)[:, None]
+        for a in tl.range(0, min(b_start + CHUNK, HEAD_DIM) - 1, num_stages=STAGES):
+            z = tl.load(
+                z_ptr + (pair_start(a, HEAD_DIM) + b) * COLUMNS + columns,
+                mask=(b > a) & (b < HEAD_DIM) & (columns < COLUMNS), other=0.0,
+            )  # fmt: skip
+            q_a = tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
+            acc += (u[:, None] * q_a) * state_dot(q_b, z, None, BF16, 1, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+               COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+               PRECISION: tl.constexpr, BF16: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """acc + u · φ(x) @ z, [M, BLOCK]."""
+    columns = tl.arange(0, BLOCK)
+    acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+    acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,
+                         CHUNK, PRECISION, BF16)  # fmt: skip
+    if FEATURE_MAP == "taylor2":
+        acc = add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
+                        PRECISION, BF16, STAGES)  # fmt: skip
+        acc = add_components(acc, u, q_rows, row_mask, z_ptr + square_start(HEAD_DIM) * COLUMNS, feature_scale, True,
+                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)  # fmt: skip
+    return acc
