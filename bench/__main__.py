@@ -3,11 +3,11 @@
 import argparse
 
 try:
-    from . import attention, demo, report
+    from . import attention, demo, report, static
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
-BENCHMARKS = {"demo": demo, "attention": attention, "report": report}
+BENCHMARKS = {"demo": demo, "attention": attention, "static": static, "report": report}
 
 
 def main(argv=None) -> None:

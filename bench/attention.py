@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
 
@@ -18,8 +20,8 @@ from . import record, timing
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "SDPA, no prefix"
-OURS = (PLAIN, "ours, no prefix", "ours, torch backend")
-LARGE = (PLAIN, "naive formula", "reference")
+_LARGE = ("naive formula", "reference")  # keep L×L scores; timed in turns of their own
+_SDPA_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=record.positive(int), default=1024, help="tokens (default: %(default)s)")
     parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
     parser.add_argument("--feature-map", choices=FEATURE_MAPS, default="elu", help="default: %(default)s")
+    parser.add_argument(
+        "--prefix-rows",
+        type=record.positive(int),
+        metavar="M",
+        help="also time exact attention over a real prefix of M rows (and copying it in front of the keys)",
+    )
     parser.add_argument("--full", action="store_true", help="every token sees every other, instead of causal")
     parser.add_argument(
         "--seconds",
@@ -50,16 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     z, k = torch.randn(shape[1], r, shape[3], device=device), torch.rand(shape[1], r, device=device)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value, z, k)]
 
-    def ours(backend):
-        return lambda q, k, v, state: ntk_attention(q, k, v, state, is_causal=causal, backend=backend)
-
-    functions = {
-        PLAIN: lambda q, k, v, state: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal),
-        "ours, no prefix": lambda q, k, v, state: ntk_attention(q, k, v, is_causal=causal),
-        "ours, torch backend": ours("torch"),
-        "naive formula": lambda q, k, v, state: naive(q, k, v, state, causal=causal),
-        "reference": ours("reference"),
-    }
+    functions = contestants(device, causal, arguments.prefix_rows, shape)
     console = Console()
     figures = {}
     with Progress(console=console) as progress:
@@ -73,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
                 for label, function in functions.items()
             }
             figures[name] = {}
-            for turns in (OURS, LARGE):
+            large = [label for label in functions if label in _LARGE]
+            for turns in ([label for label in functions if label not in _LARGE], [PLAIN, *large]):
                 times = timing.measure({label: passes[label] for label in turns}, device, seconds=arguments.seconds)
                 for label in turns:
                     times[label]["ratio"] = times[label]["ms"] / times[PLAIN]["ms"]
@@ -96,6 +96,45 @@ def run(arguments: argparse.Namespace) -> None:
     path = record.results_folder(arguments) / "attention.json"
     record.save(path, device, settings=settings, milliseconds=figures)
     console.print(f"figures: {path}", soft_wrap=True)
+
+
+def contestants(device: str, causal: bool, prefix_rows: int, shape: tuple) -> dict:
+    """Functions of query, key, value and state, by name; "no prefix" in the name if it leaves the state out."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def ours(backend):
+        return lambda q, k, v, state: ntk_attention(q, k, v, state, is_causal=causal, backend=backend)
+
+    functions = {
+        PLAIN: lambda q, k, v, state: sdpa(q, k, v, is_causal=causal),
+        "ours, no prefix": lambda q, k, v, state: ntk_attention(q, k, v, is_causal=causal),
+    }
+    if torch.device(device).type == "cuda":
+        for name, backend in _SDPA_BACKENDS.items():
+
+            def by_backend(q, k, v, state, backend=backend):
+                with sdpa_kernel(backend):
+                    return sdpa(q, k, v, is_causal=causal)
+
+            functions[f"SDPA by {name}, no prefix"] = by_backend
+        functions["ours, triton backend"] = ours("triton")
+    functions["ours, torch backend"] = ours("torch")
+    functions["naive formula"] = lambda q, k, v, state: naive(q, k, v, state, causal=causal)
+    functions["reference"] = ours("reference")
+    if prefix_rows:
+        heads, length, head_dim = shape[1:]
+        rows = torch.randn(2, 1, heads, prefix_rows, head_dim, device=device)
+        bias = causal_lower_right(length, prefix_rows + length) if causal else None
+
+        def exact(q, k, v, state):
+            k, v = (
+                torch.cat([prefix.to(tensor.dtype).expand(shape[0], -1, -1, -1), tensor], dim=2)
+                for prefix, tensor in zip(rows, (k, v), strict=True)
+            )
+            return sdpa(q, k, v, attn_mask=bias)
+
+        functions[f"SDPA over a prefix of {prefix_rows:,} rows"] = exact
+    return functions
 
 
 def naive(query, key, value, state, *, causal: bool):
@@ -130,6 +169,8 @@ def _check(functions, leaves, feature_map, causal) -> None:
     *qkv, z, k = (leaf.detach() for leaf in leaves)
     state = PrefixState(z, k, feature_map)
     for name, function in functions.items():
+        if name.startswith("SDPA over a prefix"):
+            continue  # PyTorch's own, of another prefix
         exact = reference.ntk_attention(
             *(tensor[:1].double() for tensor in qkv), None if "no prefix" in name else state.to(torch.float64),
             is_causal=causal,

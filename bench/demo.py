@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         errors, sizes = measure_errors(layers, lambda: progress.advance(converting))
         times, held = measure_times(layers[-1], lengths, device, arguments.seconds, lambda: progress.advance(timed))
 
-    backend = choose_backend(None, layers[0].query)
+    backend = choose_backend(None, layers[0].query, layers[0].key, layers[0].value)
     break_even = {name: crossing(lengths, times, name) for name in TIMED}
     settings = {"encoder": "all-MiniLM-L6-v2", "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
                 "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],

@@ -26,17 +26,24 @@ def device_name(device: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark takes: where it runs and where its figures go."""
+    """What every benchmark on a device takes: where it runs and where its figures go."""
     parser.add_argument("--device", type=_device, default=default_device(), help="cpu or cuda (default: %(default)s)")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where figures go."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", help="folder for the figures (default: bench/out/<device>)")
+    where.add_argument("--out", help="folder for the figures (default: below bench/out/)")
     where.add_argument(
-        "--record", action="store_true", help="write to bench/results/<device>, the records that the project keeps"
+        "--record", action="store_true", help="write below bench/results/, the records that the project keeps"
     )
 
 
-def results_folder(arguments: argparse.Namespace) -> Path:
-    folder = ROOT / "bench" / ("results" if arguments.record else "out") / device_name(arguments.device)
+def results_folder(arguments: argparse.Namespace, name: str | None = None) -> Path:
+    """The folder for a run's figures, made if need be; `name` instead of the device's."""
+    name = device_name(arguments.device) if name is None else name
+    folder = ROOT / "bench" / ("results" if arguments.record else "out") / name
     if arguments.out is not None:
         folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,9 @@ def state_arguments(state: PrefixState | None, backend: str) -> list[Tensor | No
 
 def _keeps_low_rank(state: PrefixState, backend: str) -> bool:
     """Whether the pair saves work: with few features per head it costs less to multiply it out once."""
-    return backend == "triton" and state.feature_map == "taylor2" and state.z_a is not None and (
-        0 < state.rank <= state.value_dim
+    return (
+        backend == "triton"
+        and state.feature_map == "taylor2"
+        and state.z_a is not None
+        and (0 < state.rank <= state.value_dim)
     )

@@ -127,9 +127,7 @@ def check_window(window) -> None:
         check_int("window", side, minimum=-1)
 
 
-def check_state_fits(
-    state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None, batch: int
-) -> None:
+def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None, batch: int) -> None:
     """The state has the head dimensions and heads of the call, and `state_index` [B] goes with it."""
     if state.device != query.device:
         raise ValueError(f"`state` must be on the device of `query`, {query.device}, got {state.device}")

@@ -47,9 +47,7 @@ def choose_backend(
             break
         if requested is not None:
             others = " or ".join(repr(other) for other in BACKENDS[BACKENDS.index(requested) + 1 :])
-            raise NotImplementedError(
-                f"backend={requested!r} does not support {lacks}; use backend=None, {others}"
-            )
+            raise NotImplementedError(f"backend={requested!r} does not support {lacks}; use backend=None, {others}")
         reason = reason or lacks
     if reason is not None and not torch.compiler.is_compiling() and (first, reason) not in _warned:
         _warned.add((first, reason))

@@ -57,7 +57,9 @@ def test_environment_sets_the_default_and_no_more(served_by, monkeypatch):
 
 def test_environment_is_checked(monkeypatch):
     monkeypatch.setenv("NTK_KERNELS_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="`NTK_KERNELS_BACKEND` must be one of 'triton', 'torch', 'reference', got 'cudnn'"):
+    with pytest.raises(
+        ValueError, match="`NTK_KERNELS_BACKEND` must be one of 'triton', 'torch', 'reference', got 'cudnn'"
+    ):
         ntk_attention(query, key, value, state)
 
 

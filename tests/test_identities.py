@@ -14,14 +14,19 @@ all_backends = pytest.mark.parametrize("backend", BACKENDS)
 F64 = torch.float64
 
 
-def qkv(batch=2, heads=4, kv_heads=2, seq_q=21, seq_k=21, dim=8, magnitude=1.0):
-    query = magnitude * torch.randn(batch, heads, seq_q, dim, dtype=F64)
-    key = magnitude * torch.randn(batch, kv_heads, seq_k, dim, dtype=F64)
-    return query, key, torch.randn(batch, kv_heads, seq_k, dim, dtype=F64)
+def dtype_of(backend):
+    """The widest that a backend computes in."""
+    return torch.float32 if backend == "triton" else F64
 
 
-def a_state(**recipe):
-    recipe = {"head_dim": 8, "value_dim": 8, "heads": 2, "dtype": F64} | recipe
+def qkv(backend, batch=2, heads=4, kv_heads=2, seq_q=21, seq_k=21, dim=8):
+    query = torch.randn(batch, heads, seq_q, dim, dtype=dtype_of(backend))
+    key, value = torch.randn(2, batch, kv_heads, seq_k, dim, dtype=dtype_of(backend))
+    return query, key, value
+
+
+def a_state(backend, **recipe):
+    recipe = {"head_dim": 8, "value_dim": 8, "heads": 2, "dtype": dtype_of(backend)} | recipe
     return make_state(torch.Generator().manual_seed(0), **recipe)
 
 
@@ -33,14 +38,16 @@ def sdpa(query, key, value, **kwargs):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("logits", [1, -1000, 1000])
 def test_zero_state_is_sdpa(feature_map, logits, backend):
-    query, key, value = qkv()
+    query, key, value = qkv(backend)
     if logits != 1:
         query, key = torch.ones_like(query), key + logits / math.sqrt(8)
     r = feature_dim(feature_map, 8)
-    state = PrefixState(torch.zeros(2, r, 8, dtype=F64), torch.zeros(2, r, dtype=F64), feature_map)
+    zeros = query.new_zeros(2, r, 8)
+    state = PrefixState(zeros, zeros[:, :, 0], feature_map)
+    rounding = 4 * abs(logits) * torch.finfo(query.dtype).eps  # of logits, which exp takes as they are
     for state_ in (None, state):
         out, lse = ntk_attention(query, key, value, state_, is_causal=True, return_lse=True, backend=backend)
-        torch.testing.assert_close(out, sdpa(query, key, value, is_causal=True))
+        torch.testing.assert_close(out, sdpa(query, key, value, is_causal=True), rtol=rounding, atol=rounding)
         assert ((lse - logits).abs() < 20).all()
 
 
@@ -48,8 +55,8 @@ def test_zero_state_is_sdpa(feature_map, logits, backend):
 @pytest.mark.parametrize("recipe", [{}, {"feature_map": "taylor1", "centers": 3}, {"feature_map": "taylor2"}])
 def test_mixture(recipe, backend):
     """out = (1 - ρ)·softmax_out + ρ·N/M with ρ = M/(A + M)."""
-    query, key, value = qkv()
-    state = a_state(**recipe)
+    query, key, value = qkv(backend)
+    state = a_state(backend, **recipe)
     none = (query.new_zeros(2, 2, 0, 8),) * 2
     plain, log_a = ntk_attention(query, key, value, is_causal=True, return_lse=True, backend=backend)
     prefix, log_m = ntk_attention(query, *none, state, return_lse=True, backend=backend)
@@ -61,8 +68,8 @@ def test_mixture(recipe, backend):
 @all_backends
 def test_elu_is_r_virtual_tokens(backend):
     """Logit log φ_a(q) + log k_a and value Z_a / k_a."""
-    query, key, value = qkv(kv_heads=4)
-    state = a_state(heads=4)
+    query, key, value = qkv(backend, kv_heads=4)
+    state = a_state(backend, heads=4)
     phi = reference.elu(query * 8**-0.25)
     scores = torch.cat([phi.log() + state.k.log()[None, :, None, :], query @ key.mT / math.sqrt(8)], dim=-1)
     values = torch.cat([(state.z / state.k[..., None]).expand(2, -1, -1, -1), value], dim=-2)
@@ -72,8 +79,8 @@ def test_elu_is_r_virtual_tokens(backend):
 
 @all_backends
 def test_rows_are_a_prefix(backend):
-    query, key, value = qkv()
-    state = a_state(feature_map=None, rows=7, bias=False)
+    query, key, value = qkv(backend)
+    state = a_state(backend, feature_map=None, rows=7, bias=False)
     expected = reference.prefix_attention(query, key, value, state.keys, state.values, is_causal=True)
     torch.testing.assert_close(ntk_attention(query, key, value, state, is_causal=True, backend=backend), expected)
 
@@ -81,8 +88,8 @@ def test_rows_are_a_prefix(backend):
 @all_backends
 def test_rows_without_key_are_sinks(backend):
     """κ = 0, v = 0 and bias b: one more e^b in the denominator."""
-    query, key, value = qkv()
-    zeros, bias = query.new_zeros(2, 1, 8), torch.tensor([[0.3], [-2.0]], dtype=F64)
+    query, key, value = qkv(backend)
+    zeros, bias = query.new_zeros(2, 1, 8), torch.tensor([[0.3], [-2.0]], dtype=query.dtype)
     plain, lse = ntk_attention(query, key, value, return_lse=True, backend=backend)
     out = ntk_attention(query, key, value, PrefixState(keys=zeros, values=zeros, bias=bias), backend=backend)
     kept = 1 - torch.sigmoid(bias.repeat_interleave(2, 0)[None] - lse)
@@ -97,9 +104,9 @@ def test_rows_without_key_are_sinks(backend):
 )
 def test_merged_state_is_the_sum(recipe, backend):
     """N and M of a merged state are the sums, whether the centres agree or not."""
-    query, key, value = qkv(seq_k=0)
-    one, other = a_state(**recipe), make_state(torch.Generator().manual_seed(1), head_dim=8, value_dim=8, heads=2,
-                                               dtype=F64, **recipe)  # fmt: skip
+    query, key, value = qkv(backend, seq_k=0)
+    one, other = a_state(backend, **recipe), make_state(torch.Generator().manual_seed(1), head_dim=8, value_dim=8, heads=2,
+                                               dtype=dtype_of(backend), **recipe)  # fmt: skip
     (out_1, lse_1), (out_2, lse_2), (out, lse) = (
         ntk_attention(query, key, value, state, return_lse=True, backend=backend)
         for state in (one, other, one.merge(other))
@@ -111,8 +118,8 @@ def test_merged_state_is_the_sum(recipe, backend):
 
 @all_backends
 def test_one_query_at_a_time_is_the_whole_sequence(backend):
-    query, key, value = qkv()
-    state = a_state(rows=2)
+    query, key, value = qkv(backend)
+    state = a_state(backend, rows=2)
     whole = ntk_attention(query, key, value, state, is_causal=True, backend=backend)
     for i in range(21):
         row = ntk_attention(
@@ -123,8 +130,8 @@ def test_one_query_at_a_time_is_the_whole_sequence(backend):
 
 @all_backends
 def test_split_keys_merge_by_lse(backend):
-    query, key, value = qkv()
-    state = a_state()
+    query, key, value = qkv(backend)
+    state = a_state(backend)
     whole, lse = ntk_attention(query, key, value, state, return_lse=True, backend=backend)
     out_1, lse_1 = ntk_attention(query, key[:, :, :9], value[:, :, :9], state, return_lse=True, backend=backend)
     out_2, lse_2 = ntk_attention(query, key[:, :, 9:], value[:, :, 9:], return_lse=True, backend=backend)
@@ -152,8 +159,8 @@ def test_mixed_batch_is_each_task_alone(name, backend):
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (5, 0)}], ids=["causal", "window"])
 def test_future_keys_never_influence_a_row(options, backend):
     """Not even through the stabiliser: bit for bit, with logits of 1e8 and values of 1e30 to come."""
-    query, key, value = qkv()
-    state = a_state(rows=2)
+    query, key, value = qkv(backend)
+    state = a_state(backend, rows=2)
 
     def attend(key, value):
         leaf = query.clone().requires_grad_()
@@ -170,8 +177,8 @@ def test_future_keys_never_influence_a_row(options, backend):
 
 @all_backends
 def test_the_prefix_is_never_masked(backend):
-    query, key, value = qkv()
-    state = a_state(rows=2)
+    query, key, value = qkv(backend)
+    state = a_state(backend, rows=2)
     hidden = torch.zeros(21, 21, dtype=torch.bool)
     expected = ntk_attention(query, key[:, :, :0], value[:, :, :0], state, backend=backend)
     for options in ({"attn_mask": hidden}, {"is_causal": True, "causal_offset": -21}):
@@ -181,10 +188,10 @@ def test_the_prefix_is_never_masked(backend):
 @all_backends
 def test_nan_stays_in_its_row(backend):
     """A NaN is neither hidden nor spread."""
-    query, key, value = qkv()
+    query, key, value = qkv(backend)
     query[1, 2, 3, 0] = math.nan
     out, lse = ntk_attention(
-        query, key, value, a_state(rows=2, centers=2, feature_map="taylor1"), is_causal=True, return_lse=True,
+        query, key, value, a_state(backend, rows=2, centers=2, feature_map="taylor1"), is_causal=True, return_lse=True,
         backend=backend,
     )  # fmt: skip
     bad = torch.zeros(2, 4, 21, dtype=torch.bool)
@@ -197,7 +204,7 @@ def test_nan_stays_in_its_row(backend):
 @all_backends
 def test_nan_in_a_padding_row_stays_there(backend):
     """Left padding: row 0 sees nothing and is 0, and what stands in it reaches no other row."""
-    query, key, value = (tensor.float() for tensor in qkv())
+    query, key, value = (tensor.float() for tensor in qkv(backend))
     visible = torch.ones(2, 1, 21, 21, dtype=torch.bool).tril()
     visible[:, :, :, 0] = False
     out = ntk_attention(query, key, value, attn_mask=visible, backend=backend)
@@ -208,8 +215,8 @@ def test_nan_in_a_padding_row_stays_there(backend):
 @all_backends
 def test_switched_off_parts_add_nothing(backend):
     """log_scale = -inf and bias = -inf: as if the centre or row were not there, with gradients of 0 and no NaN."""
-    query, key, value = qkv()
-    full = a_state(centers=3, log_scale=True, rows=3, feature_map="taylor1")
+    query, key, value = qkv(backend)
+    full = a_state(backend, centers=3, log_scale=True, rows=3, feature_map="taylor1")
     tensors = full.tensors()
     less = {name: tensor[:, :2].clone() for name, tensor in tensors.items()}
     tensors["log_scale"][:, 2] = tensors["bias"][:, 2] = -math.inf
@@ -217,7 +224,7 @@ def test_switched_off_parts_add_nothing(backend):
     def attention(*args, **kwargs):
         return ntk_attention(*args, **kwargs, backend=backend)
 
-    grad_out = torch.randn(2, 4, 21, 8, dtype=F64)
+    grad_out = torch.randn(2, 4, 21, 8, dtype=query.dtype)
     off = run(attention, query, key, value, PrefixState(**tensors, feature_map="taylor1"), {}, grad_out=grad_out)
     gone = run(attention, query, key, value, PrefixState(**less, feature_map="taylor1"), {}, grad_out=grad_out)
     for name, expected in gone.items():
@@ -231,8 +238,8 @@ def test_switched_off_parts_add_nothing(backend):
 @all_backends
 def test_a_centre_without_content_outshines_nobody(backend):
     """z_c = k_c = 0 at a logit of +480: as if it were not there. Its gradient is there, though: it may be trained."""
-    query, key, value = (tensor.float() for tensor in qkv())
-    state = a_state(feature_map="taylor1", centers=2, dtype=torch.float32)
+    query, key, value = (tensor.float() for tensor in qkv(backend))
+    state = a_state(backend, feature_map="taylor1", centers=2, dtype=torch.float32)
     z, k, centers = state.z.clone(), state.k.clone(), state.centers.clone()
     z[:, 1] = k[:, 1] = 0
     query = query.abs() * 8
@@ -248,7 +255,7 @@ def test_a_centre_without_content_outshines_nobody(backend):
 @all_backends
 def test_a_zero_state_can_be_trained(backend):
     """Zeros everywhere, several centres: z and k must get a gradient, or they stay zeros."""
-    query, key, value = (tensor.float() for tensor in qkv())
+    query, key, value = (tensor.float() for tensor in qkv(backend))
     z, k = torch.zeros(2, 3, 9, 8, requires_grad=True), torch.zeros(2, 3, 9, requires_grad=True)
     out = ntk_attention(query, key, value, PrefixState(z, k, "taylor1", centers=torch.randn(2, 3, 8)), backend=backend)
     assert (torch.autograd.grad(out.sum(), z)[0].abs().amax((0, 2, 3)) > 0).all()
@@ -275,8 +282,8 @@ def test_a_zero_state_at_logits_of_minus_1000_has_finite_gradients(feature_map, 
 @all_backends
 def test_states_do_not_reach_rows_that_use_none(backend):
     """Not even a NaN of state 0, which index -1 might pick by accident."""
-    query, key, value = qkv()
-    stack = PrefixState.stack([a_state(rows=1)] * 2)
+    query, key, value = qkv(backend)
+    stack = PrefixState.stack([a_state(backend, rows=1)] * 2)
     for tensor in stack.tensors().values():
         tensor[0] = math.nan
     out, lse = ntk_attention(
@@ -288,21 +295,28 @@ def test_states_do_not_reach_rows_that_use_none(backend):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:-1])  # the reference multiplies it by 0
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
-def test_what_stands_in_padding_stays_there(content):
+@pytest.mark.parametrize("how", ["mask", "key_stop", "causal"])
+def test_what_stands_in_padding_stays_there(content, how, backend):
     """Keys and values that a mask hides from every row, as the unused end of a static cache."""
-    query, key, value = (tensor.float() for tensor in qkv(seq_k=30))
-    visible = torch.arange(30) < 22
-    expected = ntk_attention(query, key[:, :, :22], value[:, :, :22], a_state(), backend="torch")
+    query, key, value = (tensor.float() for tensor in qkv(backend, seq_k=30))
+    options = {
+        "mask": {"attn_mask": (torch.arange(30) < 22)[None]},
+        "key_stop": {"key_stop": torch.tensor([22, 22])},
+        "causal": {"is_causal": True, "causal_offset": 1},
+    }[how]
+    expected = ntk_attention(
+        query, key[:, :, :22], value[:, :, :22], a_state(backend), backend=backend, is_causal=how == "causal"
+    )
     key[:, :, 22:] = value[:, :, 22:] = content
-    out = ntk_attention(query, key, value, a_state(), attn_mask=visible[None], backend="torch")
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(ntk_attention(query, key, value, a_state(backend), **options, backend=backend), expected)
 
 
 @all_backends
 @pytest.mark.parametrize("seq_k", [1, 5, 21])
 def test_nan_query_over_few_keys(seq_k, backend):
-    query, key, value = (tensor.float() for tensor in qkv(seq_k=seq_k))
+    query, key, value = (tensor.float() for tensor in qkv(backend, seq_k=seq_k))
     query[0, 1, 3, 2] = math.nan
     out, lse = ntk_attention(query, key, value, return_lse=True, backend=backend)
     assert out[0, 1, 3].isnan().all()

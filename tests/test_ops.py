@@ -13,8 +13,19 @@ attention = torch.ops.ntk_kernels.attention.default
 attention_backward = torch.ops.ntk_kernels.attention_backward.default
 BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
-OPCHECKED = ["plain", "elu", "all_parts", "index_none", "mask_bool", "value_narrower", "bf16", "blhd", "no_keys",
-             "key_range", "low_rank_taylor2"]
+OPCHECKED = [
+    "plain",
+    "elu",
+    "all_parts",
+    "index_none",
+    "mask_bool",
+    "value_narrower",
+    "bf16",
+    "blhd",
+    "no_keys",
+    "key_range",
+    "low_rank_taylor2",
+]
 COMPILED = ["elu", "all_parts", "index_none", "mask_padding_causal", "window_causal", "bf16", "blhd_cache"]
 
 
@@ -55,7 +66,10 @@ def test_the_schema_and_the_inputs_have_the_same_names():
 def test_opcheck_backward(name):
     args = op_arguments(case_named(name), requires_grad=False)
     out, lse = attention(*args)
-    for needs in ([tensor is not None for tensor in args[:NUM_DIFFERENTIABLE]], [True] + [False] * (NUM_DIFFERENTIABLE - 1)):
+    for needs in (
+        [tensor is not None for tensor in args[:NUM_DIFFERENTIABLE]],
+        [True] + [False] * (NUM_DIFFERENTIABLE - 1),
+    ):
         torch.library.opcheck(
             attention_backward, (torch.randn_like(out), torch.randn_like(lse), *args, out, lse, needs),
             # There is no second derivative: the next test sees to the error.
@@ -107,7 +121,9 @@ def test_compile_dynamic_compiles_once(backend):
         query, key, value = (torch.randn(batch, 2, length, 8) for _ in range(3))
         torch.testing.assert_close(
             attend(query, key, value, state),
-            ntk_attention(query, key, value, state, is_causal=True, backend=backend), rtol=0, atol=0,
+            ntk_attention(query, key, value, state, is_causal=True, backend=backend),
+            rtol=0,
+            atol=0,
         )
     assert counter.frame_count == 1
 

@@ -40,9 +40,7 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad, backward_
     sums = [inputs.query.new_empty(0) for _ in range(NUM_DIFFERENTIABLE)]
     for i, (tensor, needed) in enumerate(zip(inputs[:NUM_DIFFERENTIABLE], needs_grad, strict=True)):
         if needed:
-            sums[i] = (
-                empty_grad(tensor).zero_() if i < 3 else torch.zeros_like(tensor, dtype=lse.dtype).contiguous()
-            )
+            sums[i] = empty_grad(tensor).zero_() if i < 3 else torch.zeros_like(tensor, dtype=lse.dtype).contiguous()
     for rows, keys, sequence in _sequences(inputs):
         parts = (None if tensor is None else tensor[:, :, rows] for tensor in (grad_out, grad_lse))
         grads = backward_one(*parts, sequence, out[:, :, rows], lse[:, :, rows], needs_grad)

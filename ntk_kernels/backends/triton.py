@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..kernels.forward import ntk_fwd_launch
+from ..kernels.forward import addressable, run_ntk_fwd
 from .inputs import Inputs
 from .layout import empty_out, lse_dtype
 
@@ -18,11 +18,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     if not lse.numel():
         return out, lse
-    kernel_out = out if out.stride(3) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    kernel_out = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     arguments = inputs._asdict()
     for name in ("query", "key", "value", "backend"):
         del arguments[name]
-    ntk_fwd_launch(query, inputs.key, value, kernel_out, lse, **arguments)()
+    run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **arguments)
     if kernel_out is not out:
         out.copy_(kernel_out)
     return out, lse

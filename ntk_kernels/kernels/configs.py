@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-MAX_HEAD_DIM = 256
+# Bytes of shared memory that a program may have, for each class of GPU that has a table.
+SHARED_BYTES = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,12 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a thread, so that two programs fit on a multiprocessor
     use_descriptors: bool = False  # of K and V (TMA), where their memory allows it
+
+    def __str__(self) -> str:
+        text = f"{self.block_m}x{self.block_n} {self.num_warps}w {self.num_stages}s"
+        return text + (f" r{self.max_registers}" if self.max_registers else "") + " tma" * self.use_descriptors
 
 
 class Blocks(NamedTuple):
@@ -39,39 +45,70 @@ class Precisions(NamedTuple):
 
 
 def arch_of(device: torch.device) -> str:
-    """The class of GPU: "sm80", "sm90", "sm100", "gfx942", or "interpreter" under TRITON_INTERPRET=1."""
+    """The class of a GPU: a key of SHARED_BYTES; "interpreter" for other devices."""
     if device.type != "cuda":
         return "interpreter"
-    return _arch_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
+    return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
 def _arch_of_gpu(index: int) -> str:
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major = torch.cuda.get_device_capability(index)[0]
-    return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, f"sm{major}0")
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    # Consumer GPUs have less shared memory than the data centre's of the same generation.
+    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "sm86")
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
 def blocks(arch: str, head_dim: int, value_dim: int, rank: int = 1) -> Blocks:
-    # Products of several dots over 16 or 32 give wrong results on Hopper (triton issues 10486, 10573, 11366).
+    # Kernels with products over 16 or 32 give wrong results on Hopper (triton issues 10486, 10573, 11366).
     least = 64 if arch == "sm90" else 16
-    block_d, block_dv, block_rank = (
-        max(least, triton.next_power_of_2(size)) for size in (head_dim, value_dim, rank)
-    )
+    block_d, block_dv, block_rank = (max(least, triton.next_power_of_2(size)) for size in (head_dim, value_dim, rank))
     return Blocks(block_d, block_dv, block_rank, min(64, block_d))
 
 
+@functools.cache
 def precisions(arch: str, dtype: torch.dtype) -> Precisions:
     if arch == "interpreter" or arch.startswith("gfx"):
         return Precisions("ieee", "ieee", "ieee")
+    # Three products of TensorFloat-32 are as good as one of float32, as PyTorch's own fused attention computes them.
     return Precisions("tf32x3", "tf32x3", "tf32x3" if dtype == torch.float32 else "tf32")
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
     """Whether a tensor map can describe a [B, H, L, D] tensor: addresses in multiples of 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+    if tensor.device.type != "meta" and tensor.data_ptr() % 16:
+        return False
+    return tensor.numel() > 0 and all(
+        stride > 0 and stride * tensor.element_size() % 16 == 0
+        for stride in tensor.stride()[:3]
+    )  # fmt: skip
 
 
-def choose(arch, blocks, dtype, feature_map, seq_k) -> TileConfig:
-    return TileConfig(32, 32, 4, 2)
+_T = TileConfig
+# Padded head dimension: candidates, the first of which is the default; `_prefix` and `_taylor2` with such a state.
+_HALF = {
+    "sm90": {
+        64: (_T(128, 64, 8, 3, 128), _T(128, 128, 8, 2)),
+        128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+        256: (_T(64, 64, 8, 2), _T(128, 64, 8, 2)),
+    },
+    "sm80": {64: (_T(128, 64, 4, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 32, 4, 2),)},
+    "sm86": {64: (_T(128, 64, 4, 2),), 128: (_T(64, 64, 4, 2),), 256: (_T(64, 32, 4, 1),)},
+    "sm100": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(128, 64, 8, 2),)},
+    "gfx942": {64: (_T(128, 64, 4, 1),), 128: (_T(128, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
+}
+
+
+@functools.cache
+def candidates(arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None) -> tuple[TileConfig, ...]:
+    """What the autotuner may try for such a call; the first is the default."""
+    if arch == "interpreter":
+        return (TileConfig(32, 32, 4, 1),)
+    block = max(64, blocks.block_d, blocks.block_dv)
+    return _HALF[arch][block]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import autotune, configs
 from .prefix import State, add_left_out, attend_rows, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, soft_capped, visible_in_band
 
@@ -59,7 +59,7 @@ def _attend_keys(
             visible = visible_in_band(offs_m, offs_n, visible_stop, lower, upper, HAS_LOWER, HAS_UPPER)
             if mask_ptr is not None:
                 ptrs = mask_ptr + start_n * tl.cast(stride_mask[3], tl.int64)
-                ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_mask[2]
+                ptrs += tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * stride_mask[2]
                 ptrs += tl.arange(0, BLOCK_N)[None, :] * stride_mask[3]
                 bias = tl.load(ptrs, mask=(offs_m < seq_q)[:, None] & (offs_n < visible_stop)[None, :], other=0)
                 if bias.dtype == tl.int1:
@@ -235,6 +235,11 @@ class Launch(NamedTuple):
             self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
 
+def addressable(tensor: torch.Tensor) -> bool:
+    """Whether the kernels take a [B, H, L, D] tensor as it is: D side by side, and int32 offsets inside a tile."""
+    return tensor.stride(3) == 1 and tensor.stride(2) < 2**24
+
+
 def ntk_fwd_launch(
     query, key, value, out, lse, *, z=None, z_b=None, k=None, centers=None, log_scale=None, row_keys=None,
     row_values=None, row_bias=None, state_index=None, attn_mask=None, key_start=None, key_stop=None,
@@ -251,15 +256,15 @@ def ntk_fwd_launch(
     packed = cu_seqlens_q is not None
     if packed:
         batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
-    query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query, key, value = (tensor if addressable(tensor) else tensor.contiguous() for tensor in (query, key, value))
 
     rank = 1 if z_b is None else z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     if config is None:
-        config = configs.choose(arch, blocks, query.dtype, feature_map, seq_k)
+        config = configs.candidates(arch, blocks, query.dtype, feature_map)[0]
     precision = configs.precisions(arch, query.dtype)
-    if feature_map == "taylor2" and query.dtype == torch.bfloat16:  # Z is so large that its traffic counts
-        z, z_b = (None if tensor is None else tensor.to(torch.bfloat16) for tensor in (z, z_b))
+    if feature_map == "taylor2" and query.dtype == torch.bfloat16:
+        z = z.to(torch.bfloat16)  # it is so large that its traffic counts
     tensors = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
     state = State(
         *(None if tensor is None else tensor.contiguous() for tensor in tensors),
@@ -322,5 +327,44 @@ def ntk_fwd_launch(
         "CHUNK": blocks.chunk,
         "STAGES": config.num_stages,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
     return Launch(_ntk_fwd_kernel, (num_tiles * num_heads * batch,), args, constants, options)
+
+
+def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
+    """Fills `out` and `lse` with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for this shape class."""
+    config = None
+    if autotune.enabled():
+        arch = configs.arch_of(query.device)
+        blocks = configs.blocks(arch, query.shape[3], value.shape[3])
+        config = autotune.fastest(
+            _shape_class(query, key, blocks, **arguments),
+            configs.candidates(arch, blocks, query.dtype, arguments["feature_map"]),
+            lambda config: ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)(),
+            configs.device_name(query.device),
+        )
+    ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)()
+
+
+def _shape_class(query, key, blocks, **arguments) -> str:
+    """What the speed of a tile depends on: never a batch size, and of lengths only their order of magnitude."""
+    longest = arguments["max_seqlen_k"] if arguments["cu_seqlens_k"] is not None else key.shape[2]
+    bucket = next((bound for bound in (512, 2048, 8192) if longest <= bound), None)
+    parts = [
+        "forward", f"D={blocks.block_d}", f"Dv={blocks.block_dv}", str(query.dtype).removeprefix("torch."),
+        arguments["feature_map"] or "plain", "long" if bucket is None else f"keys<={bucket}",
+    ]  # fmt: skip
+    k = arguments["k"]
+    flags = {
+        "causal": arguments["window_right"] >= 0,
+        "window": arguments["window_left"] >= 0,
+        "centres": k is not None and k.shape[2] > 1,
+        "low rank": arguments["z_b"] is not None,
+        "rows": arguments["row_keys"] is not None,
+        "mask": arguments["attn_mask"] is not None,
+        "softcap": arguments["softcap"] > 0,
+        "packed": arguments["cu_seqlens_q"] is not None,
+    }
+    return " ".join(parts + [name for name, present in flags.items() if present])

@@ -78,7 +78,7 @@ def add_center(
         z_b = load_tile(
             state.z_b + center * RANK * VALUE_DIM, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True
         )
-        acc = state_dot(low, z_b, acc, BF16, 1, PRECISION)
+        acc = state_dot(low, z_b, acc, BF16, 2, PRECISION)
     return acc, mass
 
 

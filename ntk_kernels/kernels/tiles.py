@@ -67,7 +67,8 @@ def load_tile(ptr, start, stop, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit
 def load_descriptor_tile(descriptor, batch, head, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The same through a descriptor of a [B, H, L, D] tensor, which fills up with 0 beyond L and D."""
-    return descriptor.load([batch, head, start, 0]).reshape(ROWS, BLOCK)
+    coordinates = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0]
+    return descriptor.load(coordinates).reshape(ROWS, BLOCK)
 
 
 @triton.jit

@@ -1,0 +1,150 @@
+"""Compiles kernel launches for GPUs that are not there, and reads the machine code."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+_TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")
+_EXP2 = re.compile(r"\bMUFU\.EX2|v_exp_f32")
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Compiled:
+    """A kernel for one target: resources and what its machine code holds."""
+
+    arch: str
+    kernel: triton.compiler.CompiledKernel
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a program."""
+        return self.kernel.metadata.shared
+
+    @property
+    def registers(self) -> int:
+        """A thread."""
+        pattern, text = (r"\.vgpr_count:\s+(\d+)", self.machine_code) if self._is_amd else (r"REG:(\d+)", self._usage)
+        return int(re.search(pattern, text).group(1))
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of registers a thread that went to memory."""
+        if self._is_amd:
+            return 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", self.machine_code).group(1))
+        spills = re.findall(r"\b(?:LDL|STL)\b", self.machine_code)
+        return int(re.search(r"STACK:(\d+)", self._usage).group(1)) if spills else 0
+
+    @property
+    def tensor_core(self) -> str:
+        """Tensor-core instructions, by name, with their number."""
+        names = [match.group(1) or "MFMA" for match in _TENSOR_CORE.finditer(self.machine_code)]
+        return " ".join(f"{name}×{names.count(name)}" for name in sorted(set(names)))
+
+    @property
+    def exp2_in_main_loop(self) -> int:
+        """exp2 instructions in the shortest loop that has exp2 and tensor-core instructions."""
+        loops = [body for body in self._loops() if _TENSOR_CORE.search(body) and _EXP2.search(body)]
+        return len(_EXP2.findall(min(loops, key=len))) if loops else 0
+
+    @property
+    def hazards(self) -> list[str]:
+        return pipelined_register_dots(self.kernel.asm["ttgir"])
+
+    @property
+    def _is_amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @cached_property
+    def machine_code(self) -> str:
+        return self.kernel.asm["amdgcn"] if self._is_amd else self._run("nvdisasm")
+
+    @cached_property
+    def _usage(self) -> str:
+        return self._run("cuobjdump", "--dump-resource-usage")
+
+    def _run(self, tool: str, *options: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.kernel.asm["cubin"])
+            file.flush()
+            command = [_BIN / tool, *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def _loops(self) -> list[str]:
+        """Text between each label and a branch back to it."""
+        lines = self.machine_code.splitlines()
+        labels, loops = {}, []
+        for number, line in enumerate(lines):
+            if match := re.match(r"(\.L\w+):", line.strip()):
+                labels[match.group(1)] = number
+            elif match := re.search(r"(?:BRA|branch\w*)\s.*?(\.L\w+)", line):
+                start = labels.get(match.group(1))
+                if start is not None:
+                    loops.append("\n".join(lines[start:number]))
+        return loops
+
+
+def pipelined_register_dots(ttgir: str) -> list[str]:
+    """Hopper products whose left side is in registers and that are still running when the loop writes these again."""
+    raise NotImplementedError
+
+
+def compile_launch(launch, arch: str) -> Compiled:
+    """The kernel of a launch as the target's GPU would run it; tensors may be on the meta device."""
+    source = ASTSource(launch.kernel, *specialisation(launch))
+    return Compiled(arch, triton.compile(source, target=TARGETS[arch], options=launch.options))
+
+
+def specialisation(launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes: launches that agree in them share a compiled kernel."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
+        if i < len(launch.args):
+            specialize = not parameter.do_not_specialize
+            signature[name] = _describe(launch.args[i], (i,), specialize, constants, attributes)
+        else:
+            signature[name] = "constexpr"
+            constants[(i,)] = launch.constants[name]
+    return signature, constants, attributes
+
+
+def _describe(argument, path: tuple, specialize: bool, constants: dict, attributes: dict):
+    """The type of an argument, as Triton's launcher finds it."""
+    if argument is None:
+        constants[path] = None
+        return "constexpr"
+    if isinstance(argument, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + _TYPES[argument.dtype]
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{_TYPES[argument.base.dtype]}{list(argument.block_shape)}>"
+    if isinstance(argument, float):
+        return "fp32"
+    if isinstance(argument, int):
+        if specialize and argument == 1:
+            constants[path] = 1
+            return "constexpr"
+        if specialize and argument % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= argument < 2**31 else "i64"
+    items = [_describe(item, (*path, i), specialize, constants, attributes) for i, item in enumerate(argument)]
+    return type(argument)(*items) if hasattr(argument, "_fields") else tuple(items)

@@ -1,0 +1,166 @@
+"""What the compiler makes of every kernel for four GPUs, without one: registers, spills, tensor cores, hazards.
+
+Compiles the configuration that each head dimension, feature map and option runs with by default (--all: every
+configuration the autotuner may try) and prints a table. Exits with 1 if a default configuration spills registers, has
+no tensor-core instruction, exceeds the shared memory or has a known hazard.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ntk_kernels import feature_dim
+from ntk_kernels.kernels import configs
+from ntk_kernels.kernels.forward import ntk_fwd_launch
+
+from . import aot, record
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of call."""
+
+    arch: str
+    head_dim: int
+    feature_map: str = "none"
+    option: str = ""
+    dtype: str = "bfloat16"
+    candidate: int = 0  # number in the table of configurations
+
+    def launch(self):
+        """The launch for a batch of 2, 8 heads and 4,096 tokens, on the meta device."""
+        batch, heads, length, dim, dtype = 2, 8, 4096, self.head_dim, DTYPES[self.dtype]
+
+        def meta(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        query, key, value, out = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(4))
+        lse = meta(batch, heads, length)
+        arguments = {"scale": dim**-0.5, "causal_offset": 0, "window_right": 0}
+        if self.feature_map != "none":
+            centers = 16 if self.option == "centres" else 1
+            state = dtype if self.option == "state in half" else torch.float32
+            r = feature_dim(self.feature_map, dim)
+            arguments |= {"feature_map": self.feature_map, "k": meta(1, heads, centers, r, dtype=state)}
+            if self.option == "low rank":
+                arguments |= {"z": meta(1, heads, 1, r, 16), "z_b": meta(1, heads, 1, 16, dim)}
+            else:
+                arguments["z"] = meta(1, heads, centers, r, dim, dtype=state)
+            if centers > 1:
+                arguments |= {"centers": meta(1, heads, centers, dim), "log_scale": meta(1, heads, centers)}
+        options = {
+            "rows": {"row_keys": meta(1, heads, 4, dim), "row_values": meta(1, heads, 4, dim),
+                     "row_bias": meta(1, heads, 4)},
+            "state index": {"state_index": meta(batch, dtype=torch.int64)},
+            "bool mask": {"attn_mask": meta(batch, 1, length, length, dtype=torch.bool)},
+            "additive mask": {"attn_mask": meta(batch, 1, length, length, dtype=dtype)},
+            "softcap": {"softcap": 30.0},
+            "full": {"window_right": -1},
+            "window": {"window_left": 1024},
+            "key range": {"key_start": meta(batch, dtype=torch.int32), "key_stop": meta(batch, dtype=torch.int32)},
+        }  # fmt: skip
+        arguments |= options.get(self.option, {})
+        if self.option == "packed":
+            cu_seqlens = meta(3, dtype=torch.int32)
+            arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": length,
+                          "max_seqlen_k": length}  # fmt: skip
+            query, key, value, out = (tensor[:1] for tensor in (query, key, value, out))
+            lse = lse[:1]
+        return ntk_fwd_launch(query, key, value, out, lse, arch=self.arch, config=self.config(), **arguments)
+
+    def candidates(self) -> tuple[configs.TileConfig, ...]:
+        feature_map = None if self.feature_map == "none" else self.feature_map
+        blocks = configs.blocks(self.arch, self.head_dim, self.head_dim)
+        return configs.candidates(self.arch, blocks, DTYPES[self.dtype], feature_map)
+
+    def config(self) -> configs.TileConfig:
+        return self.candidates()[self.candidate]
+
+
+def shapes(archs) -> list[Shape]:
+    """The default configuration of each head dimension and map, and of each option at D = 64 and 128."""
+    listed = []
+    for arch in archs:
+        listed += [Shape(arch, dim, name) for dim in (32, 64, 128, 256) for name in FEATURE_MAPS]
+        for dim in (64, 128):
+            listed += [Shape(arch, dim, "taylor1", option) for option in ("centres", "state in half")]
+            listed += [Shape(arch, dim, "taylor2", "low rank")]
+            for option in ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window",
+                           "key range", "packed"):  # fmt: skip
+                listed.append(Shape(arch, dim, "elu", option))
+            listed += [Shape(arch, dim, name, dtype=dtype) for name in FEATURE_MAPS for dtype in ("float16", "float32")]
+    return listed
+
+
+def examine(shape: Shape) -> dict:
+    """Compiles one shape and says what came out, and what is wrong with it."""
+    compiled = aot.compile_launch(shape.launch(), shape.arch)
+    limit = configs.SHARED_BYTES[shape.arch]
+    found = {
+        "config": str(shape.config()), "registers": compiled.registers, "spilled": compiled.spilled,
+        "shared": compiled.shared, "shared_limit": limit, "tensor_core": compiled.tensor_core,
+        "exp2": compiled.exp2_in_main_loop, "hazards": compiled.hazards,
+    }  # fmt: skip
+    faults = list(found["hazards"])
+    if found["spilled"]:
+        faults.append(f"spills {found['spilled']} bytes")
+    if not found["tensor_core"]:
+        faults.append("no tensor-core instruction")
+    if compiled.shared > limit:
+        faults.append(f"needs {compiled.shared} bytes of shared memory, has {limit}")
+    return asdict(shape) | found | {"faults": faults}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    record.add_output_arguments(parser)
+    parser.add_argument("--arch", choices=aot.TARGETS, action="append", help="default: all four; may be repeated")
+    parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")
+    parser.add_argument(
+        "--jobs", type=record.positive(int), default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    todo = shapes(arguments.arch or aot.TARGETS)
+    if arguments.all:
+        todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
+    console = Console()
+    results = []
+    with Progress(console=console) as progress, ProcessPoolExecutor(arguments.jobs) as pool:
+        task = progress.add_task(f"compiling with triton {triton.__version__}", total=len(todo))
+        for result in pool.map(examine, todo):
+            results.append(result)
+            progress.advance(task)
+
+    table = Table(title=f"triton {triton.__version__}; shared memory in KiB of what a program may have")
+    for column in ("GPU", "D", "map", "option", "dtype", "tiles"):
+        table.add_column(column)
+    for column in ("registers", "spilled", "shared", "exp2 a loop"):
+        table.add_column(column, justify="right")
+    table.add_column("tensor cores")
+    table.add_column("faults")
+    for found in results:
+        table.add_row(
+            found["arch"], str(found["head_dim"]), found["feature_map"], found["option"], found["dtype"],
+            found["config"], str(found["registers"]), str(found["spilled"]),
+            f"{found['shared'] / 1024:.0f} / {found['shared_limit'] / 1024:.0f}", str(found["exp2"]),
+            found["tensor_core"], "; ".join(found["faults"]),
+        )  # fmt: skip
+    console.print(table)
+    path = record.results_folder(arguments, "static") / f"triton-{triton.__version__}.json"
+    record.save(path, "cpu", kernels=results)
+    console.print(f"figures: {path}", soft_wrap=True)
+    faulty = [found for found in results if found["faults"] and found["candidate"] == 0]
+    if faulty:
+        raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults in their default configuration")
+    console.print(f"{len(results)} kernels, none has a fault in its default configuration")

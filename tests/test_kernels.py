@@ -1,0 +1,198 @@
+"""What concerns the Triton kernels alone: tile configurations, addresses, the autotuner. Runs in the interpreter."""
+
+import json
+import os
+
+import pytest
+import torch
+from cases import CASES, make_inputs
+from oracle import check_case
+
+from ntk_kernels import ntk_attention
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
+
+from ntk_kernels.kernels import autotune, configs, forward
+from ntk_kernels.kernels.configs import TileConfig
+
+
+def case_named(name):
+    return next(case for case in CASES if case.id == name)
+
+
+@pytest.mark.parametrize("name", ["elu", "all_parts", "window", "more_keys", "bf16", "index_none", "key_range"])
+@pytest.mark.parametrize(
+    "config",
+    [TileConfig(16, 16, 4, 1), TileConfig(16, 64, 4, 1), TileConfig(128, 64, 4, 1), TileConfig(64, 16, 4, 1)],
+    ids=lambda config: str(config),
+)
+def test_tile_sizes(name, config, monkeypatch):
+    """Results do not depend on how rows and keys fall into tiles."""
+    monkeypatch.setattr(configs, "candidates", lambda *args: (config,))
+    case = case_named(name)
+    check_case(make_inputs(case), case.dtype, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["elu", "fewer_keys", "window", "index_shared", "bf16", "value_wider", "long", "blhd"])
+def test_descriptors(name, monkeypatch):
+    """K and V through tensor maps, as TMA reads them."""
+    described = []
+    original = forward.TensorDescriptor
+
+    def describe(*args):
+        described.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(forward, "TensorDescriptor", describe)
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(32, 16, 4, 1, use_descriptors=True),))
+    case = case_named(name)
+    check_case(make_inputs(case), case.dtype, backend="triton")
+    assert described
+
+
+def test_what_no_descriptor_can_describe_goes_through_pointers(monkeypatch):
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(32, 16, 4, 1, use_descriptors=True),))
+    query, key, value = torch.randn(3, 1, 2, 40, 17)[..., 1:].unbind()  # rows of 68 bytes that begin at byte 4
+    out = ntk_attention(query, key, value, is_causal=True, backend="triton")
+    torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [(2**31, 640, 16, 1), (2**16, 2**31, 2**31 // 40, 1), (16, 32, 2**23 + 1, 1)],
+    ids=["batches", "heads", "rows"],
+)
+def test_offsets_beyond_two_to_the_31(strides):
+    """Address space only: pages that nobody touches take no memory."""
+    small = torch.randn(2, 1, 300 if strides[2] == 2**23 + 1 else 40, 16).half()
+    storage = torch.empty(2**31 + 2**29, dtype=torch.float16)
+    far = storage.as_strided(small.shape, strides).copy_(small)
+    options = {"window": (20, 0), "backend": "triton"}
+    assert torch.equal(ntk_attention(small, far, far, **options), ntk_attention(small, small, small, **options))
+    assert torch.equal(ntk_attention(far, small, small, **options), ntk_attention(small, small, small, **options))
+
+
+@pytest.mark.parametrize("expand", ["batch", "heads", "rows"])
+def test_expanded_tensors(expand):
+    """Stride 0, as of one key for the whole batch."""
+    query, key, value = torch.randn(3, 2, 4, 20, 8).unbind()
+    axis = ["batch", "heads", "rows"].index(expand)
+    key, value = (tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in (key, value))
+    out = ntk_attention(query, key, value, is_causal=True, backend="triton")
+    torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
+
+
+@pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced"])
+def test_masks_of_any_strides(strides):
+    query, key, value = torch.randn(3, 2, 4, 20, 8).unbind()
+    mask = {
+        "transposed": torch.randn(2, 4, 20, 20).mT,
+        "expanded": torch.randn(20).expand(2, 4, 20, 20),
+        "sliced": torch.randn(2, 4, 40, 40)[:, :, ::2, 1::2],
+    }[strides]
+    out = ntk_attention(query, key, value, attn_mask=mask, backend="triton")
+    torch.testing.assert_close(out, ntk_attention(query, key, value, attn_mask=mask, backend="torch"))
+
+
+def test_every_entry_of_the_tables_is_valid():
+    for arch in (*configs.SHARED_BYTES, "interpreter"):
+        for head_dim in (8, 16, 32, 64, 80, 128, 256):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                for feature_map in (None, "elu", "taylor1", "taylor2"):
+                    entries = configs.candidates(arch, configs.blocks(arch, head_dim, head_dim), dtype, feature_map)
+                    assert entries and len(set(entries)) == len(entries)
+                    for entry in entries:
+                        assert entry.block_m >= 16 and entry.block_n >= 16
+
+
+class Tuned:
+    """A kernel whose time is the number of rows of its tile."""
+
+    def __init__(self):
+        self.measured = []
+
+    def __call__(self, config):
+        self.measured.append(config)
+        if config.block_m == 16:
+            raise RuntimeError("out of resources")
+
+    def measure(self, function):
+        function()
+        return self.measured[-1].block_m
+
+
+SMALL, MIDDLE, LARGE = (TileConfig(rows, 64, 4, 2) for rows in (16, 32, 64))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NTK_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "_tables", {})
+    return tmp_path
+
+
+def test_autotune_takes_the_fastest_that_runs_and_remembers_it(cache, monkeypatch):
+    kernel = Tuned()
+
+    def fastest(key="D=64", candidates=(LARGE, SMALL, MIDDLE)):
+        return autotune.fastest(key, candidates, kernel, "Some GPU (80GB)", kernel.measure)
+
+    assert fastest() == MIDDLE
+    assert kernel.measured == [LARGE, SMALL, MIDDLE]
+    assert fastest() == MIDDLE and len(kernel.measured) == 3  # in memory
+    monkeypatch.setattr(autotune, "_tables", {})
+    assert fastest() == MIDDLE and len(kernel.measured) == 3  # on disk
+    (file,) = cache.iterdir()
+    assert file.name.startswith("some-gpu-80gb-triton-")
+    assert fastest("D=128") == MIDDLE and len(kernel.measured) == 6  # another class
+    assert set(json.loads(file.read_text())) == {"D=64", "D=128"}
+    assert fastest(candidates=(LARGE,)) == LARGE  # the table no longer has the one remembered
+
+
+def test_autotune_says_when_nothing_runs(cache):
+    kernel = Tuned()
+    with pytest.raises(RuntimeError, match="none of the 1 tile configurations for D=64 runs on a GPU"):
+        autotune.fastest("D=64", (SMALL,), kernel, "a GPU", kernel.measure)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"D=64": {"block": 3}}', '{"D=64": 1}'])
+def test_autotune_survives_a_broken_file(cache, content):
+    autotune.cache_file("a GPU").write_text(content)
+    kernel = Tuned()
+    with pytest.warns(UserWarning, match="cannot read the tuned tiles"):
+        assert autotune.fastest("D=64", (LARGE, MIDDLE), kernel, "a GPU", kernel.measure) == MIDDLE
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_autotune_without_a_place_to_write(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NTK_KERNELS_CACHE", str(tmp_path / "file" / "folder"))
+    monkeypatch.setattr(autotune, "_tables", {})
+    kernel = Tuned()
+    with pytest.warns(UserWarning, match="cannot"):
+        assert autotune.fastest("D=64", (LARGE, MIDDLE), kernel, "a GPU", kernel.measure) == MIDDLE
+
+
+def test_the_environment_switches_the_autotuner_on(cache, monkeypatch):
+    """Calls of one shape class share a measurement, whatever their batch and length."""
+    monkeypatch.setenv("NTK_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(16, 16, 4, 1), TileConfig(32, 32, 4, 1)))
+    measured = []
+
+    def measure(function):
+        function()
+        measured.append(function)
+        return -len(measured)
+
+    monkeypatch.setattr(autotune, "_median_time", measure)
+    for batch, length in ((1, 40), (2, 33), (1, 100)):
+        query, key, value = torch.randn(3, batch, 2, length, 8)
+        out = ntk_attention(query, key, value, is_causal=True, backend="triton")
+        torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
+    assert len(measured) == 2
+    ntk_attention(query, key, value, backend="triton")
+    assert len(measured) == 4  # without causality: another class
+    monkeypatch.delenv("NTK_KERNELS_AUTOTUNE")
+    ntk_attention(query, key, value, window=(3, 3), backend="triton")
+    assert len(measured) == 4
