@@ -24,6 +24,7 @@ _TYPES = {
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 _TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")
+_VIEW = re.compile(r"(ttg\.convert_layout|tt\.(reshape|trans|split|join|bitcast|expand_dims))\b")
 _EXP2 = re.compile(r"\bMUFU\.EX2|v_exp_f32")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -104,8 +105,68 @@ class Compiled:
 
 
 def pipelined_register_dots(ttgir: str) -> list[str]:
-    """Hopper products whose left side is in registers and that are still running when the loop writes these again."""
-    raise NotImplementedError
+    """Hopper products whose left side is in registers that the loop writes again while the product may still read them.
+
+    Triton 3.6.0 does not protect these (issue 9433, corrected by 9514). A product is complete at a wait with p pending
+    if at least p others were issued after it. Loops are looked at one by one, in the text that MLIR prints: a loop's own
+    operations are two spaces further in than the loop.
+    """
+    lines = ttgir.splitlines()
+    found = []
+    for start, line in enumerate(lines):
+        if re.search(r"(^\s*|= )scf\.(for|while)\b", line):
+            depth = len(line) - len(line.lstrip())
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * depth + "}"))
+            body = {i: lines[i] for i in range(start + 1, end) if _depth(lines[i]) == depth + 2}
+            carried = set(re.findall(r"(%\w+) = %", line.partition("iter_args(")[2]))
+            found += _pipelined_in(body, carried)
+    return found
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _pipelined_in(body: dict[int, str], carried: set[str]) -> list[str]:
+    written, events = {}, []
+    for i, text in body.items():
+        if match := re.match(r"\s*(%[\w#:, %]+?) = ", text):
+            written |= {name.strip().split(":")[0]: i for name in match[1].split(",")}
+        if "ttng.warp_group_dot " in text:
+            events.append((i, None))
+        elif "ttng.warp_group_dot_wait" in text:
+            events.append((i, int(re.search(r"pendings = (\d+)", text)[1])))
+    found = []
+    for i, text in body.items():
+        match = re.search(r"ttng\.warp_group_dot (%\w+)", text)
+        if not match or "isAsync = true" not in text or not re.search(r"[^>] : tensor<", text):
+            continue
+        line = _where_written(match[1], body, written, carried)
+        if line is None and match[1] not in carried:
+            continue  # from before the loop: never written again
+        later = [pending for at, pending in events if at > i]
+        if line is not None:  # in the next iteration
+            later += [pending for at, pending in events if at < line]
+        issued = 0
+        for pending in later:
+            if pending is None:
+                issued += 1
+            elif issued >= pending:
+                break
+        else:
+            found.append(f"left side of a product in flight is written again (triton issue 9433): {text.strip()[:80]}")
+    return found
+
+
+def _where_written(name: str, body: dict[int, str], written: dict[str, int], carried: set[str]) -> int | None:
+    """Line of the operation that computes `name`, through views, which may share its registers."""
+    line = written.get(name)
+    while line is not None and _VIEW.search(body[line]):
+        name = re.search(r"(%\w+)", body[line].partition(" = ")[2])[1]
+        if name not in carried and name not in written:
+            return line
+        line = None if name in carried else written[name]
+    return line
 
 
 def compile_launch(launch, arch: str) -> Compiled:

@@ -6,6 +6,7 @@ compiled graph. The values of index tensors are checked where that is free (`che
 
 import math
 import os
+from itertools import pairwise
 from numbers import Real
 
 import torch
@@ -186,7 +187,7 @@ def check_values(inputs) -> None:
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, total: int) -> None:
     """Starts at 0, never falls, ends within the `total` packed rows; no sequence exceeds `longest`. Reads values."""
     bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] > total:
         raise ValueError(f"`{name}` must rise from 0 to at most {total}, the number of packed rows, got {bounds}")
     if max(lengths, default=0) > longest:

@@ -162,7 +162,7 @@ def ntk_attention_varlen(
     return_lse: bool = False,
     **options,
 ):
-    """`ntk_attention` of each packed sequence; arguments, shapes and results as in `ntk_kernels.ntk_attention_varlen`."""
+    """`ntk_attention` of each packed sequence; arguments, shapes, results as in `ntk_kernels.ntk_attention_varlen`."""
     outs, lses = [], []
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):

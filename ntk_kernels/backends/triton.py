@@ -1,4 +1,4 @@
-"""The `triton` backend: the fused forward of `ntk_kernels.kernels`. The backward is still that of the `torch` backend."""
+"""The `triton` backend: the fused forward of `ntk_kernels.kernels`. Its backward is that of the `torch` backend."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Which tiles a kernel runs with: one table per class of GPU, and the rules that make an entry valid."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ import triton
 
 # Bytes of shared memory that a program may have, for each class of GPU that has a table.
 SHARED_BYTES = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def blocks(arch: str, head_dim: int, value_dim: int, rank: int = 1) -> Blocks:
     # Kernels with products over 16 or 32 give wrong results on Hopper (triton issues 10486, 10573, 11366).
     least = 64 if arch == "sm90" else 16
     block_d, block_dv, block_rank = (max(least, triton.next_power_of_2(size)) for size in (head_dim, value_dim, rank))
-    return Blocks(block_d, block_dv, block_rank, min(64, block_d))
+    # On sm_80 a tile of Z in two parts sits in registers, where there is no room for 64 features.
+    chunk = 32 if arch in ("sm80", "sm86") else 64
+    return Blocks(block_d, block_dv, block_rank, min(chunk, block_d))
 
 
 @functools.cache
@@ -91,24 +95,115 @@ def can_describe(tensor: torch.Tensor) -> bool:
 
 
 _T = TileConfig
-# Padded head dimension: candidates, the first of which is the default; `_prefix` and `_taylor2` with such a state.
-_HALF = {
+# By class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state; float32), by the
+# padded head dimension: what may be fastest, the default first. Defaults spill no registers; bench/static.py checks it.
+_FORWARD = {
     "sm90": {
-        64: (_T(128, 64, 8, 3, 128), _T(128, 128, 8, 2)),
-        128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-        256: (_T(64, 64, 8, 2), _T(128, 64, 8, 2)),
+        "plain": {
+            64: (_T(128, 64, 8, 3, 128), _T(128, 128, 8, 2)),
+            128: (_T(128, 128, 8, 2), _T(128, 64, 8, 3)),
+            256: (_T(128, 64, 8, 2), _T(64, 64, 8, 2)),
+        },
+        "state": {
+            64: (_T(128, 64, 8, 3, 128), _T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            256: (_T(64, 32, 8, 3), _T(64, 64, 8, 2)),
+        },
+        "taylor2": {
+            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            256: (_T(64, 64, 8, 2), _T(64, 32, 8, 2)),
+        },
+        "float32": {
+            64: (_T(128, 32, 8, 2), _T(64, 32, 8, 2)),
+            128: (_T(64, 32, 8, 2), _T(128, 32, 8, 2)),
+            256: (_T(64, 16, 8, 1), _T(32, 16, 8, 1)),
+        },
     },
-    "sm80": {64: (_T(128, 64, 4, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 32, 4, 2),)},
-    "sm86": {64: (_T(128, 64, 4, 2),), 128: (_T(64, 64, 4, 2),), 256: (_T(64, 32, 4, 1),)},
-    "sm100": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(128, 64, 8, 2),)},
-    "gfx942": {64: (_T(128, 64, 4, 1),), 128: (_T(128, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
+    "sm80": {
+        "plain": {
+            64: (_T(128, 64, 8, 3), _T(128, 64, 4, 3)),
+            128: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
+            256: (_T(64, 64, 8, 2), _T(64, 32, 8, 2)),
+        },
+        "state": {
+            64: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
+            128: (_T(64, 64, 4, 3), _T(128, 64, 8, 3)),
+            256: (_T(64, 32, 8, 2), _T(64, 64, 8, 2)),
+        },
+        "taylor2": {
+            64: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
+            128: (_T(64, 64, 4, 3), _T(128, 64, 8, 3)),
+            256: (_T(64, 32, 8, 2), _T(64, 64, 8, 2)),
+        },
+        "float32": {
+            64: (_T(64, 32, 4, 2), _T(64, 32, 8, 2)),
+            128: (_T(64, 32, 8, 2), _T(32, 32, 4, 2)),
+            256: (_T(32, 16, 8, 2), _T(32, 32, 8, 1)),
+        },
+    },
+    "sm100": {
+        "plain": {
+            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            256: (_T(64, 32, 8, 2), _T(128, 64, 8, 2)),
+        },
+        "state": {
+            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            256: (_T(64, 32, 8, 2),),
+        },
+        "taylor2": {
+            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            128: (_T(128, 64, 8, 2), _T(64, 64, 8, 3)),
+            256: (_T(64, 64, 8, 1), _T(64, 32, 8, 2)),
+        },
+        "float32": {
+            64: (_T(64, 32, 8, 2),),
+            128: (_T(64, 32, 8, 2),),
+            256: (_T(64, 16, 8, 1),),
+        },
+    },
+    "gfx942": {
+        "plain": {
+            64: (_T(128, 64, 4, 1), _T(128, 32, 4, 1)),
+            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
+            256: (_T(64, 32, 4, 1),),
+        },
+        "state": {
+            64: (_T(128, 64, 4, 1), _T(128, 32, 4, 1)),
+            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
+            256: (_T(64, 32, 4, 1),),
+        },
+        "taylor2": {
+            64: (_T(128, 64, 4, 1), _T(128, 32, 4, 1)),
+            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
+            256: (_T(64, 32, 4, 1),),
+        },
+        "float32": {
+            64: (_T(64, 32, 4, 1),),
+            128: (_T(64, 16, 4, 1),),
+            256: (_T(32, 16, 4, 1),),
+        },
+    },
 }
 
 
 @functools.cache
-def candidates(arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None) -> tuple[TileConfig, ...]:
-    """What the autotuner may try for such a call; the first is the default."""
+def candidates(
+    arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
+) -> tuple[TileConfig, ...]:
+    """What the autotuner may try for such a call; the first is the default.
+
+    `crowded`: a mask, rows or several centres need registers too.
+    """
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
-    block = max(64, blocks.block_d, blocks.block_dv)
-    return _HALF[arch][block]
+    if dtype == torch.float32:
+        kind = "float32"
+    else:
+        kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
+    entries = _FORWARD["sm80" if arch == "sm86" else arch][kind][max(64, blocks.block_d, blocks.block_dv)]
+    if crowded or dtype == torch.float16 or _TRITON >= (3, 8):
+        entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
+    return entries

@@ -10,7 +10,7 @@ In steps of CHUNK values of b, half of the product with zeros is skipped where D
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, dot, load_tile, state_dot
+from .tiles import LOG2_E, dot, load_tile, rounded_to, state_dot
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -74,16 +74,25 @@ def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexp
 
 @triton.jit
 def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-                CHUNK: tl.constexpr, PRECISION: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
+    if OPERAND == tl.bfloat16 and z_ptr.dtype.element_ty != tl.bfloat16 and BLOCK > 64:
+        # What state_dot does in two parts, here in a loop: both products at once would need more registers (sm_90) and
+        # two accumulators in tensor memory (sm_100) than there are.
+        phi = rounded_to(phi, tl.bfloat16)
+        for part in tl.range(0, 2, num_stages=1):
+            z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True).to(tl.float32)
+            z = tl.where(part == 0, z, z - rounded_to(z, tl.bfloat16).to(tl.float32))
+            acc = dot(phi, rounded_to(z, tl.bfloat16), acc, PRECISION)
+        return acc
     z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True)
-    return state_dot(phi, z, acc, BF16, 2, PRECISION)
+    return state_dot(phi, z, acc, OPERAND, 2, PRECISION)
 
 
 @triton.jit
 def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
             COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-            BF16: tl.constexpr):  # fmt: skip
+            OPERAND: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z and mass + u · φ(x) · k, each feature computed once."""
     # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
@@ -91,28 +100,28 @@ def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DI
         phi = u[:, None] * tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * _LOG2_E))
         columns = start + tl.arange(0, CHUNK)
         mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)
     return acc, mass
 
 
 @triton.jit
 def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, HEAD_DIM: tl.constexpr,
                    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-                   BF16: tl.constexpr):  # fmt: skip
+                   OPERAND: tl.constexpr):  # fmt: skip
     """acc + u · x @ z, or acc + u · x²/√2 @ z."""
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):  # one stage, as in add_elu
         x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
         phi = u[:, None] * x
         if SQUARED:
             phi = phi * x * _SQRT_HALF
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)
     return acc
 
 
 @triton.jit
 def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-              BF16: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+              OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc + u · Σ_{a<b} x_a·x_b · z_ab."""
     u = u * feature_scale * feature_scale
     columns = tl.arange(0, BLOCK)[None, :]
@@ -125,22 +134,22 @@ def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.const
                 mask=(b > a) & (b < HEAD_DIM) & (columns < COLUMNS), other=0.0,
             )  # fmt: skip
             q_a = tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
-            acc += (u[:, None] * q_a) * state_dot(q_b, z, None, BF16, 1, PRECISION)
+            acc += (u[:, None] * q_a) * state_dot(q_b, z, None, OPERAND, 1, PRECISION)
     return acc
 
 
 @triton.jit
 def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
                COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-               PRECISION: tl.constexpr, BF16: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+               PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z, [M, BLOCK]."""
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,
-                         CHUNK, PRECISION, BF16)  # fmt: skip
+                         CHUNK, PRECISION, OPERAND)  # fmt: skip
     if FEATURE_MAP == "taylor2":
         acc = add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
-                        PRECISION, BF16, STAGES)  # fmt: skip
+                        PRECISION, OPERAND, STAGES)  # fmt: skip
         acc = add_components(acc, u, q_rows, row_mask, z_ptr + square_start(HEAD_DIM) * COLUMNS, feature_scale, True,
-                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, BF16)  # fmt: skip
+                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)  # fmt: skip
     return acc

@@ -19,7 +19,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import autotune, configs
 from .prefix import State, add_left_out, attend_rows, start_from_prefix
-from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, soft_capped, visible_in_band
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    dot,
+    load_descriptor_tile,
+    load_tile,
+    online_softmax,
+    rounded_to,
+    soft_capped,
+    visible_in_band,
+)
 
 _LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
 
@@ -39,7 +49,8 @@ def _attend_keys(
     mask_ptr, stride_mask, offs_m, seq_q, start, stop, visible_stop, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    SOFTCAP: tl.constexpr, POSITIVE_SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, POSITIVE_SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from `start` to `stop` in tiles; only if MASKED may there be some that a row does not see."""
     for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
@@ -75,7 +86,7 @@ def _attend_keys(
             p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, 1.0, MASKED)
         else:
             p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, scale, MASKED)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+        acc = dot(rounded_to(p, v.dtype), v, acc * alpha[:, None], PRECISION)
     return acc, m_i, l_i
 
 
@@ -91,7 +102,7 @@ def _ntk_fwd_kernel(
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
-    PREFIX_PRECISION: tl.constexpr, BF16: tl.constexpr,
+    PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +147,6 @@ def _ntk_fwd_kernel(
     head_k = head // group
     k_ptr += tensor_batch * stride_k[0] + tl.cast(head_k, tl.int64) * stride_k[1] + first_k * stride_k[2]
     v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
-    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1] + first_q * stride_out[2]
-    lse_ptr += tensor_batch * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
 
@@ -155,70 +164,68 @@ def _ntk_fwd_kernel(
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
     else:
-        acc, m_i, l_i, massless, left_out = start_from_prefix(
+        acc, m_i, l_i, massless, any_left_out = start_from_prefix(
             q_rows, row_mask, state, state_head, num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES,
-            HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, BF16,
+            HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND,
             LOGIT_PRECISION, STAGES,
         )  # fmt: skip
     q = load_tile(q_ptr, start_m, seq_q, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if state.row_keys is not None:
         acc, m_i, l_i = attend_rows(
             acc, m_i, l_i, q, state, state_head, num_rows, scale, HEAD_DIM, VALUE_DIM, CHUNK, BLOCK_D, BLOCK_DV,
-            PREFIX_PRECISION, LOGIT_PRECISION, BF16,
+            PREFIX_PRECISION, LOGIT_PRECISION,
         )  # fmt: skip
 
     if mask_ptr is not None:  # then every tile is masked
         mask_ptr += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
         mask_ptr += start_m * tl.cast(stride_mask[2], tl.int64)
         unmasked_start = stop_n
-    middle_start, middle_stop = start_n, start_n
+    # Tiles that need masks (at the lower edge; with a mask all), tiles that need none, tiles at the upper edge.
+    middle_start = start_n
     if HAS_LOWER or mask_ptr is not None:
-        middle_start = start_n + tl.cdiv(tl.maximum(unmasked_start - start_n, 0), BLOCK_N) * BLOCK_N
-        acc, m_i, l_i = _attend_keys(
-            acc, m_i, l_i, q, k_ptr, v_ptr, k_desc, v_desc, tensor_batch, head_k, first_k, stride_k[2], stride_v[2],
-            mask_ptr, stride_mask, offs_m, seq_q, start_n, tl.minimum(middle_start, stop_n), stop_n, lower, upper, scale,
-            softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE,
-            True, PRECISION, STAGES,
-        )  # fmt: skip
-    if mask_ptr is None:
-        middle_stop = middle_start + tl.maximum(unmasked_stop - middle_start, 0) // BLOCK_N * BLOCK_N
-        acc, m_i, l_i = _attend_keys(
-            acc, m_i, l_i, q, k_ptr, v_ptr, k_desc, v_desc, tensor_batch, head_k, first_k, stride_k[2], stride_v[2],
-            mask_ptr, stride_mask, offs_m, seq_q, middle_start, middle_stop, stop_n, lower, upper, scale, softcap,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, False,
-            PRECISION, STAGES,
-        )  # fmt: skip
-        acc, m_i, l_i = _attend_keys(
-            acc, m_i, l_i, q, k_ptr, v_ptr, k_desc, v_desc, tensor_batch, head_k, first_k, stride_k[2], stride_v[2],
-            mask_ptr, stride_mask, offs_m, seq_q, middle_stop, stop_n, stop_n, lower, upper, scale, softcap,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, True,
-            PRECISION, STAGES,
-        )  # fmt: skip
+        middle_start += tl.cdiv(tl.maximum(unmasked_start - start_n, 0), BLOCK_N) * BLOCK_N
+    middle_stop = middle_start + tl.maximum(unmasked_stop - middle_start, 0) // BLOCK_N * BLOCK_N
+    for part in tl.static_range(3):
+        if part == 0:
+            part_start, part_stop = start_n, tl.minimum(middle_start, stop_n)
+        elif part == 1:
+            part_start, part_stop = middle_start, middle_stop
+        else:
+            part_start, part_stop = middle_stop, stop_n
+        if (part == 0 and (HAS_LOWER or mask_ptr is not None)) or (part > 0 and mask_ptr is None):
+            acc, m_i, l_i = _attend_keys(
+                acc, m_i, l_i, q, k_ptr, v_ptr, k_desc, v_desc, tensor_batch, head_k, first_k, stride_k[2],
+                stride_v[2], mask_ptr, stride_mask, offs_m, seq_q, part_start, part_stop, stop_n, lower, upper, scale,
+                softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP,
+                POSITIVE_SCALE, part != 1, PRECISION, STAGES,
+            )  # fmt: skip
 
+    # 0, as the grid has one dimension, which the compiler does not know: addresses and masks that it took for those of
+    # the start would stay in registers through the loop over the keys.
+    zero = tl.program_id(1)
+    offs_m = start_m + zero + tl.arange(0, BLOCK_M)
+    row_mask = (offs_m < seq_q)[:, None]
+    first_q += zero
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
     acc = acc * inverse[:, None]
     if FEATURE_MAP is not None:
-        if tl.max(left_out.to(tl.int32), 0) > 0:
-            # 0, as the grid has one dimension, which the compiler does not know: addresses that it took for those of
-            # the start would stay in registers through the loop over the keys.
-            zero = tl.program_id(1)
-            rows = start_m + zero + tl.arange(0, BLOCK_M)
-            q_rows = q_ptr + rows.to(tl.int64)[:, None] * stride_q[2]
-            row_mask = (rows < seq_q)[:, None]
-            state_head += zero
+        if any_left_out:  # noqa: SIM102  the first is for the compiler, the second for the program
+            q_rows = q_ptr + offs_m.to(tl.int64)[:, None] * stride_q[2]
             shift = tl.where(l_i == 0, 0.0, m_i)
             acc = add_left_out(
-                acc, shift, inverse, massless, q_rows, row_mask, state, state_head, num_centers, scale, feature_scale,
-                FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK,
-                PREFIX_PRECISION, BF16, LOGIT_PRECISION, STAGES,
+                acc, shift, inverse, massless, q_rows, row_mask, state, state_head + zero, num_centers, scale,
+                feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV,
+                BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
             )  # fmt: skip
 
     lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2)
+    lse_ptr += tensor_batch * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first_q
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < seq_q)
     columns = tl.arange(0, BLOCK_DV)[None, :]
-    out_ptrs = out_ptr + start_m * tl.cast(stride_out[2], tl.int64)
-    out_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_out[2] + columns
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
+    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1]
+    out_ptr += (first_q + start_m) * stride_out[2]
+    out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_out[2] + columns
+    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
 
 
 class Launch(NamedTuple):
@@ -261,7 +268,7 @@ def ntk_fwd_launch(
     rank = 1 if z_b is None else z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     if config is None:
-        config = configs.candidates(arch, blocks, query.dtype, feature_map)[0]
+        config = _candidates(arch, blocks, query.dtype, feature_map, k, row_keys, attn_mask)[0]
     precision = configs.precisions(arch, query.dtype)
     if feature_map == "taylor2" and query.dtype == torch.bfloat16:
         z = z.to(torch.bfloat16)  # it is so large that its traffic counts
@@ -318,7 +325,7 @@ def ntk_fwd_launch(
         "PRECISION": precision.keys,
         "LOGIT_PRECISION": precision.logits,
         "PREFIX_PRECISION": precision.prefix,
-        "BF16": query.dtype == torch.bfloat16,
+        "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,  # Z may exceed float16
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": blocks.block_d,
@@ -341,11 +348,18 @@ def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
         blocks = configs.blocks(arch, query.shape[3], value.shape[3])
         config = autotune.fastest(
             _shape_class(query, key, blocks, **arguments),
-            configs.candidates(arch, blocks, query.dtype, arguments["feature_map"]),
+            _candidates(
+                arch, blocks, query.dtype, *(arguments[name] for name in ("feature_map", "k", "row_keys", "attn_mask"))
+            ),
             lambda config: ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)(),
             configs.device_name(query.device),
         )
     ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)()
+
+
+def _candidates(arch, blocks, dtype, feature_map, k, row_keys, attn_mask) -> tuple[configs.TileConfig, ...]:
+    crowded = attn_mask is not None or row_keys is not None or (k is not None and k.shape[2] > 1)
+    return configs.candidates(arch, blocks, dtype, feature_map, crowded)
 
 
 def _shape_class(query, key, blocks, **arguments) -> str:

@@ -56,29 +56,29 @@ def add_center(
     acc, mass, u, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP: tl.constexpr,
     NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BF16: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc + u · φ(x)ᵀ Z_c; with "elu" also mass + u · φ(x)·k_c."""
     if FEATURE_MAP == "elu":
         acc, mass = add_elu(
             acc, mass, u, q_rows, row_mask, state.z + center * HEAD_DIM * VALUE_DIM, state.k + center * HEAD_DIM,
-            feature_scale, HEAD_DIM, VALUE_DIM, BLOCK_DV, CHUNK, PRECISION, BF16,
+            feature_scale, HEAD_DIM, VALUE_DIM, BLOCK_DV, CHUNK, PRECISION, OPERAND,
         )  # fmt: skip
     elif state.z_b is None:
         acc = add_taylor(
             acc, u, q_rows, row_mask, state.z + center * NUM_FEATURES * VALUE_DIM, feature_scale, FEATURE_MAP,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK, PRECISION, BF16, STAGES,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
     else:
         low = add_taylor(
             tl.zeros([BLOCK_M, BLOCK_RANK], tl.float32), u, q_rows, row_mask,
             state.z + center * NUM_FEATURES * RANK, feature_scale, FEATURE_MAP,
-            HEAD_DIM, RANK, BLOCK_D, BLOCK_RANK, CHUNK, PRECISION, BF16, STAGES,
+            HEAD_DIM, RANK, BLOCK_D, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
         z_b = load_tile(
             state.z_b + center * RANK * VALUE_DIM, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True
         )
-        acc = state_dot(low, z_b, acc, BF16, 2, PRECISION)
+        acc = state_dot(low, z_b, acc, OPERAND, 2, PRECISION)
     return acc, mass
 
 
@@ -87,10 +87,10 @@ def start_from_prefix(
     q_rows, row_mask, state, head, num_centers, scale, feature_scale, FEATURE_MAP: tl.constexpr,
     NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BF16: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """acc, m_i, l_i and, for each row, whether it has no mass and whether something is left out."""
+    """acc, m_i, l_i and, for each row whether it has no mass, and whether anything is left out."""
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -117,12 +117,14 @@ def start_from_prefix(
             m_i = m_new
         acc, l_i = add_center(
             acc, l_i, weight, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,
-            VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, BF16, STAGES,
+            VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
     massless = l_i <= 0
     left_out = left_out | (massless & (m_i > -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
-    return acc, tl.where(massless, -float("inf"), m_i), tl.where(massless, 0.0, l_i), massless, left_out
+    # Without the reshape, the compiler's layout of tensor memory (sm_100) crashes on the reduction of this vector.
+    any_left_out = tl.max(tl.reshape(left_out.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0
+    return acc, tl.where(massless, -float("inf"), m_i), tl.where(massless, 0.0, l_i), massless, any_left_out
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def add_left_out(
     acc, shift, inverse, massless, q_rows, row_mask, state, head, num_centers, scale, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BF16: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     LOGIT_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc (normalised) + the terms that `start_from_prefix` left out; e^-lse = inverse · 2^-shift."""
@@ -148,7 +150,7 @@ def add_left_out(
         u = tl.where(wanted & (inverse > 0), u, 0.0)
         acc, _ = add_center(
             acc, inverse, u, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,
-            VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, BF16, STAGES,
+            VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
     return acc
 
@@ -157,7 +159,7 @@ def add_left_out(
 def attend_rows(
     acc, m_i, l_i, q, state, head, num_rows, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-    LOGIT_PRECISION: tl.constexpr, BF16: tl.constexpr,
+    LOGIT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's own rows, which every query sees."""
     keys = state.row_keys + head * state.num_rows * HEAD_DIM
@@ -165,7 +167,7 @@ def attend_rows(
     for start in tl.range(0, num_rows, BLOCK_N, num_stages=1):
         k = load_tile(keys, start, num_rows, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         v = load_tile(values, start, num_rows, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_DV, True)
-        s = state_dot(q, k.T, None, BF16, 3, LOGIT_PRECISION)
+        s = state_dot(q, k.T, None, q.dtype, 3, LOGIT_PRECISION)
         s = s * scale
         offs = start + tl.arange(0, BLOCK_N)
         if state.row_bias is not None:
@@ -173,5 +175,5 @@ def attend_rows(
             s += bias.to(tl.float32)[None, :] * _LOG2_E
         s = tl.where((offs < num_rows)[None, :], s, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, 1.0, True)
-        acc = state_dot(p, v, acc * alpha[:, None], BF16, 2, PRECISION)
+        acc = state_dot(p, v, acc * alpha[:, None], q.dtype, 2, PRECISION)
     return acc, m_i, l_i

@@ -21,6 +21,16 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def rounded_to(x, DTYPE: tl.constexpr):
+    """x in another dtype, rounded to nearest."""
+    if _INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter cuts the last bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b + acc (None: 0) with float32 accumulation; `PRECISION` is for float32 operands."""
     if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
@@ -29,23 +39,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def state_dot(a, b, acc, BF16: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+def state_dot(a, b, acc, OPERAND: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b + acc for a tile b of the state, which keeps its own precision.
 
-    Under a bfloat16 model (BF16) a is rounded as the probabilities of the softmax are, and a float32 b is the sum of
-    PARTS bfloat16 tiles, 8 bits of mantissa each; otherwise both are float32.
+    Under a half-precision OPERAND a is rounded as the probabilities of the softmax are, and a wider b is the sum of
+    PARTS half-precision tiles, of 8 (bfloat16) or 11 bits each; otherwise both are float32.
     """
-    if BF16 and b.dtype == tl.bfloat16:
-        acc = dot(a.to(tl.bfloat16), b, acc, PRECISION)
-    elif BF16:
-        a = a.to(tl.bfloat16)
+    if OPERAND == tl.float32:
+        acc = dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
+    elif b.dtype == OPERAND:
+        acc = dot(rounded_to(a, OPERAND), b, acc, PRECISION)
+    else:
+        a = rounded_to(a, OPERAND)
         rest = b.to(tl.float32)
         for _ in tl.static_range(PARTS):
-            part = rest.to(tl.bfloat16)
+            part = rounded_to(rest, OPERAND)
             acc = dot(a, part, acc, PRECISION)
             rest -= part.to(tl.float32)
-    else:
-        acc = dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
     return acc
 
 
