@@ -20,6 +20,7 @@ from rich.table import Table
 from ntk_kernels import feature_dim
 from ntk_kernels.kernels import configs
 from ntk_kernels.kernels.forward import ntk_fwd_launch
+from ntk_kernels.kernels.tiles import INTERPRETED
 
 from . import aot, record
 
@@ -54,7 +55,7 @@ class Shape:
             r = feature_dim(self.feature_map, dim)
             arguments |= {"feature_map": self.feature_map, "k": meta(1, heads, centers, r, dtype=state)}
             if self.option == "low rank":
-                arguments |= {"z": meta(1, heads, 1, r, 16), "z_b": meta(1, heads, 1, 16, dim)}
+                arguments |= {"z": meta(1, heads, 1, r, 64), "z_b": meta(1, heads, 1, 64, dim)}
             else:
                 arguments["z"] = meta(1, heads, centers, r, dim, dtype=state)
             if centers > 1:
@@ -90,7 +91,7 @@ class Shape:
 
 
 def shapes(archs) -> list[Shape]:
-    """The default configuration of each head dimension and map, and of each option at D = 64 and 128."""
+    """The default configuration of each head dimension and map, and of the options and other dtypes at some."""
     listed = []
     for arch in archs:
         listed += [Shape(arch, dim, name) for dim in (32, 64, 128, 256) for name in FEATURE_MAPS]
@@ -101,6 +102,9 @@ def shapes(archs) -> list[Shape]:
                            "key range", "packed"):  # fmt: skip
                 listed.append(Shape(arch, dim, "elu", option))
             listed += [Shape(arch, dim, name, dtype=dtype) for name in FEATURE_MAPS for dtype in ("float16", "float32")]
+            listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
+        listed += [Shape(arch, 256, "taylor2", "low rank"), Shape(arch, 256, "elu", "rows")]
+        listed += [Shape(arch, 256, name, dtype="float32") for name in ("none", "elu")]
     return listed
 
 
@@ -133,6 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if INTERPRETED:
+        raise SystemExit("nothing is compiled under TRITON_INTERPRET=1; unset it")
     todo = shapes(arguments.arch or aot.TARGETS)
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]

@@ -9,6 +9,8 @@ from . import checks, ops, reference
 from .dispatch import choose_backend
 from .state import PrefixState
 
+_MAX_FUSED_RANK = 64  # what a kernel holds beside its tile of the output
+
 
 def ntk_attention(
     query: Tensor,
@@ -85,8 +87,8 @@ def ntk_attention(
     query, key, value = autocast(query, key, value)
     backend = choose_backend(backend, query, key, value, state, attn_mask, softcap)
     if backend == "reference":
-        if state_index is not None and state_index.device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.check_index_range(state_index, state.num_states)
+        if state_index is not None and not torch.compiler.is_compiling():
+            checks.check_values(query, key, state_index, state.num_states)
         return reference.ntk_attention(
             query, key, value, state, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window,
             softcap=softcap, causal_offset=causal_offset, key_start=key_start, key_stop=key_stop,
@@ -183,9 +185,6 @@ def state_arguments(state: PrefixState | None, backend: str) -> list[Tensor | No
 
 def _keeps_low_rank(state: PrefixState, backend: str) -> bool:
     """Whether the pair saves work: with few features per head it costs less to multiply it out once."""
-    return (
-        backend == "triton"
-        and state.feature_map == "taylor2"
-        and state.z_a is not None
-        and (0 < state.rank <= state.value_dim)
-    )
+    if backend != "triton" or state.feature_map != "taylor2" or state.z_a is None:
+        return False
+    return 0 < state.rank <= min(state.value_dim, _MAX_FUSED_RANK)

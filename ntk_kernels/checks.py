@@ -164,24 +164,25 @@ def check_sequence_tensor(name: str, tensor: Tensor, length: int, letters: str, 
         raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
 
 
-def check_values(inputs) -> None:
-    """The values of `state_index` and `cu_seqlens_*`, where that is free: on the CPU.
+def check_values(
+    query: Tensor, key: Tensor, state_index: Tensor | None, num_states: int | None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+) -> None:  # fmt: skip
+    """The values of index tensors, where reading them is free: on the CPU.
 
-    With NTK_KERNELS_CHECK=1 on other devices too, which then wait for each other.
+    With NTK_KERNELS_CHECK=1 on other devices too, which the call then waits for.
     """
     everywhere = os.environ.get("NTK_KERNELS_CHECK", "0") == "1"
 
     def readable(tensor):
         return tensor is not None and (everywhere or tensor.device.type == "cpu")
 
-    if readable(inputs.state_index):
-        check_index_range(inputs.state_index, inputs.num_states)
-    for name, longest, packed in (
-        ("cu_seqlens_q", "max_seqlen_q", inputs.query),
-        ("cu_seqlens_k", "max_seqlen_k", inputs.key),
-    ):
-        if readable(getattr(inputs, name)):
-            check_cu_seqlens(name, getattr(inputs, name), longest, getattr(inputs, longest), packed.shape[2])
+    if readable(state_index):
+        check_index_range(state_index, num_states)
+    if readable(cu_seqlens_q):
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query.shape[2])
+    if readable(cu_seqlens_k):
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key.shape[2])
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, total: int) -> None:

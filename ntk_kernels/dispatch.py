@@ -5,6 +5,7 @@ and moves on to one that can when that one can't, with one warning per reason. A
 call serves it or raises.
 """
 
+import functools
 import os
 import warnings
 from importlib.util import find_spec
@@ -40,20 +41,22 @@ def choose_backend(
     else:
         first = os.environ.get("NTK_KERNELS_BACKEND") or ("triton" if query.device.type == "cuda" else "torch")
         checks.check_one_of("NTK_KERNELS_BACKEND", first, BACKENDS)
-    reason = None
-    for backend in BACKENDS[BACKENDS.index(first) :]:
-        lacks = _lacks(backend, query, key, value, state, attn_mask, softcap)
-        if lacks is None:
-            break
-        if requested is not None:
-            others = " or ".join(repr(other) for other in BACKENDS[BACKENDS.index(requested) + 1 :])
-            raise NotImplementedError(f"backend={requested!r} does not support {lacks}; use backend=None, {others}")
-        reason = reason or lacks
-    if reason is not None and not torch.compiler.is_compiling() and (first, reason) not in _warned:
-        _warned.add((first, reason))
+    served = {
+        backend: _lacks(backend, query, key, value, state, attn_mask, softcap)
+        for backend in BACKENDS[BACKENDS.index(first) :]
+    }
+    backend = next(backend for backend, lacks in served.items() if lacks is None)
+    if backend == first:
+        return backend
+    lacks = served[first]
+    if requested is not None:
+        others = " or ".join(repr(other) for other, missing in served.items() if missing is None)
+        raise NotImplementedError(f"backend={requested!r} does not support {lacks}; use backend=None or {others}")
+    if not torch.compiler.is_compiling() and (first, lacks) not in _warned:
+        _warned.add((first, lacks))
         cost = ", which is slower and takes O(Lq·Lk) memory" if backend == "reference" else ""
         warnings.warn(
-            f"ntk_attention: the {first!r} backend does not support {reason}; this call, and later ones like it, go to "
+            f"ntk_attention: the {first!r} backend does not support {lacks}; this call, and later ones like it, go to "
             f"{backend!r}{cost}",
             stacklevel=3,
         )
@@ -93,6 +96,7 @@ def _needs_grad(query, key, value, state) -> bool:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _device_lacks(device_type: str, index: int | None) -> str | None:
     """What keeps the kernels from running on a device."""
     if find_spec("triton") is None:

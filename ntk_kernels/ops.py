@@ -120,7 +120,10 @@ _library.impl("attention_backward", _autograd_kernel(_attention_backward, _Atten
 
 def _attention_impl(*args):
     inputs = Inputs(*args)
-    checks.check_values(inputs)
+    checks.check_values(
+        inputs.query, inputs.key, inputs.state_index, inputs.num_states, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
+        inputs.max_seqlen_q, inputs.max_seqlen_k,
+    )  # fmt: skip
     with _no_autocast(inputs.query):
         return _forward_of(inputs.backend)(inputs)
 

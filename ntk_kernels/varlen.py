@@ -1,5 +1,6 @@
 """`ntk_attention_varlen`: the same attention over packed sequences of different lengths."""
 
+import torch
 from torch import Tensor
 
 from . import checks, ops, reference
@@ -72,6 +73,10 @@ def ntk_attention_varlen(
     query, key, value = autocast(query, key, value)
     backend = choose_backend(backend, query, key, value, state, None, softcap)
     if backend == "reference":
+        if not torch.compiler.is_compiling():
+            lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q,
+                       "max_seqlen_k": max_seqlen_k}  # fmt: skip
+            checks.check_values(query, key, state_index, state and state.num_states, **lengths)
         out, lse = reference.ntk_attention_varlen(
             *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), cu_seqlens_q, cu_seqlens_k, state,
             is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,

@@ -11,9 +11,9 @@ For batch row b, query head h, query row i:
     out_i = (Σ_j e^{s_ij} v_j + N_i) / (Σ_j e^{s_ij} + M_i)
     lse_i = log(Σ_j e^{s_ij} + M_i)
 
-A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0. Where a prefix has
-no mass, nothing bounds its weight w_ic e^{-lse_i} in the output; it is cut off at e^40, so that no finite input gives
-an infinite output.
+A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0. Where a prefix, or
+one of its centres, has no mass (M_i = 0, or φ(x_i)·k_c = 0), nothing bounds its weight w_ic e^{-lse_i} in the output;
+there it is cut off at e^40, so that the output stays finite.
 
 Gradients (what the fused backends compute; here autograd does). With P_ij = e^{s_ij - lse_i}, the gradient
 dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
@@ -133,18 +133,24 @@ def ntk_attention(
             log_w = absent(scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :]))
             feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
             phi = feature_map(feature_scale * q, state.feature_map)
-            mass = torch.einsum("bhir,bhcr->bhic", phi, k)  # of each centre, without its weight
-            top = log_w.detach().masked_fill(mass == 0, -math.inf).amax(-1, keepdim=True)
+            masses = torch.einsum("bhir,bhcr->bhic", phi, k)  # of each centre, without its weight
+            top = log_w.detach().masked_fill(masses == 0, -math.inf).amax(-1, keepdim=True)
             top = top.masked_fill(top == -math.inf, 0)
-            mass = ((log_w - top).masked_fill(mass == 0, -math.inf).exp() * mass).sum(-1, keepdim=True)
+            mass = ((log_w - top).masked_fill(masses == 0, -math.inf).exp() * masses).sum(-1, keepdim=True)
             log_mass = (top + mass.masked_fill(mass <= 0, 1).log()).masked_fill(mass <= 0, -math.inf)
 
         logits = torch.cat([scores, log_mass], dim=-1)
         empty = (logits == -math.inf).all(-1, keepdim=True)
-        lse = logits.masked_fill(empty, 0).logsumexp(-1, keepdim=True)
-        out = (scores - lse).exp() @ value
+        peak = logits.detach().amax(-1, keepdim=True).masked_fill(empty, 0)
+        weights = (logits - peak).exp()
+        log_total = weights.sum(-1, keepdim=True).masked_fill(empty, 1).log()
+        lse = peak + log_total
+        out = weights[..., :-1] @ value / log_total.exp()
         if k is not None:
-            out = out + torch.einsum("bhic,bhir,bhcrd->bhid", (log_w - lse).clamp(max=40).exp(), phi, z)
+            log_u = log_w - peak - log_total
+            unbounded = (mass <= 0) | (masses == 0)
+            log_u = torch.where(unbounded, log_u.clamp(max=40), log_u)
+            out = out + torch.einsum("bhic,bhir,bhcrd->bhid", log_u.exp(), phi, z)
         out = out.masked_fill(empty, 0).to(query.dtype)
         lse = lse.masked_fill(empty, -math.inf).squeeze(-1)
     return (out, lse) if return_lse else out

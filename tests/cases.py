@@ -228,6 +228,7 @@ CASES = [
     Case("key_range_empty", "a row without keys: the prefix alone, or 0", key_start=(9, 0), key_stop=(9, -3)),
     Case("key_range_empty_plain", "", key_start=(9, 0), key_stop=(3, 40), state=None),
     Case("key_range_beyond", "bounds outside of the keys hide nothing", key_start=(-4, 0), key_stop=(99, 37)),
+    Case("key_range_far", "int64 beyond int32", key_start=(2**63 - 1, 2**32), key_stop=(2**63 - 1, -(2**32) + 5)),
     Case("key_range_mask", "with a mask", key_start=(2, 0), key_stop=(37, 30), mask="bool", options=CAUSAL),
     Case("key_range_additive", "with a mask to be added", key_start=(2, 0), key_stop=(37, 30), mask="additive"),
     # heads, dimensions, layouts, scale
@@ -274,10 +275,13 @@ CASES = [
     Case("bf16_tiles", "sums over many tiles", dtype=BF16, batch=1, heads=1, kv_heads=1, seq_q=2100, seq_k=2100,
          options=CAUSAL | {"window": (2100, 0)}),
     Case("f16", "float32 state under a float16 model", dtype=HALF, head_dim=64, options=CAUSAL),
+    Case("f16_rows", "float32 rows under a float16 model", dtype=HALF, state={"rows": 5}, options=CAUSAL),
     Case("f16_state", "float16 state", dtype=HALF, state={"dtype": HALF, "rows": 2} | TAYLOR1, options=CAUSAL),
     # soft-capped scores
     Case("softcap", "scores of the input's keys only", state={"rows": 2}, options=CAUSAL | {"softcap": 2.0}),
     Case("softcap_plain", "", state=None, options={"softcap": 0.5, "window": (9, 9)}),
+    Case("softcap_50", "Gemma's cap", state=None, options={"softcap": 50.0}),
+    Case("softcap_1000", "next to none", state=None, options={"softcap": 1000.0}),
     Case("softcap_mask", "before the mask", mask="additive", options={"softcap": 1.0}),
     Case("softcap_scale_negative", "", state=None, options={"softcap": 1.0, "scale": -0.5}),
     Case("softcap_huge", "logits far beyond the cap", magnitude=30, options=CAUSAL | {"softcap": 30.0}),

@@ -297,12 +297,13 @@ def test_states_do_not_reach_rows_that_use_none(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS[:-1])  # the reference multiplies it by 0
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
-@pytest.mark.parametrize("how", ["mask", "key_stop", "causal"])
+@pytest.mark.parametrize("how", ["mask", "additive", "key_stop", "causal"])
 def test_what_stands_in_padding_stays_there(content, how, backend):
     """Keys and values that a mask hides from every row, as the unused end of a static cache."""
     query, key, value = (tensor.float() for tensor in qkv(backend, seq_k=30))
     options = {
         "mask": {"attn_mask": (torch.arange(30) < 22)[None]},
+        "additive": {"attn_mask": torch.zeros(1, 30).masked_fill(torch.arange(30) >= 22, -math.inf)},
         "key_stop": {"key_stop": torch.tensor([22, 22])},
         "causal": {"is_causal": True, "causal_offset": 1},
     }[how]
@@ -332,3 +333,59 @@ def test_elu_does_not_cancel(backend):
     query = torch.full((1, 1, 1, 1), -20.0)
     out, lse = ntk_attention(query, nothing, nothing, state, return_lse=True, backend=backend)
     assert (out.item(), lse.item()) == (pytest.approx(2), pytest.approx(-20))
+
+
+@all_backends
+@pytest.mark.parametrize("shift", [45.0, -45.0, 70.0])
+def test_log_scale_is_a_factor_of_z_and_k(shift, backend):
+    """Where there is mass, e^β (Z, k) is the same state whatever β, forward and backward."""
+    query, key, value = qkv(backend)
+    state = a_state(backend)
+    results = []
+    for log_scale in (0.0, shift):
+        factor = math.exp(-log_scale)
+        inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        scaled = PrefixState(
+            state.z * factor, state.k * factor, "elu", log_scale=torch.full((2,), log_scale, dtype=query.dtype)
+        )
+        out, lse = ntk_attention(*inputs, scaled, return_lse=True, backend=backend)
+        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3 if query.dtype == torch.float32 else 1e-7, atol=1e-4)
+
+
+@all_backends
+@pytest.mark.parametrize("how", ["no_keys", "mask"])
+def test_a_state_that_is_switched_off_leaves_empty_rows_empty(how, backend):
+    query, key, value = qkv(backend)
+    log_scale = torch.tensor([-math.inf, 0.0], dtype=query.dtype)
+    state = PrefixState(a_state(backend).z, a_state(backend).k, "elu", log_scale=log_scale)
+    options = {"attn_mask": torch.zeros(21, 21, dtype=torch.bool)}
+    if how == "no_keys":
+        key, value, options = key[:, :, :0], value[:, :, :0], {}
+    out, lse = ntk_attention(query, key, value, state, **options, return_lse=True, backend=backend)
+    assert (out[:, :2] == 0).all() and (lse[:, :2] == -math.inf).all()
+    assert (out[:, 2:] != 0).any() and lse[:, 2:].isfinite().all()
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_finite_masks_for_hidden_keys(dtype, backend):
+    """finfo.min instead of -inf: a row of it weighs its keys equally, as in PyTorch."""
+    query, key, value = (tensor.float() for tensor in qkv(backend))
+    mask = torch.zeros(21, 21).masked_fill(torch.rand(21, 21) < 0.5, torch.finfo(dtype).min).to(dtype)
+    mask[3] = torch.finfo(dtype).min
+    out = ntk_attention(query, key, value, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(out, sdpa(query, key, value, attn_mask=mask.float()))
+
+
+@all_backends
+def test_index_tensors_of_any_strides(backend):
+    query, key, value = qkv(backend)
+    bounds = torch.tensor([[0, 5], [2, 17]])
+    stack = PrefixState.stack([a_state(backend), a_state(backend, mass="mixed")])
+    index = torch.tensor([[1, 9], [0, 9]])[:, 0]
+    strided = {"key_start": bounds[:, 0], "key_stop": torch.tensor([15]).expand(2), "state_index": index}
+    plain = {name: tensor.contiguous() for name, tensor in strided.items()}
+    out = ntk_attention(query, key, value, stack, **strided, backend=backend)
+    torch.testing.assert_close(out, ntk_attention(query, key, value, stack, **plain, backend=backend), rtol=0, atol=0)

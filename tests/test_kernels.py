@@ -8,7 +8,7 @@ import torch
 from cases import CASES, make_inputs
 from oracle import check_case
 
-from ntk_kernels import ntk_attention
+from ntk_kernels import PrefixState, ntk_attention
 
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
@@ -83,13 +83,14 @@ def test_expanded_tensors(expand):
     torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
 
 
-@pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced"])
+@pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced", "far"])
 def test_masks_of_any_strides(strides):
     query, key, value = torch.randn(3, 2, 4, 20, 8).unbind()
     mask = {
         "transposed": torch.randn(2, 4, 20, 20).mT,
         "expanded": torch.randn(20).expand(2, 4, 20, 20),
         "sliced": torch.randn(2, 4, 40, 40)[:, :, ::2, 1::2],
+        "far": torch.empty(2**31 + 2**29, dtype=torch.bool).as_strided((20, 20), (1, 2**27)).fill_(True).tril_(),
     }[strides]
     out = ntk_attention(query, key, value, attn_mask=mask, backend="triton")
     torch.testing.assert_close(out, ntk_attention(query, key, value, attn_mask=mask, backend="torch"))
@@ -196,3 +197,14 @@ def test_the_environment_switches_the_autotuner_on(cache, monkeypatch):
     monkeypatch.delenv("NTK_KERNELS_AUTOTUNE")
     ntk_attention(query, key, value, window=(3, 3), backend="triton")
     assert len(measured) == 4
+
+
+def test_float16_models_take_states_beyond_float16():
+    query, key, value = (tensor.half() for tensor in torch.randn(3, 1, 2, 20, 16).unbind())
+    keys, values = torch.randn(2, 2, 3, 16).unbind()
+    keys[0, 0, 0], values[0, 1, 4] = 7e4, 7e4
+    state = PrefixState(torch.rand(2, 16, 16), torch.rand(2, 16), "elu", keys=keys, values=values,
+                        bias=torch.full((2, 3), -8.0))  # fmt: skip
+    small = query * 1e-4
+    out = ntk_attention(small, key, value, state, backend="triton")
+    torch.testing.assert_close(out, ntk_attention(small, key, value, state, backend="reference"), rtol=2e-3, atol=2e-3)

@@ -114,6 +114,15 @@ def test_compile():
     torch.testing.assert_close(compiled(query, key, value, state, **options), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_lengths_of_any_strides(backend):
+    query, key, value = torch.randn(3, 9, 2, 8)
+    far = torch.tensor([[0, 99], [4, 99], [9, 99]])[:, 0]
+    out = ntk_attention_varlen(query, key, value, far, far, 5, 5, backend=backend)
+    near = far.contiguous()
+    assert torch.equal(out, ntk_attention_varlen(query, key, value, near, near, 5, 5, backend=backend))
+
+
 BAD = {
     "cu_seqlens_q": (
         {"cu_seqlens_q": torch.tensor([0.0, 4.0])},
@@ -154,13 +163,14 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD)
-def test_bad_arguments(changes, error, message):
+def test_bad_arguments(changes, error, message, backend):
     query, key, value = torch.randn(3, 4, 2, 8)
     cu = torch.tensor([0, 4])
     arguments = dict(
         query=query, key=key, value=value, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=4, max_seqlen_k=4
     )
     with pytest.raises(error) as caught:
-        ntk_attention_varlen(**arguments | changes)
+        ntk_attention_varlen(**arguments | changes, backend=backend)
     assert str(caught.value) == message

@@ -56,6 +56,6 @@ class Inputs(NamedTuple):
         return self.k is not None or self.row_keys is not None
 
     @property
-    def num_states(self) -> int:
-        """N."""
-        return (self.row_keys if self.k is None else self.k).shape[0]
+    def num_states(self) -> int | None:
+        """N; None without a state."""
+        return (self.row_keys if self.k is None else self.k).shape[0] if self.has_state else None

@@ -34,9 +34,13 @@ class LinearTerm(NamedTuple):
     features: Tensor  # [B, Hs, G, rows, C·r], weight ⊗ phi
     top: Tensor  # [B or 1, Hs or 1, G or 1, rows or 1]
 
-    def weight_in(self, normaliser: Tensor) -> Tensor:
-        """e^{top - normaliser}: what the term is multiplied by in the output."""
-        return (self.top - normaliser).clamp_(max=_MAX_EXPONENT).exp_()
+    def weight_in(self, normaliser: Tensor, mass: Tensor) -> Tensor:
+        """e^{top - normaliser}: what the term is multiplied by in the output. `mass` is relative to e^top.
+
+        With mass the weight is at most 1 / mass anyway; a mass rounded to the other side of 0 must not set it free.
+        """
+        bound = (1 - mass.log()).nan_to_num_(_MAX_EXPONENT, posinf=_MAX_EXPONENT).clamp_(min=_MAX_EXPONENT)
+        return torch.minimum(self.top - normaliser, bound).exp_()
 
 
 class Prefix:
@@ -132,7 +136,9 @@ def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> Non
             total = torch.logaddexp(lse, log_mass)
             shift = normaliser(total)
             merged.mul_((lse - shift).exp_().unsqueeze(-1))
-            merged.addcmul_(numerator_and_mass[..., :-1], term.weight_in(shift).unsqueeze(-1))
+            merged.addcmul_(
+                numerator_and_mass[..., :-1], term.weight_in(shift, numerator_and_mass[..., -1]).unsqueeze(-1)
+            )
             lse.copy_(total)
         if merged.dtype != out.dtype:
             out_rows.copy_(merged)
@@ -177,8 +183,8 @@ def _rows_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
 
 def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
     term = prefix.linear_term(q)
-    weight = term.weight_in(normaliser)
     mass = (prefix.zk[..., -1:].mT @ term.features.mT).squeeze(-2)  # 5x as fast as a matrix times a column
+    weight = term.weight_in(normaliser, mass)
     grad_mass = (delta * weight).neg_().masked_fill_(mass <= 0, 0)
     grad = torch.cat([grad * weight.unsqueeze(-1), grad_mass.unsqueeze(-1)], dim=-1)
     if sums.needs("z", "k"):

@@ -1,5 +1,7 @@
 """The `triton` backend: the fused forward of `ntk_kernels.kernels`. Its backward is that of the `torch` backend."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     arguments = inputs._asdict()
     for name in ("query", "key", "value", "backend"):
         del arguments[name]
-    run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **arguments)
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # where Triton launches
+        run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **arguments)
     if kernel_out is not out:
         out.copy_(kernel_out)
     return out, lse

@@ -31,11 +31,12 @@ from .tiles import (
     visible_in_band,
 )
 
+_LARGEST_BIAS = tl.constexpr(2.3e38)
 _LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences begin, and the first and last visible key of each; None for what there is not."""
+    """Where packed sequences begin, and the visible keys of each batch row, contiguous; None for what there is not."""
 
     cu_seqlens_q: object
     cu_seqlens_k: object
@@ -71,16 +72,18 @@ def _attend_keys(
             if mask_ptr is not None:
                 ptrs = mask_ptr + start_n * tl.cast(stride_mask[3], tl.int64)
                 ptrs += tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * stride_mask[2]
-                ptrs += tl.arange(0, BLOCK_N)[None, :] * stride_mask[3]
+                ptrs += tl.arange(0, BLOCK_N).to(tl.int64)[None, :] * stride_mask[3]
                 bias = tl.load(ptrs, mask=(offs_m < seq_q)[:, None] & (offs_n < visible_stop)[None, :], other=0)
                 if bias.dtype == tl.int1:
                     visible = visible & bias
                 else:
                     bias = bias.to(tl.float32)
                     visible = visible & (bias != -float("inf"))
-                    s += bias * _LOG2_E
+                    # finfo.min, which some use for -inf, times log2(e) would be -inf
+                    s += tl.minimum(tl.maximum(bias, -_LARGEST_BIAS), _LARGEST_BIAS) * _LOG2_E
                 # 0 · NaN = NaN: what no row sees must not be there at all
-                v = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], v, 0.0)
+                seen = tl.max((visible & (offs_m < seq_q)[:, None]).to(tl.int32), 0) > 0
+                v = tl.where(seen[:, None], v, 0.0)
             s = tl.where(visible, s, -float("inf"))
         if MASKED or SOFTCAP or not POSITIVE_SCALE:
             p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, 1.0, MASKED)
@@ -131,9 +134,9 @@ def _ntk_fwd_kernel(
     start_n = 0
     stop_n = seq_k
     if sequences.key_start is not None:
-        start_n = tl.maximum(tl.load(sequences.key_start + batch), 0).to(tl.int32)
+        start_n = tl.minimum(tl.maximum(tl.load(sequences.key_start + batch), 0), seq_k).to(tl.int32)
     if sequences.key_stop is not None:
-        stop_n = tl.minimum(tl.load(sequences.key_stop + batch), seq_k).to(tl.int32)
+        stop_n = tl.minimum(tl.maximum(tl.load(sequences.key_stop + batch), 0), seq_k).to(tl.int32)
     unmasked_start, unmasked_stop = start_n, stop_n
     last_m = tl.minimum(start_m + BLOCK_M, seq_q) - 1
     if HAS_LOWER:
@@ -242,6 +245,10 @@ class Launch(NamedTuple):
             self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
 
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def addressable(tensor: torch.Tensor) -> bool:
     """Whether the kernels take a [B, H, L, D] tensor as it is: D side by side, and int32 offsets inside a tile."""
     return tensor.stride(3) == 1 and tensor.stride(2) < 2**24
@@ -262,7 +269,7 @@ def ntk_fwd_launch(
     seq_k, value_dim = value.shape[2:]
     packed = cu_seqlens_q is not None
     if packed:
-        batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+        batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
     query, key, value = (tensor if addressable(tensor) else tensor.contiguous() for tensor in (query, key, value))
 
     rank = 1 if z_b is None else z_b.shape[3]
@@ -274,7 +281,7 @@ def ntk_fwd_launch(
         z = z.to(torch.bfloat16)  # it is so large that its traffic counts
     tensors = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
     state = State(
-        *(None if tensor is None else tensor.contiguous() for tensor in tensors),
+        *map(_contiguous, tensors),
         query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0,
     )  # fmt: skip
     any_of_state = k if row_keys is None else row_keys
@@ -307,7 +314,7 @@ def ntk_fwd_launch(
         )
     args = (
         query, key, value, *descriptors, state, attn_mask,
-        Sequences(cu_seqlens_q, cu_seqlens_k, key_start, key_stop), out, lse,
+        Sequences(*map(_contiguous, (cu_seqlens_q, cu_seqlens_k, key_start, key_stop))), out, lse,
         query.stride()[:3], key.stride()[:3], value.stride()[:3], mask_strides, out.stride()[:3], lse.stride(0),
         lse.stride(1), seq_q, seq_k, num_tiles, num_heads, num_heads // key.shape[1], lower, upper, scale * LOG2_E,
         softcap * LOG2_E, feature_scale,

@@ -17,6 +17,7 @@ from .features import add_elu, add_taylor, row_dot, taylor_mass
 from .tiles import LOG2_E, load_tile, online_softmax, state_dot
 
 _LOG2_E = tl.constexpr(LOG2_E)
+_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # float32 below this is flushed to 0 on GPUs
 _MAX_WEIGHT = tl.constexpr(2.3538526683702e17)  # e^40: of a prefix without mass, see the reference
 
 
@@ -106,7 +107,7 @@ def start_from_prefix(
                 q_rows, row_mask, state.k + center * NUM_FEATURES, feature_scale, FEATURE_MAP, HEAD_DIM, BLOCK_M,
                 CHUNK, LOGIT_PRECISION,
             )  # fmt: skip
-            left_out = left_out | ((mass == 0) & (logit > -float("inf")))
+            left_out = left_out | ((mass == 0) & (logit != -float("inf")))
             logit = tl.where(mass == 0, -float("inf"), logit)
             m_new = tl.maximum(m_i, logit)
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -119,8 +120,8 @@ def start_from_prefix(
             acc, l_i, weight, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,
             VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
-    massless = l_i <= 0
-    left_out = left_out | (massless & (m_i > -float("inf")))
+    massless = (l_i < _SMALLEST) | (m_i == -float("inf"))
+    left_out = left_out | (massless & (m_i != -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
     # Without the reshape, the compiler's layout of tensor memory (sm_100) crashes on the reduction of this vector.
     any_left_out = tl.max(tl.reshape(left_out.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0
@@ -146,7 +147,7 @@ def add_left_out(
                 CHUNK, LOGIT_PRECISION,
             )  # fmt: skip
             wanted = wanted | (mass == 0)
-        u = tl.minimum(tl.exp2(logit - shift) * inverse, _MAX_WEIGHT)
+        u = tl.minimum(tl.exp2(logit - shift) * inverse, _MAX_WEIGHT, propagate_nan=tl.PropagateNan.ALL)
         u = tl.where(wanted & (inverse > 0), u, 0.0)
         acc, _ = add_center(
             acc, inverse, u, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,

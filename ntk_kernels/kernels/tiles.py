@@ -7,7 +7,7 @@ Conventions, for all kernels:
 - A row that has seen nothing has m_i = -inf, l_i = 0, acc = 0, and its result is out = 0, lse = -inf.
 - Keys outside the range of a tile are loaded as 0, so that a NaN there stays out of 0 · NaN.
 - Tiles are padded to powers of two: HEAD_DIM of BLOCK_D columns are real, VALUE_DIM of BLOCK_DV.
-- Offsets between tiles are int64, offsets inside a tile int32.
+- Offsets between tiles are int64, offsets inside a tile int32 (`addressable` in forward.py sees to it).
 """
 
 import triton
@@ -39,23 +39,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def state_dot(a, b, acc, OPERAND: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b + acc for a tile b of the state, which keeps its own precision.
+def state_dot(a, b, acc, MODEL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b + acc for a tile b of the state, which keeps its own precision under a model of dtype MODEL.
 
-    Under a half-precision OPERAND a is rounded as the probabilities of the softmax are, and a wider b is the sum of
-    PARTS half-precision tiles, of 8 (bfloat16) or 11 bits each; otherwise both are float32.
+    Of the model's dtype, b is multiplied as a key or value is. A wider b is taken as the sum of PARTS bfloat16 tiles of
+    8 bits each; so is a, which has 8 bits under a bfloat16 model and 11, two parts, under a float16 one.
     """
-    if OPERAND == tl.float32:
+    if MODEL == tl.float32:
         acc = dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
-    elif b.dtype == OPERAND:
-        acc = dot(rounded_to(a, OPERAND), b, acc, PRECISION)
+    elif b.dtype == MODEL:
+        acc = dot(rounded_to(a, MODEL), b, acc, PRECISION)
     else:
-        a = rounded_to(a, OPERAND)
-        rest = b.to(tl.float32)
-        for _ in tl.static_range(PARTS):
-            part = rounded_to(rest, OPERAND)
-            acc = dot(a, part, acc, PRECISION)
-            rest -= part.to(tl.float32)
+        a_rest = a.to(tl.float32)
+        for _ in tl.static_range(1 if MODEL == tl.bfloat16 else 2):
+            a_part = rounded_to(a_rest, tl.bfloat16)
+            a_rest -= a_part.to(tl.float32)
+            b_rest = b.to(tl.float32)
+            for _ in tl.static_range(PARTS):
+                b_part = rounded_to(b_rest, tl.bfloat16)
+                acc = dot(a_part, b_part, acc, PRECISION)
+                b_rest -= b_part.to(tl.float32)
     return acc
 
 
@@ -94,8 +97,12 @@ def visible_in_band(offs_m, offs_n, stop, lower, upper, HAS_LOWER: tl.constexpr,
 
 @triton.jit
 def soft_capped(s, scale, softcap):
-    """softcap · tanh(s · scale / softcap), in units of log 2 as `scale` is; finite for every s."""
-    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale / softcap * (2.0 * _LOG2_E)))))
+    """softcap · tanh(s · scale / softcap), in units of log 2 as `scale` and `softcap` are; finite for every s."""
+    x = s * (scale / softcap)
+    square = x * x
+    # Where the formula with exp cancels, the series, whose next term is below the rounding.
+    series = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
+    return softcap * tl.where(square < 0.01, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2_E))))
 
 
 @triton.jit
