@@ -90,21 +90,27 @@ class Shape:
         return self.candidates()[self.candidate]
 
 
-def shapes(archs) -> list[Shape]:
-    """The default configuration of each head dimension and map, and of the options and other dtypes at some."""
+OPTIONS = ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window", "key range", "packed")
+
+
+def shapes(archs, *, quick: bool = False) -> list[Shape]:
+    """The default configuration of each head dimension and map; options and other dtypes too, which `quick`
+    limits them to sm90 at D = 64."""
     listed = []
     for arch in archs:
-        listed += [Shape(arch, dim, name) for dim in (32, 64, 128, 256) for name in FEATURE_MAPS]
-        for dim in (64, 128):
+        listed += [Shape(arch, dim, name) for dim in (64, 128, 256) for name in FEATURE_MAPS]
+        if quick and arch != "sm90":
+            continue
+        for dim in (64,) if quick else (64, 128):
             listed += [Shape(arch, dim, "taylor1", option) for option in ("centres", "state in half")]
             listed += [Shape(arch, dim, "taylor2", "low rank")]
-            for option in ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window",
-                           "key range", "packed"):  # fmt: skip
-                listed.append(Shape(arch, dim, "elu", option))
+            listed += [Shape(arch, dim, "elu", option) for option in OPTIONS]
             listed += [Shape(arch, dim, name, dtype=dtype) for name in FEATURE_MAPS for dtype in ("float16", "float32")]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
-        listed += [Shape(arch, 256, "taylor2", "low rank"), Shape(arch, 256, "elu", "rows")]
-        listed += [Shape(arch, 256, name, dtype="float32") for name in ("none", "elu")]
+        if not quick:
+            listed += [Shape(arch, 32, name) for name in FEATURE_MAPS]
+            listed += [Shape(arch, 256, "taylor2", "low rank"), Shape(arch, 256, "elu", "rows")]
+            listed += [Shape(arch, 256, name, dtype="float32") for name in ("none", "elu")]
     return listed
 
 
@@ -129,7 +135,10 @@ def examine(shape: Shape) -> dict:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_output_arguments(parser)
-    parser.add_argument("--arch", choices=aot.TARGETS, action="append", help="default: all four; may be repeated")
+    parser.add_argument(
+        "--arch", choices=aot.TARGETS, action="append", help="a GPU to compile for; may be repeated (default: all four)"
+    )
+    parser.add_argument("--quick", action="store_true", help="options and dtypes for sm90 at D=64 only")
     parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")
     parser.add_argument(
         "--jobs", type=record.positive(int), default=os.cpu_count(), help="processes (default: %(default)s)"
@@ -139,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if INTERPRETED:
         raise SystemExit("nothing is compiled under TRITON_INTERPRET=1; unset it")
-    todo = shapes(arguments.arch or aot.TARGETS)
+    todo = shapes(arguments.arch or aot.TARGETS, quick=arguments.quick)
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
     console = Console()
@@ -150,25 +159,28 @@ def run(arguments: argparse.Namespace) -> None:
             results.append(result)
             progress.advance(task)
 
-    table = Table(title=f"triton {triton.__version__}; shared memory in KiB of what a program may have")
-    for column in ("GPU", "D", "map", "option", "dtype", "tiles"):
-        table.add_column(column)
-    for column in ("registers", "spilled", "shared", "exp2 a loop"):
+    table = Table(title=f"triton {triton.__version__}; registers and spilled bytes of a thread, KiB of shared memory")
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("tiles", no_wrap=True)
+    for column in ("regs", "spilled", "shared", "exp2"):
         table.add_column(column, justify="right")
-    table.add_column("tensor cores")
-    table.add_column("faults")
+    table.add_column("tensor cores", no_wrap=True)
     for found in results:
+        name = f"{found['arch']} D={found['head_dim']} {found['feature_map']} {found['option']}".strip()
         table.add_row(
-            found["arch"], str(found["head_dim"]), found["feature_map"], found["option"], found["dtype"],
-            found["config"], str(found["registers"]), str(found["spilled"]),
-            f"{found['shared'] / 1024:.0f} / {found['shared_limit'] / 1024:.0f}", str(found["exp2"]),
-            found["tensor_core"], "; ".join(found["faults"]),
+            name if found["dtype"] == "bfloat16" else f"{name} {found['dtype']}", found["config"],
+            str(found["registers"]), str(found["spilled"]),
+            f"{found['shared'] / 1024:.0f}/{found['shared_limit'] / 1024:.0f}", str(found["exp2"]), found["tensor_core"],
+            style="red" if found["faults"] else None,
         )  # fmt: skip
-    console.print(table)
+    Console(width=max(console.width, 110)).print(table)
     path = record.results_folder(arguments, "static") / f"triton-{triton.__version__}.json"
     record.save(path, "cpu", kernels=results)
     console.print(f"figures: {path}", soft_wrap=True)
     faulty = [found for found in results if found["faults"] and found["candidate"] == 0]
+    for found in faulty:
+        console.print(f"{found['arch']} D={found['head_dim']} {found['feature_map']} {found['option']} {found['dtype']}: "
+                      f"{'; '.join(found['faults'])}", soft_wrap=True)  # fmt: skip
     if faulty:
         raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults in their default configuration")
     console.print(f"{len(results)} kernels, none has a fault in its default configuration")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 pytest.importorskip("triton")
+
+from bench import aot
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*command, **kwargs):
@@ -25,13 +28,30 @@ def run(*command, **kwargs):
 
 
 def test_default_configurations_have_no_faults(tmp_path):
-    result = run("-m", "bench", "static", "--out", str(tmp_path))
+    result = run("-m", "bench", "static", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-5000:]
     (record,) = tmp_path.iterdir()
     kernels = json.loads(record.read_text())["kernels"]
     assert {kernel["arch"] for kernel in kernels} == {"sm80", "sm90", "sm100", "gfx942"}
     for kernel in kernels:
         assert kernel["registers"] > 32 and kernel["exp2"] > 0 and kernel["tensor_core"], kernel
+
+
+LOOP = """
+  %r = scf.for %i = %a to %b step %c iter_args(%acc = %zero) -> (tensor<64x64xf32, #mma>)  : i32 {{
+    %x = math.exp2 %y : tensor<64x16xf32, #dot>
+    %x2 = ttg.convert_layout %x : tensor<64x16xf32, #m> -> tensor<64x16xbf16, #dot>
+    %d = ttng.warp_group_dot %x2, %m, %acc {{inputPrecision = 0 : i32, isAsync = true}} : tensor<64x16xbf16, #dot> * !ttg.memdesc<16x64xbf16, #s> -> tensor<64x64xf32, #mma>
+    %w:2 = ttng.warp_group_dot_wait %d, %m {{pendings = {pendings} : i32}} : tensor<64x64xf32, #mma>, !ttg.memdesc<16x64xbf16, #s>
+    scf.yield %w#0 : tensor<64x64xf32, #mma>
+  }}
+"""
+
+
+@pytest.mark.parametrize("pendings, hazards", [(0, 0), (1, 1)])
+def test_products_in_flight_are_found(pendings, hazards):
+    """Still running (one pending) when the next iteration writes its left side again."""
+    assert len(aot.pipelined_register_dots(LOOP.format(pendings=pendings))) == hazards
 
 
 SPECIALISATIONS = """

@@ -10,7 +10,7 @@ In steps of CHUNK values of b, half of the product with zeros is skipped where D
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, dot, load_tile, rounded_to, state_dot
+from .tiles import LOG2_E, dot, load_tile, state_dot
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -76,15 +76,6 @@ def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexp
 def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
                 CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
-    if OPERAND == tl.bfloat16 and z_ptr.dtype.element_ty != tl.bfloat16 and BLOCK > 64:
-        # What state_dot does in two parts, here in a loop: both products at once would need more registers (sm_90) and
-        # two accumulators in tensor memory (sm_100) than there are.
-        phi = rounded_to(phi, tl.bfloat16)
-        for part in tl.range(0, 2, num_stages=1):
-            z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True).to(tl.float32)
-            z = tl.where(part == 0, z, z - rounded_to(z, tl.bfloat16).to(tl.float32))
-            acc = dot(phi, rounded_to(z, tl.bfloat16), acc, PRECISION)
-        return acc
     z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True)
     return state_dot(phi, z, acc, OPERAND, 2, PRECISION)
 

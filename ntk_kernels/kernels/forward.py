@@ -212,7 +212,7 @@ def _ntk_fwd_kernel(
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
     acc = acc * inverse[:, None]
     if FEATURE_MAP is not None:
-        if any_left_out:  # noqa: SIM102  the first is for the compiler, the second for the program
+        if any_left_out:
             q_rows = q_ptr + offs_m.to(tl.int64)[:, None] * stride_q[2]
             shift = tl.where(l_i == 0, 0.0, m_i)
             acc = add_left_out(

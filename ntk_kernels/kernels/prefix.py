@@ -168,7 +168,8 @@ def attend_rows(
     for start in tl.range(0, num_rows, BLOCK_N, num_stages=1):
         k = load_tile(keys, start, num_rows, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         v = load_tile(values, start, num_rows, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_DV, True)
-        s = state_dot(q, k.T, None, q.dtype, 3, LOGIT_PRECISION)
+        s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+        s = state_dot(q, k.T, s, q.dtype, 3, LOGIT_PRECISION)
         s = s * scale
         offs = start + tl.arange(0, BLOCK_N)
         if state.row_bias is not None:

@@ -50,12 +50,13 @@ def state_dot(a, b, acc, MODEL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl
     elif b.dtype == MODEL:
         acc = dot(rounded_to(a, MODEL), b, acc, PRECISION)
     else:
+        # Loops: unrolled, the products would need more registers (sm_90) and accumulators (sm_100) than there are.
         a_rest = a.to(tl.float32)
-        for _ in tl.static_range(1 if MODEL == tl.bfloat16 else 2):
+        for _ in tl.range(0, 1 if MODEL == tl.bfloat16 else 2, num_stages=1):
             a_part = rounded_to(a_rest, tl.bfloat16)
             a_rest -= a_part.to(tl.float32)
             b_rest = b.to(tl.float32)
-            for _ in tl.static_range(PARTS):
+            for _ in tl.range(0, PARTS, num_stages=1):
                 b_part = rounded_to(b_rest, tl.bfloat16)
                 acc = dot(a_part, b_part, acc, PRECISION)
                 b_rest -= b_part.to(tl.float32)
