@@ -105,11 +105,11 @@ class Compiled:
 
 
 def pipelined_register_dots(ttgir: str) -> list[str]:
-    """Hopper products whose left side is in registers that the loop writes again while the product may still read them.
+    """Hopper products whose left side is in registers that the loop writes again while they may still be read.
 
     Triton 3.6.0 does not protect these (issue 9433, corrected by 9514). A product is complete at a wait with p pending
-    if at least p others were issued after it. Loops are looked at one by one, in the text that MLIR prints: a loop's own
-    operations are two spaces further in than the loop.
+    if at least p others were issued after it. Loops are looked at one by one, in the text that MLIR prints: the
+    operations of a loop are two spaces further in than the loop.
     """
     lines = ttgir.splitlines()
     found = []

@@ -166,11 +166,10 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     table.add_column("tensor cores", no_wrap=True)
     for found in results:
-        name = f"{found['arch']} D={found['head_dim']} {found['feature_map']} {found['option']}".strip()
         table.add_row(
-            name if found["dtype"] == "bfloat16" else f"{name} {found['dtype']}", found["config"],
+            _name(found), found["config"],
             str(found["registers"]), str(found["spilled"]),
-            f"{found['shared'] / 1024:.0f}/{found['shared_limit'] / 1024:.0f}", str(found["exp2"]), found["tensor_core"],
+            f"{found['shared'] // 1024}/{found['shared_limit'] // 1024}", str(found["exp2"]), found["tensor_core"],
             style="red" if found["faults"] else None,
         )  # fmt: skip
     Console(width=max(console.width, 110)).print(table)
@@ -179,8 +178,12 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"figures: {path}", soft_wrap=True)
     faulty = [found for found in results if found["faults"] and found["candidate"] == 0]
     for found in faulty:
-        console.print(f"{found['arch']} D={found['head_dim']} {found['feature_map']} {found['option']} {found['dtype']}: "
-                      f"{'; '.join(found['faults'])}", soft_wrap=True)  # fmt: skip
+        console.print(f"{_name(found)}: {'; '.join(found['faults'])}", soft_wrap=True)
     if faulty:
         raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults in their default configuration")
     console.print(f"{len(results)} kernels, none has a fault in its default configuration")
+
+
+def _name(found: dict) -> str:
+    parts = [found["arch"], f"D={found['head_dim']}", found["feature_map"], found["option"]]
+    return " ".join(part for part in parts if part) + (f" {found['dtype']}" if found["dtype"] != "bfloat16" else "")

@@ -149,7 +149,7 @@ _FORWARD = {
             256: (_T(64, 32, 8, 2), _T(128, 64, 8, 2)),
         },
         "state": {
-            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
+            64: (_T(128, 64, 8, 2), _T(128, 64, 8, 3), _T(128, 128, 8, 2)),
             128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
             256: (_T(64, 32, 8, 2),),
         },
@@ -204,6 +204,6 @@ def candidates(
     else:
         kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
     entries = _FORWARD["sm80" if arch == "sm86" else arch][kind][max(64, blocks.block_d, blocks.block_dv)]
-    if crowded or dtype == torch.float16 or _TRITON >= (3, 8):
+    if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     return entries
