@@ -17,6 +17,7 @@ from . import checks
 
 BACKENDS = ("triton", "torch", "reference")
 _MAX_TRITON_HEAD_DIM = 256
+_MAX_TRITON_FLOAT32_HEAD_DIM = 128  # its tiles would go to memory and back (but in the interpreter)
 _warned: set[tuple[str, str]] = set()
 
 
@@ -83,6 +84,8 @@ def _lacks(backend, query, key, value, state, attn_mask, softcap) -> str | None:
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > _MAX_TRITON_HEAD_DIM:
         return f"head dimensions above {_MAX_TRITON_HEAD_DIM}"
+    if query.dtype == torch.float32 and head_dim > _MAX_TRITON_FLOAT32_HEAD_DIM and device.type == "cuda":
+        return f"float32 with head dimensions above {_MAX_TRITON_FLOAT32_HEAD_DIM}"
     if softcap is not None and _needs_grad(query, key, value, state):
         return "gradients with softcap"
     return _device_lacks(device.type, device.index)

@@ -100,6 +100,8 @@ def test_every_entry_of_the_tables_is_valid():
     for arch in (*configs.SHARED_BYTES, "interpreter"):
         for head_dim in (8, 16, 32, 64, 80, 128, 256):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                if dtype == torch.float32 and head_dim > 128:
+                    continue  # goes to the torch backend
                 for feature_map in (None, "elu", "taylor1", "taylor2"):
                     entries = configs.candidates(arch, configs.blocks(arch, head_dim, head_dim), dtype, feature_map)
                     assert entries and len(set(entries)) == len(entries)

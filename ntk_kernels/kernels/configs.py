@@ -96,28 +96,28 @@ def can_describe(tensor: torch.Tensor) -> bool:
 
 _T = TileConfig
 # By class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state; float32), by the
-# padded head dimension: what may be fastest, the default first. Defaults spill no registers; bench/static.py checks it.
+# padded head dimension: what may be fastest, the default first. Defaults in half precision spill no registers, and on
+# sm90 no product has a dimension below 64 (see `blocks`); bench/static.py checks both.
 _FORWARD = {
     "sm90": {
         "plain": {
             64: (_T(128, 64, 8, 3, 128), _T(128, 128, 8, 2)),
             128: (_T(128, 128, 8, 2), _T(128, 64, 8, 3)),
-            256: (_T(128, 32, 8, 2), _T(128, 64, 8, 2), _T(64, 64, 8, 2)),
+            256: (_T(64, 64, 8, 2), _T(128, 64, 8, 2)),
         },
         "state": {
             64: (_T(128, 64, 8, 3, 128), _T(128, 64, 8, 3), _T(128, 128, 8, 2)),
             128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 64, 8, 2), _T(64, 32, 8, 3)),
+            256: (_T(64, 64, 8, 2),),
         },
         "taylor2": {
             64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
             128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 64, 8, 2), _T(64, 32, 8, 2)),
+            256: (_T(64, 64, 8, 2),),
         },
         "float32": {
-            64: (_T(128, 32, 8, 2), _T(64, 32, 8, 2)),
-            128: (_T(128, 32, 8, 2), _T(64, 32, 8, 2)),
-            256: (_T(64, 16, 8, 1), _T(32, 16, 8, 1)),
+            64: (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
+            128: (_T(128, 64, 8, 1), _T(64, 64, 8, 1)),
         },
     },
     "sm80": {
@@ -139,7 +139,6 @@ _FORWARD = {
         "float32": {
             64: (_T(64, 32, 4, 2), _T(64, 32, 8, 2)),
             128: (_T(64, 32, 8, 2), _T(32, 32, 4, 2)),
-            256: (_T(32, 16, 8, 2), _T(32, 32, 8, 1)),
         },
     },
     "sm100": {
@@ -161,7 +160,6 @@ _FORWARD = {
         "float32": {
             64: (_T(64, 32, 8, 2),),
             128: (_T(64, 32, 8, 2),),
-            256: (_T(32, 16, 8, 1),),  # 64 rows exceed the tensor memory
         },
     },
     "gfx942": {
@@ -183,10 +181,17 @@ _FORWARD = {
         "float32": {
             64: (_T(64, 32, 4, 1),),
             128: (_T(64, 16, 4, 1),),
-            256: (_T(32, 16, 4, 1),),
         },
     },
 }
+
+
+def _shared_bytes(config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
+    """What a program takes on sm80 and sm86: the tiles of keys in flight; in float32 also parts of operands."""
+    numbers = config.num_stages * config.block_n * (blocks.block_d + blocks.block_dv)
+    if dtype == torch.float32:
+        numbers += (config.block_m + config.block_n) * blocks.block_d
+    return numbers * dtype.itemsize
 
 
 @functools.cache
@@ -204,6 +209,11 @@ def candidates(
     else:
         kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
     entries = _FORWARD["sm80" if arch == "sm86" else arch][kind][max(64, blocks.block_d, blocks.block_dv)]
+    if arch == "sm86":
+        entries = tuple(entry for entry in entries if _shared_bytes(entry, blocks, dtype) <= SHARED_BYTES[arch])
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
+    if arch in ("sm90", "sm100"):
+        # Not the default before a GPU has said that they pay. Two stages: three can misalign them (triton issue 10474).
+        entries += (replace(entries[0], use_descriptors=True, num_stages=min(entries[0].num_stages, 2)),)
     return entries
