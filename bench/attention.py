@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"figures: {path}", soft_wrap=True)
 
 
-def contestants(device: str, causal: bool, prefix_rows: int, shape: tuple) -> dict:
+def contestants(device: str, causal: bool, prefix_rows: int | None, shape: tuple) -> dict:
     """Functions of query, key, value and state, by name; "no prefix" in the name if it leaves the state out."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

@@ -40,7 +40,8 @@ def with_figures(text: str) -> str:
 def attention_table(figures: dict) -> str:
     passes = figures["milliseconds"]
     lines = ["| | " + " | ".join(passes) + " |", "|---|" + "---:|" * len(passes)]
-    for name in dict.fromkeys((*attention.OURS, *attention.LARGE)):
+    contestants = attention.contestants("cpu", causal=True, prefix_rows=None, shape=())
+    for name in (name for name in contestants if name in passes["forward"]):
         cells = (f"{t[name]['ms']:.2f} ms, {t[name]['ratio']:.2f}×" for t in passes.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -5,7 +5,6 @@ and moves on to one that can when that one can't, with one warning per reason. A
 call serves it or raises.
 """
 
-import functools
 import os
 import warnings
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ BACKENDS = ("triton", "torch", "reference")
 _MAX_TRITON_HEAD_DIM = 256
 _MAX_TRITON_FLOAT32_HEAD_DIM = 128  # its tiles would go to memory and back (but in the interpreter)
 _warned: set[tuple[str, str]] = set()
+_devices: dict[tuple[str, int | None], str | None] = {}
 
 
 def choose_backend(
@@ -99,9 +99,15 @@ def _needs_grad(query, key, value, state) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _device_lacks(device_type: str, index: int | None) -> str | None:
-    """What keeps the kernels from running on a device."""
+    """What keeps the kernels from running on a device, found out once."""
+    key = (device_type, index)
+    if key not in _devices:  # functools.cache would make Dynamo warn
+        _devices[key] = _find_out(*key)
+    return _devices[key]
+
+
+def _find_out(device_type: str, index: int | None) -> str | None:
     if find_spec("triton") is None:
         return "machines without the triton package"
     from .kernels.tiles import INTERPRETED
