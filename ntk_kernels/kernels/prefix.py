@@ -123,8 +123,8 @@ def start_from_prefix(
     massless = (l_i < _SMALLEST) | (m_i == -float("inf"))
     left_out = left_out | (massless & (m_i != -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
-    # Without the reshape, the compiler's layout of tensor memory (sm_100) crashes on the reduction of this vector.
-    any_left_out = tl.max(tl.reshape(left_out.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0
+    # Without the view, the compiler's layout of tensor memory (sm_100) crashes on the reduction of this vector.
+    any_left_out = tl.max(tl.view(left_out.to(tl.int32), [BLOCK_M]), 0) > 0
     return acc, tl.where(massless, -float("inf"), m_i), tl.where(massless, 0.0, l_i), massless, any_left_out
 
 
