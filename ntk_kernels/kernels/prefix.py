@@ -17,6 +17,9 @@ from .features import add_elu, add_taylor, row_dot, taylor_mass
 from .tiles import LOG2_E, load_tile, online_softmax, state_dot
 
 _LOG2_E = tl.constexpr(LOG2_E)
+# Up to triton 3.7 the layout of tensor memory (sm_100) crashes on the reduction of a vector that may not be reordered;
+# from 3.9 on the option is deprecated.
+_CAN_REORDER = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.")))
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # float32 below this is flushed to 0 on GPUs
 _MAX_WEIGHT = tl.constexpr(2.3538526683702e17)  # e^40: of a prefix without mass, see the reference
 
@@ -123,8 +126,8 @@ def start_from_prefix(
     massless = (l_i < _SMALLEST) | (m_i == -float("inf"))
     left_out = left_out | (massless & (m_i != -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
-    # Without the view, the compiler's layout of tensor memory (sm_100) crashes on the reduction of this vector.
-    any_left_out = tl.max(tl.view(left_out.to(tl.int32), [BLOCK_M]), 0) > 0
+    flags = tl.reshape(left_out.to(tl.int32), [BLOCK_M], can_reorder=_CAN_REORDER)
+    any_left_out = tl.max(flags, 0) > 0
     return acc, tl.where(massless, -float("inf"), m_i), tl.where(massless, 0.0, l_i), massless, any_left_out
 
 
