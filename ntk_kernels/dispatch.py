@@ -118,6 +118,9 @@ def _find_out(device_type: str, index: int | None) -> str | None:
         return f"the device {device_type!r} (but for tests under TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "a GPU that is not there"
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(index).gcnArchName
+        return None if arch.startswith("gfx9") else f"AMD GPUs other than CDNA ({arch})"
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return f"GPUs older than compute capability 8.0 ({torch.cuda.get_device_name(index)})"
     return None
