@@ -84,8 +84,12 @@ def test_each_sequence_is_as_if_alone(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_rows_of_no_sequence_are_zero(backend):
+@pytest.mark.parametrize("layout", ["dense", "last stride not 1"])
+def test_rows_of_no_sequence_are_zero(layout, backend):
     query, key, value, state, options = make_call("elu", spare=7)
+    if layout != "dense":
+        query = query.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+    torch.empty(query.numel()).fill_(float("nan"))  # freed at once: what an uninitialised result would show
     key[-7:], value[-7:] = float("nan"), float("nan")
     out, lse = varlen(backend)(query, key, value, state, **options, return_lse=True)
     assert out.isfinite().all() and (out[-7:] == 0).all() and (lse[:, -7:] == -torch.inf).all()

@@ -15,12 +15,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query, value = inputs.query, inputs.value
     out = empty_out(query, value)
     lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+    kernel_out = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     if inputs.cu_seqlens_q is not None:  # rows that belong to no sequence
-        out.zero_()
+        kernel_out.zero_()
         lse.fill_(-torch.inf)
     if not lse.numel():
         return out, lse
-    kernel_out = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     arguments = inputs._asdict()
     for name in ("query", "key", "value", "backend"):
         del arguments[name]
