@@ -86,16 +86,7 @@ def _lacks(backend, query, key, value, state, attn_mask, softcap) -> str | None:
         return f"head dimensions above {_MAX_TRITON_HEAD_DIM}"
     if query.dtype == torch.float32 and head_dim > _MAX_TRITON_FLOAT32_HEAD_DIM and device.type == "cuda":
         return f"float32 with head dimensions above {_MAX_TRITON_FLOAT32_HEAD_DIM}"
-    if softcap is not None and _needs_grad(query, key, value, state):
-        return "gradients with softcap"
     return _device_lacks(device.type, device.index)
-
-
-def _needs_grad(query, key, value, state) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    of_state = () if state is None else state.tensors().values()
-    return any(tensor.requires_grad for tensor in (query, key, value, *of_state))
 
 
 @torch.compiler.assume_constant_result

@@ -125,24 +125,22 @@ def _attention_impl(*args):
         inputs.max_seqlen_q, inputs.max_seqlen_k,
     )  # fmt: skip
     with _no_autocast(inputs.query):
-        return _forward_of(inputs.backend)(inputs)
+        return _module_of(inputs.backend).forward(inputs)
 
 
 def _backward_impl(grad_out, grad_lse, *args):
     *inputs, out, lse, needs_grad = args
     inputs = Inputs(*inputs)
-    if inputs.softcap:
-        raise NotImplementedError("ntk_attention has no backward with softcap; use backend='reference'")
     with _no_autocast(inputs.query):
-        return torch_backend.backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
+        return _module_of(inputs.backend).backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
 
 
-def _forward_of(backend: str):
+def _module_of(backend: str):
     if backend == "triton":
         from .backends import triton as triton_backend  # not at import: the package works without triton
 
-        return triton_backend.forward
-    return torch_backend.forward
+        return triton_backend
+    return torch_backend
 
 
 def _no_autocast(query):

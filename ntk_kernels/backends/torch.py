@@ -18,6 +18,7 @@ from torch import Tensor
 from . import fused, packed
 from .inputs import Inputs
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
+from .low_rank import full_state, low_rank_grads
 from .prefix import Prefix, merge_prefix, normaliser, prefix_backward
 from .tiles import row_tiles, tile_bias, without_hidden_keys
 
@@ -31,7 +32,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
     out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, band)
     if inputs.has_state and query.numel():
-        prefix = Prefix(query, *_full_state(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
+        prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
         merge_prefix(prefix, query, out, lse)
     return out, lse
 
@@ -51,13 +52,13 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
         delta = (grad_out.to(lse.dtype) * out).sum(-1)
         if grad_lse is not None:
             delta.sub_(grad_lse)
-        state = _full_state(inputs)
+        state = _state_of(inputs)
         prefix = Prefix(query, *state, inputs.state_index, lse.dtype, _prefix_options(inputs))
         needs_z = needs_grad[3] or needs_grad[4]
         grad_q, grad_z, *state_grads = prefix_backward(
             prefix, grad_out, query, lse, delta, state, (needs_grad[0], needs_z, *needs_grad[5:])
         )
-        state_grads = [*_low_rank_grads(inputs, grad_z), *state_grads]
+        state_grads = [*low_rank_grads(inputs, grad_z), *state_grads]
         for i, grad in enumerate(state_grads, start=3):
             if needs_grad[i]:
                 grads[i] = grad
@@ -74,29 +75,14 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
     return tuple(grads)
 
 
-def _prefix_options(inputs: Inputs) -> tuple:
-    return inputs.feature_map, inputs.feature_scale, inputs.scale
-
-
-def _full_state(inputs: Inputs) -> list[Tensor | None]:
-    """The tensors of the state with a low-rank pair multiplied out."""
-    z, z_b, *rest = inputs.state
-    if z_b is not None:
-        dtype = _product_dtype(z, z_b)
-        z = z.to(dtype) @ z_b.to(dtype)
+def _state_of(inputs: Inputs) -> list[Tensor | None]:
+    """z, k, centers, log_scale, row_keys, row_values, row_bias."""
+    z, _, *rest = full_state(inputs)
     return [z, *rest]
 
 
-def _product_dtype(z_a: Tensor, z_b: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
-
-
-def _low_rank_grads(inputs: Inputs, grad_z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of z and z_b, from that of their product."""
-    if inputs.z_b is None or grad_z is None:
-        return grad_z, None
-    z_a, z_b = (tensor.to(grad_z.dtype) for tensor in (inputs.z, inputs.z_b))
-    return (grad_z @ z_b.mT).to(inputs.z.dtype), (z_a.mT @ grad_z).to(inputs.z_b.dtype)
+def _prefix_options(inputs: Inputs) -> tuple:
+    return inputs.feature_map, inputs.feature_scale, inputs.scale
 
 
 def _with_key_range_as_mask(inputs: Inputs) -> Inputs:

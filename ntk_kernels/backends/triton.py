@@ -1,13 +1,16 @@
-"""The `triton` backend: the fused forward of `ntk_kernels.kernels`. Its backward is that of the `torch` backend."""
+"""The `triton` backend: the fused kernels of `ntk_kernels.kernels`, forward and backward."""
 
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from ..kernels.forward import addressable, run_ntk_fwd
-from .inputs import Inputs
-from .layout import empty_out, lse_dtype
+from ..kernels.backward import run_ntk_bwd
+from ..kernels.forward import run_ntk_fwd
+from ..kernels.launch import addressable
+from .inputs import NUM_DIFFERENTIABLE, Inputs
+from .layout import empty_grad, empty_out, lse_dtype
+from .low_rank import full_state, low_rank_grads
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -21,11 +24,43 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     if not lse.numel():
         return out, lse
-    arguments = inputs._asdict()
-    for name in ("query", "key", "value", "backend"):
-        del arguments[name]
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # where Triton launches
-        run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **arguments)
+    with _device_of(query):
+        run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **_arguments(inputs))
     if kernel_out is not out:
         out.copy_(kernel_out)
     return out, lse
+
+
+def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value and the eight tensors of the state; those that `needs_grad` does not ask for
+    have no elements."""
+    query = inputs.query
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    z, z_b, *rest = full_state(inputs)
+    state = dict(zip(Inputs._fields[3:NUM_DIFFERENTIABLE], (z, z_b, *rest), strict=True))
+    wanted = {name: tensor for (name, tensor), needed in zip(state.items(), needs_grad[3:], strict=True) if needed}
+    if needs_grad[3] or needs_grad[4]:
+        wanted["z"] = z
+        wanted.pop("z_b", None)
+    # Rows of no packed sequence get no gradient from the kernels.
+    empty = empty_grad if inputs.cu_seqlens_q is None else lambda tensor: empty_grad(tensor).zero_()
+    grads = [empty(tensor) if needed else None for tensor, needed in zip(inputs[:3], needs_grad, strict=False)]
+    with _device_of(query):
+        state_grads = run_ntk_bwd(
+            *inputs[:3], out, lse, grad_out, grad_lse, *grads, wanted, **_arguments(inputs._replace(**state))
+        )
+    grad_z, grad_z_b = low_rank_grads(inputs, state_grads.pop("z", None))
+    state_grads |= {"z": grad_z, "z_b": grad_z_b}
+    grads += [state_grads.get(name) for name in state]
+    return tuple(grad if needed else query.new_empty(0) for grad, needed in zip(grads, needs_grad, strict=True))
+
+
+def _arguments(inputs: Inputs) -> dict:
+    """What the kernels' launchers take by name."""
+    return {name: x for name, x in inputs._asdict().items() if name not in ("query", "key", "value", "backend")}
+
+
+def _device_of(tensor: Tensor):
+    """Where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -62,6 +62,12 @@ def _arch_of_gpu(index: int) -> str:
     return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "sm86")
 
 
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # enough to test that work is split among them
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -95,9 +101,10 @@ def can_describe(tensor: torch.Tensor) -> bool:
 
 
 _T = TileConfig
-# By class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state; float32), by the
-# padded head dimension: what may be fastest, the default first. Defaults in half precision spill no registers, and on
-# sm90 no product has a dimension below 64 (see `blocks`); bench/static.py checks both.
+# Of each kernel, by class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state;
+# float32), by the padded head dimension: what may be fastest, the default first. A kernel to which the state makes no
+# difference has the first and the last kind only. Defaults in half precision spill no registers, and on sm90 no product
+# has a dimension below 64 (see `blocks`); bench/static.py checks both.
 _FORWARD = {
     "sm90": {
         "plain": {
@@ -186,6 +193,65 @@ _FORWARD = {
 }
 
 
+_DKDV = {
+    "sm90": {
+        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
+    },
+    "sm80": {
+        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 64, 8, 1),)},
+        "float32": {64: (_T(32, 32, 4, 1),), 128: (_T(32, 32, 8, 1),)},
+    },
+    "sm100": {
+        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 64, 8, 1),)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(32, 128, 4, 1),), 128: (_T(32, 64, 4, 1),), 256: (_T(16, 64, 8, 1),)},
+        "float32": {64: (_T(16, 64, 4, 1),), 128: (_T(16, 32, 4, 1),)},
+    },
+}
+_DQ = {
+    "sm90": {
+        "plain": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
+    },
+    "sm80": {
+        "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
+    },
+    "sm100": {
+        "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(64, 32, 8, 1),)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {64: (_T(64, 16, 4, 1),), 128: (_T(32, 16, 4, 1),)},
+    },
+}
+_DELTA = {
+    arch: {"plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 4, 1),), 256: (_T(64, 64, 8, 1),)}}
+    for arch in ("sm80", "sm90", "sm100", "gfx942")
+}
+_STATE = {
+    arch: {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 64, 8, 1),)},
+    }
+    for arch in ("sm80", "sm90", "sm100", "gfx942")
+}
+_ROWS = {
+    arch: {
+        "plain": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(32, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
+    }
+    for arch in ("sm80", "sm90", "sm100", "gfx942")
+}
+_TABLES = {
+    "forward": _FORWARD, "dkdv": _DKDV, "dq": _DQ, "delta": _DELTA, "state": _STATE, "rows": _ROWS,
+}  # fmt: skip
+
+
 def _shared_bytes(config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
     """What a program takes on sm80 and sm86: the tiles of keys in flight; in float32 also parts of operands."""
     numbers = config.num_stages * config.block_n * (blocks.block_d + blocks.block_dv)
@@ -196,9 +262,9 @@ def _shared_bytes(config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int
 
 @functools.cache
 def candidates(
-    arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
+    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
 ) -> tuple[TileConfig, ...]:
-    """What the autotuner may try for such a call; the first is the default.
+    """What the autotuner may try for a kernel (a key of _TABLES) and such a call; the first is the default.
 
     `crowded`: a mask, rows or several centres need registers too.
     """
@@ -208,12 +274,13 @@ def candidates(
         kind = "float32"
     else:
         kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
-    entries = _FORWARD["sm80" if arch == "sm86" else arch][kind][max(64, blocks.block_d, blocks.block_dv)]
+    table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
+    entries = table.get(kind, table["plain"])[max(64, blocks.block_d, blocks.block_dv)]
     if arch == "sm86":
         entries = tuple(entry for entry in entries if _shared_bytes(entry, blocks, dtype) <= SHARED_BYTES[arch])
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
-    if arch in ("sm90", "sm100"):
+    if kernel == "forward" and arch in ("sm90", "sm100"):
         # Not the default before a GPU has said that they pay. Two stages: three can misalign them (triton issue 10474).
         entries += (replace(entries[0], use_descriptors=True, num_stages=min(entries[0].num_stages, 2)),)
     return entries

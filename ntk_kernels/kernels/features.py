@@ -73,6 +73,24 @@ def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexp
 
 
 @triton.jit
+def elu_of(x):
+    """elu(x) + 1, without cancellation for x < 0."""
+    return tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * _LOG2_E))
+
+
+@triton.jit
+def elu_mass(q_rows, row_mask, k_ptr, feature_scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+             CHUNK: tl.constexpr):  # fmt: skip
+    """φ(x) · k [M], in float32."""
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
+        phi = elu_of(feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32))
+        columns = start + tl.arange(0, CHUNK)
+        mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
+    return mass
+
+
+@triton.jit
 def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
                 CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
@@ -88,7 +106,7 @@ def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DI
     # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
         x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
-        phi = u[:, None] * tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * _LOG2_E))
+        phi = u[:, None] * elu_of(x)
         columns = start + tl.arange(0, CHUNK)
         mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
         acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)

@@ -10,38 +10,19 @@ side, so that they share K and V in the L2 cache; with causality the tiles with 
 Memory beyond inputs and outputs: `lse`.
 """
 
-from typing import NamedTuple
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import autotune, configs
-from .prefix import State, add_left_out, attend_rows, start_from_prefix
-from .tiles import (
-    LN_2,
-    LOG2_E,
-    dot,
-    load_descriptor_tile,
-    load_tile,
-    online_softmax,
-    rounded_to,
-    soft_capped,
-    visible_in_band,
-)
+from . import configs
+from .launch import Call, Launch, options_of, prepare, run_with_best_tiles, strides
+from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
+from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
+from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
 
-_LARGEST_BIAS = tl.constexpr(2.3e38)
-_LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
-
-
-class Sequences(NamedTuple):
-    """Where packed sequences begin, and the visible keys of each batch row, contiguous; None for what there is not."""
-
-    cu_seqlens_q: object
-    cu_seqlens_k: object
-    key_start: object
-    key_stop: object
+_LN_2 = tl.constexpr(LN_2)
 
 
 @triton.jit
@@ -67,20 +48,12 @@ def _attend_keys(
         elif MASKED or not POSITIVE_SCALE:
             s = s * scale
         if MASKED:
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            visible = visible_in_band(offs_m, offs_n, visible_stop, lower, upper, HAS_LOWER, HAS_UPPER)
+            keys = start_n + tl.arange(0, BLOCK_N)[None, :]
+            s, visible = masked(
+                s, offs_m[:, None], keys, mask_ptr, stride_mask, seq_q, start, visible_stop, lower, upper, HAS_LOWER,
+                HAS_UPPER,
+            )  # fmt: skip
             if mask_ptr is not None:
-                ptrs = mask_ptr + start_n * tl.cast(stride_mask[3], tl.int64)
-                ptrs += tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * stride_mask[2]
-                ptrs += tl.arange(0, BLOCK_N).to(tl.int64)[None, :] * stride_mask[3]
-                bias = tl.load(ptrs, mask=(offs_m < seq_q)[:, None] & (offs_n < visible_stop)[None, :], other=0)
-                if bias.dtype == tl.int1:
-                    visible = visible & bias
-                else:
-                    bias = bias.to(tl.float32)
-                    visible = visible & (bias != -float("inf"))
-                    # finfo.min, which some use for -inf, times log2(e) would be -inf
-                    s += tl.minimum(tl.maximum(bias, -_LARGEST_BIAS), _LARGEST_BIAS) * _LOG2_E
                 # 0 · NaN = NaN: what no row sees must not be there at all
                 seen = tl.max((visible & (offs_m < seq_q)[:, None]).to(tl.int32), 0) > 0
                 v = tl.where(seen[:, None], v, 0.0)
@@ -117,34 +90,14 @@ def _ntk_fwd_kernel(
     batch = (batch_head // num_heads).to(tl.int64)
     start_m = tile * BLOCK_M
 
-    # This sequence, and the keys that its rows may see.
-    first_q = tl.cast(0, tl.int64)
-    first_k = tl.cast(0, tl.int64)
-    tensor_batch = batch
-    if sequences.cu_seqlens_q is not None:
-        first_q = tl.load(sequences.cu_seqlens_q + batch).to(tl.int64)
-        first_k = tl.load(sequences.cu_seqlens_k + batch).to(tl.int64)
-        seq_q = (tl.load(sequences.cu_seqlens_q + batch + 1) - first_q).to(tl.int32)
-        seq_k = (tl.load(sequences.cu_seqlens_k + batch + 1) - first_k).to(tl.int32)
-        tensor_batch = tl.cast(0, tl.int64)
-        lower += seq_k - seq_q
-        upper += seq_k - seq_q
+    tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
+    first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
     if start_m >= seq_q:
         return
-    start_n = 0
-    stop_n = seq_k
-    if sequences.key_start is not None:
-        start_n = tl.minimum(tl.maximum(tl.load(sequences.key_start + batch), 0), seq_k).to(tl.int32)
-    if sequences.key_stop is not None:
-        stop_n = tl.minimum(tl.maximum(tl.load(sequences.key_stop + batch), 0), seq_k).to(tl.int32)
-    unmasked_start, unmasked_stop = start_n, stop_n
-    last_m = tl.minimum(start_m + BLOCK_M, seq_q) - 1
-    if HAS_LOWER:
-        unmasked_start = tl.maximum(start_n, last_m + lower)
-        start_n = tl.maximum(start_n, start_m + lower)
-    if HAS_UPPER:
-        unmasked_stop = tl.minimum(stop_n, start_m + upper + 1)
-        stop_n = tl.minimum(stop_n, last_m + upper + 1)
+    start_n, middle_start, middle_stop, stop_n = keys_of_rows(
+        start_m, tl.minimum(start_m + BLOCK_M, seq_q), start_n, stop_n, lower, upper, BLOCK_N, HAS_LOWER, HAS_UPPER,
+        mask_ptr is not None,
+    )  # fmt: skip
 
     q_ptr += tensor_batch * stride_q[0] + tl.cast(head, tl.int64) * stride_q[1] + first_q * stride_q[2]
     head_k = head // group
@@ -153,14 +106,7 @@ def _ntk_fwd_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
 
-    num_centers, num_rows = state.num_centers, state.num_rows
-    state_head = tl.cast(head // state.query_heads_per_head, tl.int64)
-    if state.index is not None:
-        index = tl.load(state.index + batch).to(tl.int64)
-        num_centers = tl.where(index < 0, 0, num_centers)
-        num_rows = tl.where(index < 0, 0, num_rows)
-        state_head += index * state.num_heads
-
+    state_head, num_centers, num_rows = locate_state(state, head, batch)
     q_rows = q_ptr + start_m * tl.cast(stride_q[2], tl.int64) + tl.arange(0, BLOCK_M)[:, None] * stride_q[2]
     if FEATURE_MAP is None:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -179,15 +125,8 @@ def _ntk_fwd_kernel(
             PREFIX_PRECISION, LOGIT_PRECISION,
         )  # fmt: skip
 
-    if mask_ptr is not None:  # then every tile is masked
+    if mask_ptr is not None:
         mask_ptr += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
-        mask_ptr += start_m * tl.cast(stride_mask[2], tl.int64)
-        unmasked_start = stop_n
-    # Tiles that need masks (at the lower edge; with a mask all), tiles that need none, tiles at the upper edge.
-    middle_start = start_n
-    if HAS_LOWER or mask_ptr is not None:
-        middle_start += tl.cdiv(tl.maximum(unmasked_start - start_n, 0), BLOCK_N) * BLOCK_N
-    middle_stop = middle_start + tl.maximum(unmasked_stop - middle_start, 0) // BLOCK_N * BLOCK_N
     for part in tl.static_range(3):
         if part == 0:
             part_start, part_stop = start_n, tl.minimum(middle_start, stop_n)
@@ -195,7 +134,7 @@ def _ntk_fwd_kernel(
             part_start, part_stop = middle_start, middle_stop
         else:
             part_start, part_stop = middle_stop, stop_n
-        if (part == 0 and (HAS_LOWER or mask_ptr is not None)) or (part > 0 and mask_ptr is None):
+        if (part == 0 and HAS_LOWER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
             acc, m_i, l_i = _attend_keys(
                 acc, m_i, l_i, q, k_ptr, v_ptr, k_desc, v_desc, tensor_batch, head_k, first_k, stride_k[2],
                 stride_v[2], mask_ptr, stride_mask, offs_m, seq_q, part_start, part_stop, stop_n, lower, upper, scale,
@@ -231,161 +170,43 @@ def _ntk_fwd_kernel(
     tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
 
 
-class Launch(NamedTuple):
-    """A kernel with everything that it is called with."""
+def ntk_fwd_launch(query, key, value, out, lse, *, config=None, **arguments) -> Launch:
+    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]; other arguments as `prepare` takes them.
 
-    kernel: object
-    grid: tuple
-    args: tuple
-    constants: dict
-    options: dict
-
-    def __call__(self) -> None:
-        if self.grid[0] > 0:
-            self.kernel[self.grid](*self.args, **self.constants, **self.options)
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def addressable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take a [B, H, L, D] tensor as it is: D side by side, and int32 offsets inside a tile."""
-    return tensor.stride(3) == 1 and tensor.stride(2) < 2**24
-
-
-def ntk_fwd_launch(
-    query, key, value, out, lse, *, z=None, z_b=None, k=None, centers=None, log_scale=None, row_keys=None,
-    row_values=None, row_bias=None, state_index=None, attn_mask=None, key_start=None, key_stop=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, feature_map=None, feature_scale=1.0, scale=1.0, softcap=0.0,
-    window_left=-1, window_right=-1, causal_offset=None, max_seqlen_q=None, max_seqlen_k=None, arch=None, config=None,
-) -> Launch:  # fmt: skip
-    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]; arguments as in `ops.py`.
-
-    `arch` and `config` default to those of the device (`configs.py`). Works on meta tensors, to compile without a GPU.
+    Works on meta tensors, to compile without a GPU.
     """
-    arch = configs.arch_of(query.device) if arch is None else arch
-    batch, num_heads, seq_q, head_dim = query.shape
-    seq_k, value_dim = value.shape[2:]
-    packed = cu_seqlens_q is not None
-    if packed:
-        batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
-    query, key, value = (tensor if addressable(tensor) else tensor.contiguous() for tensor in (query, key, value))
+    call = prepare(query, key, value, **arguments)
+    return _launch(call, out, lse, call.candidates("forward")[0] if config is None else config)
 
-    rank = 1 if z_b is None else z_b.shape[3]
-    blocks = configs.blocks(arch, head_dim, value_dim, rank)
-    if config is None:
-        config = _candidates(arch, blocks, query.dtype, feature_map, k, row_keys, attn_mask)[0]
-    precision = configs.precisions(arch, query.dtype)
-    if feature_map == "taylor2" and query.dtype == torch.bfloat16:
-        z = z.to(torch.bfloat16)  # it is so large that its traffic counts
-    tensors = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
-    state = State(
-        *map(_contiguous, tensors),
-        query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0,
-    )  # fmt: skip
-    any_of_state = k if row_keys is None else row_keys
-    if any_of_state is not None:
-        state = state._replace(
-            query_heads_per_head=num_heads // any_of_state.shape[1],
-            num_heads=any_of_state.shape[1],
-            num_centers=0 if k is None else k.shape[2],
-            num_rows=0 if row_keys is None else row_keys.shape[2],
-        )
 
-    # Row i sees key j if i + lower <= j <= i + upper. Bounds beyond any key or row are all the same.
-    if packed:
-        offset, nearest, farthest = 0, -(seq_q + seq_k), seq_q + seq_k
-    else:
-        offset, nearest, farthest = causal_offset, -seq_q, seq_k
-    lower = min(max(offset - window_left, nearest), farthest)
-    upper = min(max(offset + window_right, nearest), farthest)
-    num_tiles = triton.cdiv(seq_q, config.block_m)
+def _launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
+    query, key, value = call.query, call.key, call.value
+    num_tiles = triton.cdiv(call.seq_q, config.block_m)
     descriptors = (None, None)
     if config.use_descriptors and configs.can_describe(key) and configs.can_describe(value):
         descriptors = tuple(
             TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, config.block_n, block])
-            for tensor, block in ((key, blocks.block_d), (value, blocks.block_dv))
-        )
-    mask_strides = (0, 0, 0, 0)
-    if attn_mask is not None:
-        mask_strides = tuple(
-            stride if size > 1 else 0 for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
+            for tensor, block in ((key, call.blocks.block_d), (value, call.blocks.block_dv))
         )
     args = (
-        query, key, value, *descriptors, state, attn_mask,
-        Sequences(*map(_contiguous, (cu_seqlens_q, cu_seqlens_k, key_start, key_stop))), out, lse,
-        query.stride()[:3], key.stride()[:3], value.stride()[:3], mask_strides, out.stride()[:3], lse.stride(0),
-        lse.stride(1), seq_q, seq_k, num_tiles, num_heads, num_heads // key.shape[1], lower, upper, scale * LOG2_E,
-        softcap * LOG2_E, feature_scale,
+        query, key, value, *descriptors, call.state, call.attn_mask, call.sequences, out, lse,
+        *map(strides, (query, key, value)), call.mask_strides, strides(out), lse.stride(0), lse.stride(1), call.seq_q,
+        call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper, call.scale * LOG2_E,
+        call.softcap, call.feature_scale,
     )  # fmt: skip
-    constants = {
-        "FEATURE_MAP": feature_map,
-        "NUM_FEATURES": 0 if k is None else k.shape[3],
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "RANK": rank,
-        "HAS_LOWER": window_left >= 0,
-        "HAS_UPPER": window_right >= 0,
-        "SOFTCAP": softcap > 0,
-        "POSITIVE_SCALE": scale > 0,
-        "PRECISION": precision.keys,
-        "LOGIT_PRECISION": precision.logits,
-        "PREFIX_PRECISION": precision.prefix,
-        "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,  # Z may exceed float16
+    constants = call.flags | call.prefix | call.sizes
+    constants |= {
+        "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
+        "POSITIVE_SCALE": call.scale > 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": blocks.block_d,
-        "BLOCK_DV": blocks.block_dv,
-        "BLOCK_RANK": blocks.block_rank,
-        "CHUNK": blocks.chunk,
+        "BLOCK_RANK": call.blocks.block_rank,
         "STAGES": config.num_stages,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
-    return Launch(_ntk_fwd_kernel, (num_tiles * num_heads * batch,), args, constants, options)
+    return Launch(_ntk_fwd_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))
 
 
 def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
-    """Fills `out` and `lse` with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for this shape class."""
-    config = None
-    if autotune.enabled():
-        arch = configs.arch_of(query.device)
-        blocks = configs.blocks(arch, query.shape[3], value.shape[3])
-        config = autotune.fastest(
-            _shape_class(query, key, blocks, **arguments),
-            _candidates(
-                arch, blocks, query.dtype, *(arguments[name] for name in ("feature_map", "k", "row_keys", "attn_mask"))
-            ),
-            lambda config: ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)(),
-            configs.device_name(query.device),
-        )
-    ntk_fwd_launch(query, key, value, out, lse, **arguments, config=config)()
-
-
-def _candidates(arch, blocks, dtype, feature_map, k, row_keys, attn_mask) -> tuple[configs.TileConfig, ...]:
-    crowded = attn_mask is not None or row_keys is not None or (k is not None and k.shape[2] > 1)
-    return configs.candidates(arch, blocks, dtype, feature_map, crowded)
-
-
-def _shape_class(query, key, blocks, **arguments) -> str:
-    """What the speed of a tile depends on: never a batch size, and of lengths only their order of magnitude."""
-    longest = arguments["max_seqlen_k"] if arguments["cu_seqlens_k"] is not None else key.shape[2]
-    bucket = next((bound for bound in (512, 2048, 8192) if longest <= bound), None)
-    parts = [
-        "forward", f"D={blocks.block_d}", f"Dv={blocks.block_dv}", str(query.dtype).removeprefix("torch."),
-        arguments["feature_map"] or "plain", "long" if bucket is None else f"keys<={bucket}",
-    ]  # fmt: skip
-    k = arguments["k"]
-    flags = {
-        "causal": arguments["window_right"] >= 0,
-        "window": arguments["window_left"] >= 0,
-        "centres": k is not None and k.shape[2] > 1,
-        "low rank": arguments["z_b"] is not None,
-        "rows": arguments["row_keys"] is not None,
-        "mask": arguments["attn_mask"] is not None,
-        "softcap": arguments["softcap"] > 0,
-        "packed": arguments["cu_seqlens_q"] is not None,
-    }
-    return " ".join(parts + [name for name, present in flags.items() if present])
+    """Fills `out` and `lse`."""
+    call = prepare(query, key, value, **arguments)
+    run_with_best_tiles(call, "forward", partial(_launch, call, out, lse))

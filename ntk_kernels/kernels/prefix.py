@@ -19,9 +19,10 @@ from .tiles import LOG2_E, load_tile, online_softmax, state_dot
 _LOG2_E = tl.constexpr(LOG2_E)
 # Up to triton 3.7 the layout of tensor memory (sm_100) crashes on the reduction of a vector that may not be reordered;
 # from 3.9 on the option is deprecated.
-_CAN_REORDER = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.")))
-_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # float32 below this is flushed to 0 on GPUs
-_MAX_WEIGHT = tl.constexpr(2.3538526683702e17)  # e^40: of a prefix without mass, see the reference
+CAN_REORDER = triton.__version__.startswith(("3.6.", "3.7."))
+SMALLEST_MASS = 1.1754943508222875e-38  # float32 below this is flushed to 0 on GPUs
+MAX_WEIGHT = 2.3538526683702e17  # e^40: of a prefix without mass, see the reference
+_CAN_REORDER, _SMALLEST_MASS, _MAX_WEIGHT = map(tl.constexpr, (CAN_REORDER, SMALLEST_MASS, MAX_WEIGHT))
 
 
 class State(NamedTuple):
@@ -53,6 +54,19 @@ def center_logit(
     if state.log_scale is not None:
         logit += tl.load(state.log_scale + center).to(tl.float32) * _LOG2_E
     return logit
+
+
+@triton.jit
+def locate_state(state, head, batch):
+    """Number of the state's head that a query head of a batch row uses, of centres and of rows; 0 if it has none."""
+    num_centers, num_rows = state.num_centers, state.num_rows
+    state_head = tl.cast(head // state.query_heads_per_head, tl.int64)
+    if state.index is not None:
+        index = tl.load(state.index + batch).to(tl.int64)
+        num_centers = tl.where(index < 0, 0, num_centers)
+        num_rows = tl.where(index < 0, 0, num_rows)
+        state_head += index * state.num_heads
+    return state_head, num_centers, num_rows
 
 
 @triton.jit
@@ -123,7 +137,7 @@ def start_from_prefix(
             acc, l_i, weight, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,
             VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
-    massless = (l_i < _SMALLEST) | (m_i == -float("inf"))
+    massless = (l_i < _SMALLEST_MASS) | (m_i == -float("inf"))
     left_out = left_out | (massless & (m_i != -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
     flags = tl.reshape(left_out.to(tl.int32), [BLOCK_M], can_reorder=_CAN_REORDER)

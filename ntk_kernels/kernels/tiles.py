@@ -1,4 +1,4 @@
-"""Jit helpers that every kernel shares: loads, masks, the online softmax.
+"""Jit helpers that every kernel shares: products, loads, the online softmax.
 
 Conventions, for all kernels:
 
@@ -7,7 +7,7 @@ Conventions, for all kernels:
 - A row that has seen nothing has m_i = -inf, l_i = 0, acc = 0, and its result is out = 0, lse = -inf.
 - Keys outside the range of a tile are loaded as 0, so that a NaN there stays out of 0 · NaN.
 - Tiles are padded to powers of two: HEAD_DIM of BLOCK_D columns are real, VALUE_DIM of BLOCK_DV.
-- Offsets between tiles are int64, offsets inside a tile int32 (`addressable` in forward.py sees to it).
+- Offsets between tiles are int64, offsets inside a tile int32 (`addressable` in launch.py sees to it).
 """
 
 import triton
@@ -15,7 +15,6 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-_LOG2_E = tl.constexpr(LOG2_E)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this module was imported
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -79,31 +78,18 @@ def load_tile(ptr, start, stop, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
+def store_tile(ptr, tile, rows, stop, stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores those `rows` [M] of a matrix with COLUMNS columns that come before `stop`, in its dtype."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns
+    tl.store(ptrs, rounded_to(tile, ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < COLUMNS))
+
+
+@triton.jit
 def load_descriptor_tile(descriptor, batch, head, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The same through a descriptor of a [B, H, L, D] tensor, which fills up with 0 beyond L and D."""
     coordinates = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0]
     return descriptor.load(coordinates).reshape(ROWS, BLOCK)
-
-
-@triton.jit
-def visible_in_band(offs_m, offs_n, stop, lower, upper, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr):
-    """[M, N] bool, or [1, N] without a band: j < stop and i + lower <= j <= i + upper."""
-    visible = (offs_n < stop)[None, :]
-    if HAS_LOWER:
-        visible = visible & (offs_n[None, :] >= offs_m[:, None] + lower)
-    if HAS_UPPER:
-        visible = visible & (offs_n[None, :] <= offs_m[:, None] + upper)
-    return visible
-
-
-@triton.jit
-def soft_capped(s, scale, softcap):
-    """softcap · tanh(s · scale / softcap), in units of log 2 as `scale` and `softcap` are; finite for every s."""
-    x = s * (scale / softcap)
-    square = x * x
-    # Where the formula with exp cancels, the series, whose next term is below the rounding.
-    series = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
-    return softcap * tl.where(square < 0.01, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2_E))))
 
 
 @triton.jit

@@ -1,0 +1,59 @@
+"""Backward of NTK-Attention: a flash backward with the combined lse, and the prefix's own gradients.
+
+Scores and features are computed again, tile by tile; the passes are
+
+    backward_delta.py   Δ, and what the prefix weighs, for each query row
+    backward_keys.py    dK, dV
+    backward_query.py   dQ, through keys, own rows and linear-attention term
+    backward_state.py   dZ, dk, and the gradients of centres, log_scale and own rows
+
+of which those run that somebody wants. Formulas are those of `reference/attention.py`. Two runs agree bit for bit.
+
+Memory beyond inputs, outputs and gradients, in float32: one number for each query row (Δ); with a linear-attention term
+one more (Δ') and one for each centre, and if centres or log_scale have gradients another for each centre; and the
+partial sums of the state's gradients, as many as there are splits (`backward_state.py`).
+"""
+
+from functools import partial
+
+import torch
+
+from .backward_delta import RowTerms, delta_launch
+from .backward_keys import dkdv_launch
+from .backward_query import dq_launch
+from .backward_state import run_state_backward
+from .launch import Call, made_addressable, prepare, run_with_best_tiles
+
+
+def run_ntk_bwd(
+    query, key, value, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, wanted, **arguments
+) -> dict[str, torch.Tensor]:
+    """Fills `grad_query`, `grad_key` and `grad_value`, each may be None, but for rows of no packed sequence.
+
+    Args:
+        out, lse, grad_out, grad_lse: results of the forward and their gradients; `grad_lse` may be None.
+        wanted: tensors of the state whose gradients are wanted, by their names in `backward_state.StateGrads`.
+        arguments: as for the forward; `z` must not be a pair.
+
+    Returns:
+        The gradients of the `wanted` tensors.
+    """
+    call = prepare(query, key, value, **arguments)
+    grad_out, out = made_addressable(grad_out), made_addressable(out)
+    row_terms = _row_terms(call, lse)
+    delta_launch(call, grad_out, grad_lse, out, row_terms)()
+    grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
+    if grad_key is not None or grad_value is not None:
+        run_with_best_tiles(call, "dkdv", partial(dkdv_launch, call, grad_out, row_terms, grad_key, grad_value))
+    if grad_query is not None or grad_log_weights is not None:
+        run_with_best_tiles(call, "dq", partial(dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights))
+    return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
+
+
+def _row_terms(call: Call, lse: torch.Tensor) -> RowTerms:
+    lse = lse.contiguous()
+    mass_delta = weights = None
+    if call.feature_map is not None:
+        mass_delta = torch.empty_like(lse)
+        weights = lse.new_empty(*lse.shape[:2], call.state.num_centers, lse.shape[2])
+    return RowTerms(lse, torch.empty_like(lse), mass_delta, weights)

@@ -1,0 +1,146 @@
+"""Backward through the input's keys and values: dK_j and dV_j.
+
+    P_ij = e^{s_ij - lse_i}    dV_j = Σ_i P_ij dO_i    dS_ij = P_ij (dO_i·v_j - Δ_i)    dK_j = scale · Σ_i dS_ij q_i
+
+summed over the rows i that see key j and the query heads that share it, in a fixed order. Scores are taken transposed,
+[N, M]: P and dS are then the left sides of products, which Hopper reads from registers.
+
+Grid: one program for each tile of BLOCK_N keys, key/value head and batch row (or packed sequence), those of a head side
+by side, so that they share the queries in the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs
+from .backward_delta import RowTerms, load_lse, load_rows
+from .launch import Call, Launch, options_of, strides
+from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
+from .visibility import locate_keys, locate_rows, masked, rows_of_keys, soft_capped
+
+_LN_2 = tl.constexpr(LN_2)
+
+
+@triton.jit
+def _add_rows(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, seq_q, start,
+    stop, key_start, key_stop, lower, upper, scale, softcap,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """What the rows from `start` to `stop` add; only if MASKED may there be some that do not see all keys."""
+    for start_m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        q = load_tile(q_ptr, start_m, seq_q, stride_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        do = load_tile(do_ptr, start_m, seq_q, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
+        rows = start_m + tl.arange(0, BLOCK_M)
+        lse = load_lse(lse_ptr, rows, seq_q)[None, :]
+        delta = load_rows(delta_ptr, rows, seq_q)[None, :]
+        s = dot(k, q.T, None, PRECISION)
+        if SOFTCAP:
+            s = soft_capped(s, scale, softcap)
+            slope = 1.0 - (s / softcap) * (s / softcap)
+        else:
+            s = s * scale
+        if MASKED:
+            s, visible = masked(
+                s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, seq_q, key_start, key_stop, lower, upper,
+                HAS_LOWER, HAS_UPPER,
+            )  # fmt: skip
+            visible = visible & (rows < seq_q)[None, :]
+            # 0 · NaN = NaN: rows that see none of the keys must not be there at all.
+            seeing = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
+            q, do = tl.where(seeing, q, 0.0), tl.where(seeing, do, 0.0)
+            p = tl.where(visible, tl.exp2(s - lse), 0.0)
+        else:
+            p = tl.exp2(s - lse)
+        if NEEDS_DV:
+            dv = dot(rounded_to(p, do.dtype), do, dv, PRECISION)
+        if NEEDS_DK:
+            ds = p * (dot(v, do.T, None, PRECISION) - delta)
+            if SOFTCAP:
+                ds = ds * slope
+            if MASKED:
+                ds = tl.where(visible, ds, 0.0)
+            dk = dot(rounded_to(ds, q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+_VARYING = ["stride_rows", "seq_q", "seq_k", "num_tiles", "lower", "upper"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _ntk_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, sequences, row_terms, dk_ptr, dv_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_mask, stride_dk, stride_dv, stride_rows,
+    seq_q, seq_k, num_tiles, num_heads_k, group, lower, upper, scale, softcap,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    start_n = tl.program_id(0) % num_tiles * BLOCK_N
+    batch_head = tl.program_id(0) // num_tiles
+    head_k = (batch_head % num_heads_k).to(tl.int64)
+    batch = (batch_head // num_heads_k).to(tl.int64)
+    tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
+    first_k, seq_k, key_start, key_stop, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
+    if start_n >= seq_k:
+        return
+    first, middle_first, middle_last, last = rows_of_keys(
+        tl.maximum(start_n, key_start), tl.minimum(start_n + BLOCK_N, key_stop), seq_q, lower, upper, BLOCK_M, BLOCK_N,
+        HAS_LOWER, HAS_UPPER, mask_ptr is not None,
+    )  # fmt: skip
+
+    k_ptr += tensor_batch * stride_k[0] + head_k * stride_k[1] + first_k * stride_k[2]
+    v_ptr += tensor_batch * stride_v[0] + head_k * stride_v[1] + first_k * stride_v[2]
+    k = load_tile(k_ptr, start_n, seq_k, stride_k[2], BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_ptr, start_n, seq_k, stride_v[2], BLOCK_N, VALUE_DIM, BLOCK_DV, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    for g in tl.range(0, group, num_stages=1):
+        head = head_k * group + g
+        q_head = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
+        do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
+        first_row = (tensor_batch * num_heads_k * group + head) * stride_rows + first_q
+        mask_head = mask_ptr
+        if mask_ptr is not None:
+            mask_head += batch * stride_mask[0] + head * stride_mask[1]
+        # Tiles that need masks (at the upper edge), tiles that need none, tiles at the lower edge (with a mask all).
+        for part in tl.static_range(3):
+            if part == 0:
+                part_start, part_stop = first, tl.minimum(middle_first, last)
+            elif part == 1:
+                part_start, part_stop = middle_first, middle_last
+            else:
+                part_start, part_stop = middle_last, last
+            if (part == 0 and HAS_UPPER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
+                dk, dv = _add_rows(
+                    dk, dv, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row, stride_q[2],
+                    stride_do[2], mask_head, stride_mask, offs_n, seq_q, part_start, part_stop, key_start, key_stop,
+                    lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
+                    HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, part != 1, PRECISION, STAGES,
+                )  # fmt: skip
+
+    if dk_ptr is not None:
+        dk_ptr += tensor_batch * stride_dk[0] + head_k * stride_dk[1] + first_k * stride_dk[2]
+        store_tile(dk_ptr, dk * (scale * _LN_2), offs_n, seq_k, stride_dk[2], HEAD_DIM, BLOCK_D)
+    if dv_ptr is not None:
+        dv_ptr += tensor_batch * stride_dv[0] + head_k * stride_dv[1] + first_k * stride_dv[2]
+        store_tile(dv_ptr, dv, offs_n, seq_k, stride_dv[2], VALUE_DIM, BLOCK_DV)
+
+
+def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value, config: configs.TileConfig) -> Launch:
+    """The launch that fills `grad_key` and `grad_value` (one may be None), but for rows of no packed sequence."""
+    num_tiles = triton.cdiv(call.seq_k, config.block_n)
+    heads = call.key.shape[1]
+    args = (
+        call.query, call.key, call.value, grad_out, call.attn_mask, call.sequences, row_terms, grad_key, grad_value,
+        *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides,
+        strides(grad_key), strides(grad_value), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, heads,
+        call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap,
+    )  # fmt: skip
+    constants = call.flags | call.sizes
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+    return Launch(_ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch,), args, constants, options_of(config))

@@ -1,0 +1,306 @@
+"""Backward into a prefix state: its linear-attention term (Z, k, centres, log_scale) and its own rows.
+
+    dZ_c = Σ_i u_ic φ_i dO_iᵀ       dk_c = -Σ_i u_ic Δ'_i φ_i
+    dμ_c = scale · Σ_i dlogw_ic q_i    dβ_c = Σ_i dlogw_ic
+    dv_j = Σ_i P_ij dO_i            dκ_j = scale · Σ_i dS_ij q_i    dbias_j = Σ_i dS_ij
+
+The sums go over all rows of all batch rows (or packed sequences) and query heads that use this head of this state. Each
+program owns a block of features (of one centre) or of rows of the state, and takes every SPLITS-th tile of those query
+rows; the SPLITS partial sums are added up afterwards. No atomics: the order of a sum depends on shapes, `state_index`
+and the number of multiprocessors, never on timing.
+
+Features of "taylor1" and "taylor2" come in sections, a launch each: "linear" (1 and x), "squares", and "pairs", of which
+a program has x_a·x_b for one a and CHUNK values of b.
+
+Grid: (blocks of features or rows, states · their heads, SPLITS).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .backward_delta import RowTerms, load_lse, load_rows
+from .features import elu_of, load_columns, pair_start, square_start
+from .launch import Call, Launch, options_of, strides
+from .prefix_backward import row_logits
+from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, state_dot
+from .visibility import locate_rows
+
+_LN_2 = tl.constexpr(LN_2)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+class StateGrads(NamedTuple):
+    """Partial sums [SPLITS, ...] in the shapes of the state's tensors, float32; None for those that nobody wants."""
+
+    z: object
+    k: object
+    centers: object
+    log_scale: object
+    row_keys: object
+    row_values: object
+    row_bias: object
+
+
+@triton.jit
+def _uses(state, batch, number):
+    """Whether a batch row uses the state `number`."""
+    if state.index is None:
+        return True
+    return tl.load(state.index + batch) == number
+
+
+@triton.jit
+def _first_tile_of_next(first, num_tiles, splits):
+    """A split takes the tiles first, first + splits, ... of a batch row's `num_tiles`: where it goes on in the next."""
+    return first + tl.cdiv(tl.maximum(num_tiles - first, 0), splits) * splits - num_tiles
+
+
+@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "splits"])
+def _ntk_bwd_state_kernel(
+    q_ptr, do_ptr, state, sequences, row_terms, dlogw_ptr, grads, stride_q, stride_do, stride_rows,
+    seq_q, batch, num_heads, splits, scale, feature_scale,
+    SECTION: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    OPERAND: tl.constexpr, PREFIX_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    number, head_of_state = tl.program_id(1) // state.num_heads, tl.program_id(1) % state.num_heads
+    split = tl.program_id(2)
+    num_chunks: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
+    c = tl.program_id(0) % state.num_centers
+    block = tl.program_id(0) // state.num_centers
+    columns = block % num_chunks * CHUNK + tl.arange(0, CHUNK)
+    a = block // num_chunks
+    if SECTION == "pairs":
+        if block % num_chunks * CHUNK + CHUNK <= a + 1:  # no pair has b <= a
+            return
+
+    dz = tl.zeros([BLOCK_DV, CHUNK], tl.float32)
+    dk = tl.zeros([CHUNK], tl.float32)
+    dcenter = tl.zeros([CHUNK], tl.float32)
+    dz_1 = tl.zeros([BLOCK_DV], tl.float32)
+    dk_1 = tl.zeros([BLOCK_M], tl.float32)
+    dlog_scale = tl.zeros([BLOCK_M], tl.float32)
+    first = split
+    for b in tl.range(0, batch, num_stages=1):
+        if _uses(state, b, number):
+            tensor_batch, first_q, length = locate_rows(sequences, tl.cast(b, tl.int64), seq_q)
+            tiles_per_head = tl.cdiv(length, BLOCK_M)
+            num_tiles = tiles_per_head * state.query_heads_per_head
+            for tile in tl.range(first, num_tiles, splits, num_stages=1):
+                head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
+                start_m = tile % tiles_per_head * BLOCK_M
+                rows = start_m + tl.arange(0, BLOCK_M)
+                row_mask = (rows < length)[:, None]
+                q_rows = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1]
+                q_rows += (first_q + rows)[:, None] * stride_q[2]
+                do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
+                do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
+                first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
+                first_weight = first_row + (tensor_batch * num_heads + head) * (state.num_centers - 1) * stride_rows
+                first_weight += c * tl.cast(stride_rows, tl.int64)
+                u = load_rows(row_terms.weights + first_weight, rows, length)
+                mass_delta = load_rows(row_terms.mass_delta + first_row, rows, length)
+                q = load_columns(q_rows, row_mask, block % num_chunks * CHUNK, HEAD_DIM, CHUNK).to(tl.float32)
+                phi = q * feature_scale
+                if SECTION == "elu":
+                    phi = elu_of(phi)
+                elif SECTION == "squares":
+                    phi = phi * phi * _SQRT_HALF
+                elif SECTION == "pairs":
+                    phi = phi * (feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32))
+                phi = u[:, None] * phi
+                if grads.z is not None:
+                    # The computed side on the right: on the left, and transposed, Hopper reads it wrong (fla issue 640).
+                    dz = dot(do.to(OPERAND).T, rounded_to(phi, OPERAND), dz, PREFIX_PRECISION)
+                    if SECTION == "linear":
+                        dz_1 += tl.sum(u[:, None] * do.to(tl.float32), 0)
+                if grads.k is not None:
+                    dk -= tl.sum(phi * mass_delta[:, None], 0)
+                    if SECTION == "linear":
+                        dk_1 -= u * mass_delta
+                if dlogw_ptr is not None:
+                    dlogw = load_rows(dlogw_ptr + first_weight, rows, length)
+                    dlog_scale += dlogw
+                    dcenter += tl.sum(dlogw[:, None] * q, 0)
+            first = _first_tile_of_next(first, num_tiles, splits)
+
+    center = (split * (tl.num_programs(1)) + tl.program_id(1)).to(tl.int64) * state.num_centers + c
+    features, exists = columns, columns < HEAD_DIM
+    if SECTION == "linear":
+        features = 1 + columns
+    elif SECTION == "squares":
+        features = square_start(HEAD_DIM) + columns
+    elif SECTION == "pairs":
+        features = pair_start(a, HEAD_DIM) + columns
+        exists = exists & (columns > a)
+    values = tl.arange(0, BLOCK_DV)
+    if grads.z is not None:
+        dz_ptr = grads.z + center * NUM_FEATURES * VALUE_DIM
+        ptrs = dz_ptr + features[None, :] * VALUE_DIM + values[:, None]
+        tl.store(ptrs, dz, mask=exists[None, :] & (values < VALUE_DIM)[:, None])
+    if grads.k is not None:
+        tl.store(grads.k + center * NUM_FEATURES + features, dk, mask=exists)
+    if grads.centers is not None:
+        tl.store(grads.centers + center * HEAD_DIM + columns, dcenter * (scale * _LN_2), mask=exists)
+    if block == 0:
+        if SECTION == "linear":
+            if grads.z is not None:
+                tl.store(dz_ptr + values, dz_1, mask=values < VALUE_DIM)
+            if grads.k is not None:
+                tl.store(grads.k + center * NUM_FEATURES, tl.sum(dk_1, 0))
+        if grads.log_scale is not None:
+            tl.store(grads.log_scale + center, tl.sum(dlog_scale, 0))
+
+
+@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "splits"])
+def _ntk_bwd_rows_kernel(
+    q_ptr, do_ptr, state, sequences, row_terms, grads, stride_q, stride_do, stride_rows,
+    seq_q, batch, num_heads, splits, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PREFIX_PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    number, head_of_state = tl.program_id(1) // state.num_heads, tl.program_id(1) % state.num_heads
+    split = tl.program_id(2)
+    start_n = tl.program_id(0) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    state_head = tl.program_id(1).to(tl.int64)
+    keys = state.row_keys + state_head * state.num_rows * HEAD_DIM
+    values = state.row_values + state_head * state.num_rows * VALUE_DIM
+    k = load_tile(keys, start_n, state.num_rows, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(values, start_n, state.num_rows, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_DV, True)
+    dk = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+    dv = tl.zeros([BLOCK_DV, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_N], tl.float32)
+    first = split
+    for b in tl.range(0, batch, num_stages=1):
+        if _uses(state, b, number):
+            tensor_batch, first_q, length = locate_rows(sequences, tl.cast(b, tl.int64), seq_q)
+            tiles_per_head = tl.cdiv(length, BLOCK_M)
+            num_tiles = tiles_per_head * state.query_heads_per_head
+            for tile in tl.range(first, num_tiles, splits, num_stages=1):
+                head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
+                start_m = tile % tiles_per_head * BLOCK_M
+                rows = start_m + tl.arange(0, BLOCK_M)
+                q_head = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
+                do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
+                q = load_tile(q_head, start_m, length, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
+                first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
+                lse = load_lse(row_terms.lse + first_row, rows, length)[:, None]
+                delta = load_rows(row_terms.delta + first_row, rows, length)[:, None]
+                s = row_logits(
+                    q, k, state, state_head, offs_n, state.num_rows, scale, BLOCK_M, BLOCK_N, LOGIT_PRECISION
+                )
+                p = tl.exp2(s - lse)
+                dp = state_dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q.dtype, 2, PREFIX_PRECISION)
+                ds = p * (dp - delta)
+                dv = dot(do.T, rounded_to(p, do.dtype), dv, PRECISION)
+                dk = dot(q.T, rounded_to(ds, q.dtype), dk, PRECISION)
+                dbias += tl.sum(ds, 0)
+            first = _first_tile_of_next(first, num_tiles, splits)
+
+    first_row = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * state.num_rows
+    exists = offs_n < state.num_rows
+    if grads.row_keys is not None:
+        columns = tl.arange(0, BLOCK_D)[:, None]
+        ptrs = grads.row_keys + (first_row + offs_n)[None, :] * HEAD_DIM + columns
+        tl.store(ptrs, dk * (scale * _LN_2), mask=exists[None, :] & (columns < HEAD_DIM))
+    if grads.row_values is not None:
+        columns = tl.arange(0, BLOCK_DV)[:, None]
+        ptrs = grads.row_values + (first_row + offs_n)[None, :] * VALUE_DIM + columns
+        tl.store(ptrs, dv, mask=exists[None, :] & (columns < VALUE_DIM))
+    if grads.row_bias is not None:
+        tl.store(grads.row_bias + first_row + offs_n, dbias, mask=exists)
+
+
+def sections_of(feature_map: str) -> tuple[str, ...]:
+    return {"elu": ("elu",), "taylor1": ("linear",), "taylor2": ("linear", "squares", "pairs")}[feature_map]
+
+
+def blocks_of(call: Call, section: str) -> int:
+    """Programs that share a section's features of one centre."""
+    num_chunks = triton.cdiv(call.query.shape[3], call.blocks.chunk)
+    return num_chunks * (max(call.query.shape[3] - 1, 0) if section == "pairs" else 1)
+
+
+def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, grads: StateGrads, splits: int,
+                 section: str) -> Launch:  # fmt: skip
+    """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
+    config = call.candidates("state")[0]
+    num_states = call.state.k.shape[0]
+    if section not in ("elu", "linear"):
+        grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
+    args = (
+        call.query, grad_out, call.state, call.sequences, row_terms, grad_log_weights, grads, strides(call.query),
+        strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, splits, call.scale * LOG2_E,
+        call.feature_scale,
+    )  # fmt: skip
+    constants = {name: call.prefix[name] for name in ("NUM_FEATURES", "OPERAND", "PREFIX_PRECISION", "CHUNK")}
+    constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
+    constants |= {"SECTION": section, "BLOCK_M": config.block_m}
+    grid = (blocks_of(call, section) * call.state.num_centers, num_states * call.state.num_heads, splits)
+    return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
+
+
+def rows_launch(call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int) -> Launch:
+    """The launch that fills `grads.row_keys`, `.row_values` and `.row_bias`."""
+    config = call.candidates("rows")[0]
+    num_states = call.state.row_keys.shape[0]
+    args = (
+        call.query, grad_out, call.state, call.sequences, row_terms, grads, strides(call.query), strides(grad_out),
+        row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, splits, call.scale * LOG2_E,
+    )  # fmt: skip
+    constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION")}
+    constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    grid = (triton.cdiv(call.state.num_rows, config.block_n), num_states * call.state.num_heads, splits)
+    return Launch(_ntk_bwd_rows_kernel, grid, args, constants, options_of(config))
+
+
+def run_state_backward(
+    call: Call, grad_out, row_terms: RowTerms, grad_log_weights, wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Gradients of the state's tensors `wanted`, by their names in StateGrads, in their shapes and dtypes."""
+    of_features = {name: tensor for name, tensor in wanted.items() if not name.startswith("row_")}
+    of_rows = {name: tensor for name, tensor in wanted.items() if name.startswith("row_")}
+    gradients = {}
+    if of_features:
+        sections = sections_of(call.feature_map)
+        blocks = max(blocks_of(call, section) for section in sections) * call.state.num_centers
+        sums = _partial_sums(call, of_features, blocks, call.candidates("state")[0])
+        for section in sections:
+            state_launch(call, grad_out, row_terms, grad_log_weights, *sums, section)()
+        gradients |= _added_up(sums[0], wanted)
+    if of_rows:
+        config = call.candidates("rows")[0]
+        sums = _partial_sums(call, of_rows, triton.cdiv(call.state.num_rows, config.block_n), config)
+        rows_launch(call, grad_out, row_terms, *sums)()
+        gradients |= _added_up(sums[0], wanted)
+    return gradients
+
+
+def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileConfig) -> tuple[StateGrads, int]:
+    """Uninitialised sums, and their number: so many splits that every multiprocessor has two programs, if it can."""
+    num_states = next(iter(tensors.values())).shape[0]
+    programs = max(1, blocks * num_states * call.state.num_heads)
+    tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, config.block_m)
+    splits = max(1, min(triton.cdiv(2 * configs.multiprocessors(call.query.device), programs), tiles))
+    sums = {
+        name: torch.empty(splits, *tensor.shape, dtype=torch.float32, device=tensor.device)
+        for name, tensor in tensors.items()
+    }
+    return StateGrads(**dict.fromkeys(StateGrads._fields) | sums), splits
+
+
+def _added_up(grads: StateGrads, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums of the partial sums, in the dtypes of the tensors."""
+    return {
+        name: (sums[0] if sums.shape[0] == 1 else sums.sum(0)).to(wanted[name].dtype)
+        for name, sums in grads._asdict().items()
+        if sums is not None
+    }
