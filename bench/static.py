@@ -19,7 +19,12 @@ from rich.table import Table
 
 from ntk_kernels import feature_dim
 from ntk_kernels.kernels import configs
-from ntk_kernels.kernels.forward import ntk_fwd_launch
+from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
+from ntk_kernels.kernels.backward_keys import dkdv_launch
+from ntk_kernels.kernels.backward_query import dq_launch
+from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, sections_of, state_launch
+from ntk_kernels.kernels.forward import fwd_launch
+from ntk_kernels.kernels.launch import prepare
 from ntk_kernels.kernels.tiles import INTERPRETED
 
 from . import aot, record
@@ -32,13 +37,14 @@ FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of call."""
+    """One kernel for one kind of call."""
 
     arch: str
     head_dim: int
     feature_map: str = "none"
     option: str = ""
     dtype: str = "bfloat16"
+    kernel: str = "forward"  # with the section of features behind a space, if it has sections
     candidate: int = 0  # number in the table of configurations
 
     def launch(self):
@@ -48,11 +54,11 @@ class Shape:
         def meta(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        query, key, value, out = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(4))
+        query, key, value, out, grad = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(5))
         lse = meta(batch, heads, length)
         arguments = {"scale": dim**-0.5, "causal_offset": 0, "window_right": 0}
+        centers = 16 if self.option == "centres" else 1
         if self.feature_map != "none":
-            centers = 16 if self.option == "centres" else 1
             state = dtype if self.option == "state in half" else torch.float32
             r = feature_dim(self.feature_map, dim)
             arguments |= {"feature_map": self.feature_map, "k": meta(1, heads, centers, r, dtype=state)}
@@ -78,15 +84,34 @@ class Shape:
             cu_seqlens = meta(3, dtype=torch.int32)
             arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": length,
                           "max_seqlen_k": length}  # fmt: skip
-            query, key, value, out = (tensor[:1] for tensor in (query, key, value, out))
-            lse = lse[:1]
-        return ntk_fwd_launch(query, key, value, out, lse, arch=self.arch, config=self.config(), **arguments)
+            query, key, value, out, grad, lse = (tensor[:1] for tensor in (query, key, value, out, grad, lse))
+        call = prepare(query, key, value, arch=self.arch, **arguments)
+        config = self.config()
+        terms = RowTerms(lse, lse, None, None)
+        dlogw = None
+        if self.feature_map != "none":
+            weights = meta(*lse.shape[:2], centers, length)
+            terms = terms._replace(mass_delta=lse, weights=weights)
+            dlogw = weights if centers > 1 else None
+        # All gradients that the state can have, as one of two partial sums.
+        sums = {name: meta(2, *tensor.shape) for name, tensor in arguments.items()
+                if name in StateGrads._fields and (dlogw is not None or name not in ("centers", "log_scale"))}  # fmt: skip
+        sums = StateGrads(**dict.fromkeys(StateGrads._fields) | sums)
+        kernel, _, section = self.kernel.partition(" ")
+        return {
+            "forward": lambda: fwd_launch(call, out, lse, config),
+            "delta": lambda: delta_launch(call, grad, None, out, terms),
+            "dkdv": lambda: dkdv_launch(call, grad, terms, key, value, config),
+            "dq": lambda: dq_launch(call, grad, terms, query, dlogw, config),
+            "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section),
+            "rows": lambda: rows_launch(call, grad, terms, sums, 2, section),
+        }[kernel]()
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:
         feature_map = None if self.feature_map == "none" else self.feature_map
         blocks = configs.blocks(self.arch, self.head_dim, self.head_dim)
         crowded = self.option in ("centres", "rows", "bool mask", "additive mask")
-        return configs.candidates(self.arch, blocks, DTYPES[self.dtype], feature_map, crowded)
+        return configs.candidates(self.kernel.split()[0], self.arch, blocks, DTYPES[self.dtype], feature_map, crowded)
 
     def config(self) -> configs.TileConfig:
         return self.candidates()[self.candidate]
@@ -96,23 +121,38 @@ OPTIONS = ("rows", "state index", "bool mask", "additive mask", "softcap", "full
 
 
 def shapes(archs, *, quick: bool = False) -> list[Shape]:
-    """The default configuration of each head dimension and map; options and other dtypes too, which `quick`
+    """The default configuration of each kernel, head dimension and map; options and other dtypes too, which `quick`
     limits them to sm90 at D = 64."""
     listed = []
     for arch in archs:
-        listed += [Shape(arch, dim, name) for dim in (64, 128, 256) for name in FEATURE_MAPS]
+        for dim in (64, 128, 256):
+            listed += _every_kernel(arch, dim)
         if quick and arch != "sm90":
             continue
         for dim in (64,) if quick else (64, 128):
             listed += [Shape(arch, dim, "taylor1", option) for option in ("centres", "state in half")]
             listed += [Shape(arch, dim, "taylor2", "low rank")]
             listed += [Shape(arch, dim, "elu", option) for option in OPTIONS]
-            listed += [Shape(arch, dim, name, dtype=dtype) for name in FEATURE_MAPS for dtype in ("float16", "float32")]
+            listed += [Shape(arch, dim, "elu", option, kernel="dq") for option in OPTIONS if option != "state index"]
+            listed += [Shape(arch, dim, "none", option, kernel="dkdv") for option in OPTIONS[2:]]
+            listed += [Shape(arch, dim, "taylor1", "centres", kernel=kernel)
+                       for kernel in ("delta", "dq", "state linear")]  # fmt: skip
+            listed += [Shape(arch, dim, "elu", option, kernel="state elu") for option in ("state index", "packed")]
+            listed += [shape for dtype in ("float16", "float32") for shape in _every_kernel(arch, dim, dtype)]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
         if not quick:
-            listed += [Shape(arch, 32, name) for name in FEATURE_MAPS]
+            listed += _every_kernel(arch, 32)
             listed += [Shape(arch, 256, "taylor2", "low rank"), Shape(arch, 256, "elu", "rows")]
     return listed
+
+
+def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Shape]:
+    """With every feature map that makes a difference to it."""
+    maps = [("forward", name) for name in FEATURE_MAPS] + [("dkdv", "none")]
+    maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
+    maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
+    listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]
+    return listed + [Shape(arch, head_dim, "none", "rows", dtype, f"rows {section}") for section in ("keys", "values")]
 
 
 def examine(shape: Shape) -> dict:
@@ -125,12 +165,13 @@ def examine(shape: Shape) -> dict:
         "exp2": compiled.exp2_in_main_loop, "hazards": compiled.hazards,
     }  # fmt: skip
     faults = list(found["hazards"])
-    if found["spilled"] and shape.arch in _SPILL_FREE and not shape.option and shape.dtype != "float32":
+    optional = shape.option and not shape.kernel.startswith("rows")
+    if found["spilled"] and shape.arch in _SPILL_FREE and not optional and shape.dtype != "float32":
         faults.append(f"spills {found['spilled']} bytes")
     config = shape.config()
     if shape.arch == "sm90" and min(config.block_m, config.block_n) < 64:
         faults.append("a product with a dimension below 64")
-    if not found["tensor_core"]:
+    if not found["tensor_core"] and shape.kernel != "delta":
         faults.append("no tensor-core instruction")
     if compiled.shared > limit:
         faults.append(f"needs {compiled.shared} bytes of shared memory, has {limit}")
@@ -192,5 +233,5 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _name(found: dict) -> str:
-    parts = [found["arch"], f"D={found['head_dim']}", found["feature_map"], found["option"]]
+    parts = [found["arch"], found["kernel"], f"D={found['head_dim']}", found["feature_map"], found["option"]]
     return " ".join(part for part in parts if part) + (f" {found['dtype']}" if found["dtype"] != "bfloat16" else "")

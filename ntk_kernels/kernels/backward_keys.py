@@ -23,20 +23,22 @@ _LN_2 = tl.constexpr(LN_2)
 
 @triton.jit
 def _add_rows(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, seq_q, start,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last, start,
     stop, key_start, key_stop, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
     NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the rows from `start` to `stop` add; only if MASKED may there be some that do not see all keys."""
+    """What the rows from `start` to `stop` add; only if MASKED may there be some that do not see all keys.
+
+    `last` is the end of the rows that see any.
+    """
     for start_m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
-        q = load_tile(q_ptr, start_m, seq_q, stride_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        do = load_tile(do_ptr, start_m, seq_q, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
+        q = load_tile(q_ptr, start_m, last, stride_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        do = load_tile(do_ptr, start_m, last, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
         rows = start_m + tl.arange(0, BLOCK_M)
-        lse = load_lse(lse_ptr, rows, seq_q)[None, :]
-        delta = load_rows(delta_ptr, rows, seq_q)[None, :]
+        lse = load_lse(lse_ptr, rows, last)[None, :]
         s = dot(k, q.T, None, PRECISION)
         if SOFTCAP:
             s = soft_capped(s, scale, softcap)
@@ -45,20 +47,22 @@ def _add_rows(
             s = s * scale
         if MASKED:
             s, visible = masked(
-                s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, seq_q, key_start, key_stop, lower, upper,
+                s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, last, key_start, key_stop, lower, upper,
                 HAS_LOWER, HAS_UPPER,
             )  # fmt: skip
-            visible = visible & (rows < seq_q)[None, :]
-            # 0 · NaN = NaN: rows that see none of the keys must not be there at all.
-            seeing = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
-            q, do = tl.where(seeing, q, 0.0), tl.where(seeing, do, 0.0)
+            visible = visible & (rows < last)[None, :]
+            if mask_ptr is not None:
+                # 0 · NaN = NaN: rows that see none of the keys must not be there at all.
+                seeing = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
+                q, do = tl.where(seeing, q, 0.0), tl.where(seeing, do, 0.0)
             p = tl.where(visible, tl.exp2(s - lse), 0.0)
         else:
             p = tl.exp2(s - lse)
         if NEEDS_DV:
             dv = dot(rounded_to(p, do.dtype), do, dv, PRECISION)
         if NEEDS_DK:
-            ds = p * (dot(v, do.T, None, PRECISION) - delta)
+            delta = load_rows(delta_ptr, rows, last)[None, :]
+            ds = p * dot(v, do.T, tl.zeros_like(p) - delta, PRECISION)
             if SOFTCAP:
                 ds = ds * slope
             if MASKED:
@@ -81,7 +85,7 @@ def _ntk_bwd_dkdv_kernel(
 ):  # fmt: skip
     start_n = tl.program_id(0) % num_tiles * BLOCK_N
     batch_head = tl.program_id(0) // num_tiles
-    head_k = (batch_head % num_heads_k).to(tl.int64)
+    head_k = batch_head % num_heads_k
     batch = (batch_head // num_heads_k).to(tl.int64)
     tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
     first_k, seq_k, key_start, key_stop, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
@@ -92,8 +96,8 @@ def _ntk_bwd_dkdv_kernel(
         HAS_LOWER, HAS_UPPER, mask_ptr is not None,
     )  # fmt: skip
 
-    k_ptr += tensor_batch * stride_k[0] + head_k * stride_k[1] + first_k * stride_k[2]
-    v_ptr += tensor_batch * stride_v[0] + head_k * stride_v[1] + first_k * stride_v[2]
+    k_ptr += tensor_batch * stride_k[0] + tl.cast(head_k, tl.int64) * stride_k[1] + first_k * stride_k[2]
+    v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
     k = load_tile(k_ptr, start_n, seq_k, stride_k[2], BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_ptr, start_n, seq_k, stride_v[2], BLOCK_N, VALUE_DIM, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -101,12 +105,12 @@ def _ntk_bwd_dkdv_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     for g in tl.range(0, group, num_stages=1):
         head = head_k * group + g
-        q_head = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
-        do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
+        q_head = q_ptr + tensor_batch * stride_q[0] + tl.cast(head, tl.int64) * stride_q[1] + first_q * stride_q[2]
+        do_head = do_ptr + tensor_batch * stride_do[0] + tl.cast(head, tl.int64) * stride_do[1] + first_q * stride_do[2]
         first_row = (tensor_batch * num_heads_k * group + head) * stride_rows + first_q
         mask_head = mask_ptr
         if mask_ptr is not None:
-            mask_head += batch * stride_mask[0] + head * stride_mask[1]
+            mask_head += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
         # Tiles that need masks (at the upper edge), tiles that need none, tiles at the lower edge (with a mask all).
         for part in tl.static_range(3):
             if part == 0:
@@ -118,16 +122,18 @@ def _ntk_bwd_dkdv_kernel(
             if (part == 0 and HAS_UPPER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
                 dk, dv = _add_rows(
                     dk, dv, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row, stride_q[2],
-                    stride_do[2], mask_head, stride_mask, offs_n, seq_q, part_start, part_stop, key_start, key_stop,
+                    stride_do[2], mask_head, stride_mask, offs_n, last, part_start, part_stop, key_start, key_stop,
                     lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
                     HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, part != 1, PRECISION, STAGES,
                 )  # fmt: skip
 
+    zero = tl.program_id(1)
+    offs_n = start_n + zero + tl.arange(0, BLOCK_N)
     if dk_ptr is not None:
-        dk_ptr += tensor_batch * stride_dk[0] + head_k * stride_dk[1] + first_k * stride_dk[2]
+        dk_ptr += tensor_batch * stride_dk[0] + tl.cast(head_k, tl.int64) * stride_dk[1] + first_k * stride_dk[2]
         store_tile(dk_ptr, dk * (scale * _LN_2), offs_n, seq_k, stride_dk[2], HEAD_DIM, BLOCK_D)
     if dv_ptr is not None:
-        dv_ptr += tensor_batch * stride_dv[0] + head_k * stride_dv[1] + first_k * stride_dv[2]
+        dv_ptr += tensor_batch * stride_dv[0] + tl.cast(head_k, tl.int64) * stride_dv[1] + first_k * stride_dv[2]
         store_tile(dv_ptr, dv, offs_n, seq_k, stride_dv[2], VALUE_DIM, BLOCK_DV)
 
 

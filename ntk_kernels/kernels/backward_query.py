@@ -17,7 +17,7 @@ from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .launch import Call, Launch, options_of, strides
 from .prefix import locate_state
-from .prefix_backward import add_linear_term, add_own_rows
+from .prefix_backward import add_own_rows, linear_term_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
 
@@ -27,12 +27,15 @@ _LN_2 = tl.constexpr(LN_2)
 @triton.jit
 def _add_keys(
     dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, mask_ptr, stride_mask, offs_m, seq_q, start, stop,
-    visible_stop, lower, upper, scale, softcap,
+    visible_stop, lower, upper, scale, softcap, factor,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq + Σ_j dS_ij k_j over keys from `start` to `stop`; only if MASKED may there be some that a row does not see."""
+    """dq + factor · Σ_j dS_ij k_j over keys from `start` to `stop`.
+
+    Only if MASKED may there be some that a row does not see.
+    """
     for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         k = load_tile(k_ptr, start_n, visible_stop, stride_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         v = load_tile(v_ptr, start_n, visible_stop, stride_v, BLOCK_N, VALUE_DIM, BLOCK_DV, MASKED)
@@ -48,10 +51,13 @@ def _add_keys(
                 s, offs_m[:, None], keys, mask_ptr, stride_mask, seq_q, start, visible_stop, lower, upper, HAS_LOWER,
                 HAS_UPPER,
             )  # fmt: skip
-            # 0 · NaN = NaN: keys that no row sees must not be there at all.
-            seen = tl.max((visible & (offs_m < seq_q)[:, None]).to(tl.int32), 0) > 0
-            k = tl.where(seen[:, None], k, 0.0)
+            if mask_ptr is not None:
+                # 0 · NaN = NaN: keys that no row sees must not be there at all.
+                seen = tl.max((visible & (offs_m < seq_q)[:, None]).to(tl.int32), 0) > 0
+                k = tl.where(seen[:, None], k, 0.0)
         ds = tl.exp2(s - lse[:, None]) * (dot(do, v.T, None, PRECISION) - delta[:, None])
+        if not POSITIVE_SCALE:
+            ds = ds * factor
         if SOFTCAP:
             ds = ds * slope
         if MASKED:
@@ -66,8 +72,8 @@ def _ntk_bwd_dq_kernel(
     stride_q, stride_k, stride_v, stride_do, stride_mask, stride_dq, stride_rows,
     seq_q, seq_k, num_tiles, num_heads, group, lower, upper, scale, softcap, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % num_tiles
@@ -84,18 +90,37 @@ def _ntk_bwd_dq_kernel(
     row_mask = (rows < seq_q)[:, None]
     q_ptr += tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
     do_ptr += tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
+    q_rows = q_ptr + rows.to(tl.int64)[:, None] * stride_q[2]
+    do_rows = do_ptr + rows.to(tl.int64)[:, None] * stride_do[2]
     q = load_tile(q_ptr, start_m, seq_q, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_ptr, start_m, seq_q, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
     state_head, num_centers, num_rows = locate_state(state, head, batch)
     first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if FEATURE_MAP is None:
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        dlogw_head = dlogw_ptr
+        first_weight = first_row + (tensor_batch * num_heads + head) * (state.num_centers - 1) * stride_rows
+        if dlogw_ptr is not None:
+            dlogw_head += first_weight
+        dq = linear_term_grad(
+            q, do, q_rows, do_rows, row_mask, rows, seq_q, state, state_head, num_centers, row_terms.weights + first_weight,
+            load_rows(row_terms.mass_delta + first_row, rows, seq_q), dlogw_head, stride_rows, scale, feature_scale,
+            FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PREFIX_PRECISION,
+            OPERAND, STAGES,
+        )  # fmt: skip
     if dq_ptr is not None:
         lse = load_lse(row_terms.lse + first_row, rows, seq_q)
         delta = load_rows(row_terms.delta + first_row, rows, seq_q)
+        # scale · P_ij = e^{s_ij - (lse_i - log(scale))}: the factor of dS costs nothing.
+        factor = scale * _LN_2
+        if POSITIVE_SCALE:
+            lse -= tl.log2(factor)
+            factor = 1.0
         if state.row_keys is not None:
             dq = add_own_rows(
-                dq, q, do, lse, delta, state, state_head, num_rows, scale, HEAD_DIM, VALUE_DIM, BLOCK_M, CHUNK, BLOCK_D,
-                BLOCK_DV, PREFIX_PRECISION, LOGIT_PRECISION,
+                dq, q_rows, do_rows, row_mask, lse, delta, factor, state, state_head, num_rows, scale, q.dtype,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PREFIX_PRECISION, LOGIT_PRECISION,
             )  # fmt: skip
         first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
         start_n, middle_start, middle_stop, stop_n = keys_of_rows(
@@ -118,30 +143,11 @@ def _ntk_bwd_dq_kernel(
             if (part == 0 and HAS_LOWER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
                 dq = _add_keys(
                     dq, q, do, lse, delta, k_ptr, v_ptr, stride_k[2], stride_v[2], mask_ptr, stride_mask, rows, seq_q,
-                    part_start, part_stop, stop_n, lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-                    BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, part != 1, PRECISION, STAGES,
+                    part_start, part_stop, stop_n, lower, upper, scale, softcap, factor, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
+                    BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, part != 1, PRECISION, STAGES,
                 )  # fmt: skip
-        dq = dq * (scale * _LN_2)
-
-    if FEATURE_MAP is not None:
-        # 0, but the compiler does not know (as in forward.py): no address is held through the loop over the keys.
-        zero = tl.program_id(1)
+        zero = tl.program_id(1)  # 0, which the compiler does not know: no address is held through the loops
         rows = start_m + zero + tl.arange(0, BLOCK_M)
-        row_mask = (rows < seq_q)[:, None]
-        first_row += zero
-        dlogw_head = dlogw_ptr
-        first_weight = first_row + (tensor_batch * num_heads + head) * (state.num_centers - 1) * stride_rows
-        if dlogw_ptr is not None:
-            dlogw_head += first_weight
-        dq = add_linear_term(
-            dq, q, do, q_ptr + rows.to(tl.int64)[:, None] * stride_q[2],
-            do_ptr + rows.to(tl.int64)[:, None] * stride_do[2], row_mask, rows, seq_q, state, state_head + zero,
-            num_centers, row_terms.weights + first_weight,
-            load_rows(row_terms.mass_delta + first_row, rows, seq_q), dlogw_head, stride_rows, scale, feature_scale,
-            FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PREFIX_PRECISION,
-            OPERAND, STAGES,
-        )  # fmt: skip
-    if dq_ptr is not None:
         dq_ptr += tensor_batch * stride_dq[0] + head * stride_dq[1] + first_q * stride_dq[2]
         store_tile(dq_ptr, dq, rows, seq_q, stride_dq[2], HEAD_DIM, BLOCK_D)
 
@@ -159,5 +165,6 @@ def dq_launch(
         call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
     )  # fmt: skip
     constants = call.flags | call.prefix | call.sizes
+    constants |= {"POSITIVE_SCALE": call.scale > 0}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
     return Launch(_ntk_bwd_dq_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))

@@ -25,12 +25,15 @@ from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import elu_of, load_columns, pair_start, square_start
 from .launch import Call, Launch, options_of, strides
-from .prefix_backward import row_logits
-from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, state_dot
+from .prefix_backward import own_rows_grad
+from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
 from .visibility import locate_rows
 
 _LN_2 = tl.constexpr(LN_2)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+ROW_SECTIONS = {"values": ("row_values",), "keys": ("row_keys", "row_bias")}  # a launch each
 
 
 class StateGrads(NamedTuple):
@@ -48,9 +51,10 @@ class StateGrads(NamedTuple):
 @triton.jit
 def _uses(state, batch, number):
     """Whether a batch row uses the state `number`."""
-    if state.index is None:
-        return True
-    return tl.load(state.index + batch) == number
+    used = number == number
+    if state.index is not None:
+        used = tl.load(state.index + batch) == number
+    return used
 
 
 @triton.jit
@@ -162,17 +166,14 @@ def _ntk_bwd_rows_kernel(
     seq_q, batch, num_heads, splits, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PREFIX_PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     number, head_of_state = tl.program_id(1) // state.num_heads, tl.program_id(1) % state.num_heads
     split = tl.program_id(2)
     start_n = tl.program_id(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     state_head = tl.program_id(1).to(tl.int64)
-    keys = state.row_keys + state_head * state.num_rows * HEAD_DIM
-    values = state.row_values + state_head * state.num_rows * VALUE_DIM
-    k = load_tile(keys, start_n, state.num_rows, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(values, start_n, state.num_rows, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_DV, True)
+    MODEL: tl.constexpr = q_ptr.dtype.element_ty
     dk = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     dv = tl.zeros([BLOCK_DV, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_N], tl.float32)
@@ -188,20 +189,23 @@ def _ntk_bwd_rows_kernel(
                 rows = start_m + tl.arange(0, BLOCK_M)
                 q_head = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
                 do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
-                q = load_tile(q_head, start_m, length, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
-                do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
                 first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
-                lse = load_lse(row_terms.lse + first_row, rows, length)[:, None]
-                delta = load_rows(row_terms.delta + first_row, rows, length)[:, None]
-                s = row_logits(
-                    q, k, state, state_head, offs_n, state.num_rows, scale, BLOCK_M, BLOCK_N, LOGIT_PRECISION
-                )
-                p = tl.exp2(s - lse)
-                dp = state_dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q.dtype, 2, PREFIX_PRECISION)
-                ds = p * (dp - delta)
-                dv = dot(do.T, rounded_to(p, do.dtype), dv, PRECISION)
-                dk = dot(q.T, rounded_to(ds, q.dtype), dk, PRECISION)
-                dbias += tl.sum(ds, 0)
+                p, ds = own_rows_grad(
+                    q_head + rows.to(tl.int64)[:, None] * stride_q[2],
+                    do_head + rows.to(tl.int64)[:, None] * stride_do[2], (rows < length)[:, None],
+                    load_lse(row_terms.lse + first_row, rows, length),
+                    load_rows(row_terms.delta + first_row, rows, length), state, state_head, start_n, scale,
+                    grads.row_values is None, MODEL, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CHUNK, PREFIX_PRECISION,
+                    LOGIT_PRECISION,
+                )  # fmt: skip
+                if grads.row_values is not None:
+                    do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
+                    dv = dot(do.T, rounded_to(p, MODEL), dv, PRECISION)
+                if grads.row_keys is not None:
+                    q = load_tile(q_head, start_m, length, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                    dk = dot(q.T, rounded_to(ds, MODEL), dk, PRECISION)
+                if grads.row_bias is not None:
+                    dbias += tl.sum(ds, 0)
             first = _first_tile_of_next(first, num_tiles, splits)
 
     first_row = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * state.num_rows
@@ -247,15 +251,18 @@ def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, gr
     return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
 
 
-def rows_launch(call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int) -> Launch:
-    """The launch that fills `grads.row_keys`, `.row_values` and `.row_bias`."""
+def rows_launch(
+    call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int, section: str
+) -> Launch:
+    """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
+    grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
     config = call.candidates("rows")[0]
     num_states = call.state.row_keys.shape[0]
     args = (
         call.query, grad_out, call.state, call.sequences, row_terms, grads, strides(call.query), strides(grad_out),
         row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, splits, call.scale * LOG2_E,
     )  # fmt: skip
-    constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION")}
+    constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION", "CHUNK")}
     constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     grid = (triton.cdiv(call.state.num_rows, config.block_n), num_states * call.state.num_heads, splits)
@@ -279,7 +286,9 @@ def run_state_backward(
     if of_rows:
         config = call.candidates("rows")[0]
         sums = _partial_sums(call, of_rows, triton.cdiv(call.state.num_rows, config.block_n), config)
-        rows_launch(call, grad_out, row_terms, *sums)()
+        for section, names in ROW_SECTIONS.items():
+            if wanted.keys() & set(names):
+                rows_launch(call, grad_out, row_terms, *sums, section)()
         gradients |= _added_up(sums[0], wanted)
     return gradients
 

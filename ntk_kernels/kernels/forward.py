@@ -170,16 +170,8 @@ def _ntk_fwd_kernel(
     tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
 
 
-def ntk_fwd_launch(query, key, value, out, lse, *, config=None, **arguments) -> Launch:
-    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]; other arguments as `prepare` takes them.
-
-    Works on meta tensors, to compile without a GPU.
-    """
-    call = prepare(query, key, value, **arguments)
-    return _launch(call, out, lse, call.candidates("forward")[0] if config is None else config)
-
-
-def _launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
+def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
+    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
     query, key, value = call.query, call.key, call.value
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     descriptors = (None, None)
@@ -209,4 +201,4 @@ def _launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
 def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
     """Fills `out` and `lse`."""
     call = prepare(query, key, value, **arguments)
-    run_with_best_tiles(call, "forward", partial(_launch, call, out, lse))
+    run_with_best_tiles(call, "forward", partial(fwd_launch, call, out, lse))

@@ -10,7 +10,22 @@ from .features import elu_of, load_columns, pair_start, row_dot, square_start
 from .tiles import LN_2, LOG2_E, load_tile, state_dot
 
 _LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2 = tl.constexpr(1.4142135623730951)
+
+
+@triton.jit
+def dot_rows(
+    acc, a_rows, row_mask, b_ptr, num_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MODEL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [M, BLOCK] + a @ bᵀ for rows a [M, DIM] of the model and b [num_rows, DIM] of a state, CHUNK columns a step."""
+    rows = tl.arange(0, BLOCK)[None, :]
+    for start in tl.range(0, DIM, CHUNK, num_stages=1):
+        a = load_columns(a_rows, row_mask, start, DIM, CHUNK)
+        columns = start + tl.arange(0, CHUNK)[:, None]
+        b = tl.load(b_ptr + rows * DIM + columns, mask=(rows < num_rows) & (columns < DIM), other=0.0)
+        acc = state_dot(a, b, acc, MODEL, PARTS, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -20,30 +35,22 @@ def grad_of_features(
 ):  # fmt: skip
     """[M, BLOCK_D]: Z_f·dO_i - k_f Δ'_i for the HEAD_DIM features whose rows of z and k begin at the pointers."""
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    grad = dot_rows(grad, do_rows, row_mask, z_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, OPERAND, 2, PRECISION)
     features = tl.arange(0, BLOCK_D)
-    for start in tl.range(0, VALUE_DIM, CHUNK, num_stages=1):
-        do = load_columns(do_rows, row_mask, start, VALUE_DIM, CHUNK)
-        columns = start + tl.arange(0, CHUNK)
-        z = tl.load(
-            z_ptr + features[None, :] * VALUE_DIM + columns[:, None],
-            mask=(features < HEAD_DIM)[None, :] & (columns < VALUE_DIM)[:, None], other=0.0,
-        )  # fmt: skip
-        grad = state_dot(do, z, grad, OPERAND, 2, PRECISION)
     k = tl.load(k_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
     return grad - mass_delta[:, None] * k[None, :]
 
 
 @triton.jit
-def grad_of_pairs(
-    do, q_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+def add_pairs_grad(
+    dx, do, q_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[M, BLOCK_D]: Σ_{a≠b} q_a (Z_ab·dO_i - k_ab Δ'_i) for each b: the gradient of x_b but for feature_scale².
+    """dx + Σ_{a≠b} x_a (Z_ab·dO_i - k_ab Δ'_i), [M, BLOCK_D] for every b.
 
     Each pair is read twice, for x_a and for x_b, so that nothing has to be added to a single column of a tile.
     """
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     columns = tl.arange(0, BLOCK_DV)[:, None]
     b = tl.arange(0, BLOCK_D)
     for a in tl.range(0, HEAD_DIM, num_stages=STAGES):
@@ -53,55 +60,60 @@ def grad_of_pairs(
             z_ptr + pair[None, :] * VALUE_DIM + columns, mask=exists[None, :] & (columns < VALUE_DIM), other=0.0
         )
         k = tl.load(k_ptr + pair, mask=exists, other=0.0).to(tl.float32)
-        q_a = tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
-        grad = state_dot(do, z, None, OPERAND, 1, PRECISION)
-        total += q_a * (grad - mass_delta[:, None] * k[None, :])
-    return total
+        x_a = feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
+        dx += x_a * (state_dot(do, z, None, OPERAND, 1, PRECISION) - mass_delta[:, None] * k[None, :])
+    return dx
 
 
 @triton.jit
-def add_linear_term(
-    dq, q, do, q_rows, do_rows, row_mask, rows, seq_q, state, head, num_centers, weights_ptr, mass_delta, dlogw_ptr,
+def linear_term_grad(
+    q, do, q_rows, do_rows, row_mask, rows, seq_q, state, head, num_centers, weights_ptr, mass_delta, dlogw_ptr,
     stride_rows, scale, feature_scale, FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq + the gradient through features and weights of the linear-attention term; stores dlogw if asked to."""
-    x = q.to(tl.float32) * feature_scale
+    """dq [M, BLOCK_D] through features and weights of the linear-attention term; stores dlogw if asked to."""
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for c in tl.range(0, num_centers, num_stages=1):
         center = head * state.num_centers + c
         z_ptr, k_ptr = state.z + center * NUM_FEATURES * VALUE_DIM, state.k + center * NUM_FEATURES
         u = tl.load(weights_ptr + c * tl.cast(stride_rows, tl.int64) + rows, mask=rows < seq_q, other=0.0)
-        if FEATURE_MAP == "elu":
-            grad = grad_of_features(
-                do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PRECISION,
-                OPERAND,
-            )  # fmt: skip
-            phi = elu_of(x)
-            dlogw = tl.sum(grad * phi, 1)
-            dx = grad * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
-        else:
-            dx = grad_of_features(
-                do_rows, row_mask, mass_delta, z_ptr + VALUE_DIM, k_ptr + 1, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D,
-                CHUNK, PRECISION, OPERAND,
-            )  # fmt: skip
+        if FEATURE_MAP != "elu":
             dlogw = row_dot(do_rows, row_mask, z_ptr, VALUE_DIM, BLOCK_M, CHUNK)
-            dlogw += tl.sum(dx * x, 1) - mass_delta * tl.load(k_ptr).to(tl.float32)
-            if FEATURE_MAP == "taylor2":
-                first = square_start(HEAD_DIM)
-                squares = grad_of_features(
-                    do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
-                    BLOCK_M, BLOCK_D, CHUNK, PRECISION, OPERAND,
-                )  # fmt: skip
-                squares = squares * x * _SQRT_HALF
-                pairs = feature_scale * grad_of_pairs(
-                    do, q_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV,
-                    PRECISION, OPERAND, STAGES,
-                )  # fmt: skip
-                dlogw += tl.sum((squares + 0.5 * pairs) * x, 1)
-                dx += 2.0 * squares + pairs
+            dlogw -= mass_delta * tl.load(k_ptr).to(tl.float32)
+            z_ptr += VALUE_DIM
+            k_ptr += 1
+        dx = grad_of_features(
+            do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PRECISION,
+            OPERAND,
+        )  # fmt: skip
+        x = q.to(tl.float32) * feature_scale
+        if FEATURE_MAP == "elu":
+            phi = elu_of(x)
+            dlogw = tl.sum(dx * phi, 1)
+            dx = dx * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
+        elif FEATURE_MAP == "taylor1":
+            dlogw += tl.sum(dx * x, 1)
+        else:
+            # φ·(Z dO - k Δ') = first order + second order, and x·dx = first order + 2 · second order.
+            dlogw += 0.5 * tl.sum(dx * x, 1)
+            first = square_start(HEAD_DIM) - 1
+            squares = grad_of_features(
+                do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
+                BLOCK_M, BLOCK_D, CHUNK, PRECISION, OPERAND,
+            )  # fmt: skip
+            dx += (_SQRT_2 * feature_scale) * q.to(tl.float32) * squares
+            dx = add_pairs_grad(
+                dx, do, q_rows, row_mask, mass_delta, z_ptr - VALUE_DIM, k_ptr - 1, feature_scale, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES,
+            )  # fmt: skip
+            dlogw += 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
         dlogw = u * dlogw
-        dq += (feature_scale * u)[:, None] * dx
+        dx = (feature_scale * u)[:, None] * dx
+        if FEATURE_MAP == "taylor1":
+            dq += dx
+        else:  # has one centre
+            dq = dx
         if state.centers is not None:
             columns = tl.arange(0, BLOCK_D)
             mu = tl.load(state.centers + center * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
@@ -112,31 +124,49 @@ def add_linear_term(
 
 
 @triton.jit
-def row_logits(q, k, state, head, rows, num_rows, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    """[M, N] logits of a tile k of the state's own rows, -inf beyond the last."""
-    s = state_dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q.dtype, 3, PRECISION) * scale
+def own_rows_grad(
+    q_rows, do_rows, row_mask, lse, delta, state, head, start, scale, NEEDS_DS: tl.constexpr, MODEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS [M, N] of the state's own rows from `start` on; dS is 0 unless NEEDS_DS."""
+    left = state.num_rows - start
+    first = head * state.num_rows + start
+    rows = tl.arange(0, BLOCK_N)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    s = dot_rows(
+        s, q_rows, row_mask, state.row_keys + first * HEAD_DIM, left, HEAD_DIM, BLOCK_N, CHUNK, MODEL, 3,
+        LOGIT_PRECISION,
+    )  # fmt: skip
+    s = s * scale
     if state.row_bias is not None:
-        bias = tl.load(state.row_bias + head * state.num_rows + rows, mask=rows < num_rows, other=0.0)
+        bias = tl.load(state.row_bias + first + rows, mask=rows < left, other=0.0)
         s += bias.to(tl.float32)[None, :] * _LOG2_E
-    return tl.where((rows < num_rows)[None, :], s, -float("inf"))
+    p = tl.where((rows < left)[None, :], tl.exp2(s - lse[:, None]), 0.0)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if NEEDS_DS:
+        ds = dot_rows(
+            ds, do_rows, row_mask, state.row_values + first * VALUE_DIM, left, VALUE_DIM, BLOCK_N, CHUNK, MODEL, 2,
+            PRECISION,
+        )  # fmt: skip
+        ds = p * (ds - delta[:, None])
+    return p, ds
 
 
 @triton.jit
 def add_own_rows(
-    dq, q, do, lse, delta, state, head, num_rows, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
+    dq, q_rows, do_rows, row_mask, lse, delta, factor, state, head, num_rows, scale, MODEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq + Σ_j dS_ij κ_j over the state's own rows."""
-    keys = state.row_keys + head * state.num_rows * HEAD_DIM
-    values = state.row_values + head * state.num_rows * VALUE_DIM
-    for start in tl.range(0, num_rows, BLOCK_N, num_stages=1):
-        k = load_tile(keys, start, num_rows, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        v = load_tile(values, start, num_rows, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_DV, True)
-        rows = start + tl.arange(0, BLOCK_N)
-        s = row_logits(q, k, state, head, rows, num_rows, scale, BLOCK_M, BLOCK_N, LOGIT_PRECISION)
-        p = tl.exp2(s - lse[:, None])
-        dp = state_dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q.dtype, 2, PRECISION)
-        dq = state_dot(p * (dp - delta[:, None]), k, dq, q.dtype, 2, PRECISION)
+    """dq + factor · Σ_j dS_ij κ_j over the state's own rows."""
+    for start in tl.range(0, num_rows, CHUNK, num_stages=1):
+        _, ds = own_rows_grad(
+            q_rows, do_rows, row_mask, lse, delta, state, head, start, scale, True, MODEL, HEAD_DIM, VALUE_DIM, BLOCK_M,
+            CHUNK, CHUNK, PRECISION, LOGIT_PRECISION,
+        )  # fmt: skip
+        k = load_tile(
+            state.row_keys + head * state.num_rows * HEAD_DIM, start, num_rows, HEAD_DIM, CHUNK, HEAD_DIM, BLOCK_D, True
+        )
+        dq = state_dot(factor * ds, k, dq, MODEL, 2, PRECISION)
     return dq
