@@ -102,6 +102,8 @@ class Shape:
             "forward": lambda: fwd_launch(call, out, lse, config),
             "delta": lambda: delta_launch(call, grad, None, out, terms),
             "dkdv": lambda: dkdv_launch(call, grad, terms, key, value, config),
+            "dk": lambda: dkdv_launch(call, grad, terms, key, None, config),
+            "dv": lambda: dkdv_launch(call, grad, terms, None, value, config),
             "dq": lambda: dq_launch(call, grad, terms, query, dlogw, config),
             "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section),
             "rows": lambda: rows_launch(call, grad, terms, sums, 2, section),
@@ -148,7 +150,8 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
 
 def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Shape]:
     """With every feature map that makes a difference to it."""
-    maps = [("forward", name) for name in FEATURE_MAPS] + [("dkdv", "none")]
+    maps = [("forward", name) for name in FEATURE_MAPS]
+    maps += [(kernel, "none") for kernel in (("dkdv",) if head_dim <= 128 else ("dk", "dv"))]
     maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
     maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
     listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]

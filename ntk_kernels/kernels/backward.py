@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from .backward_delta import RowTerms, delta_launch
-from .backward_keys import dkdv_launch
+from .backward_keys import run_dkdv
 from .backward_query import dq_launch
 from .backward_state import run_state_backward
 from .launch import Call, made_addressable, prepare, run_with_best_tiles
@@ -43,8 +43,7 @@ def run_ntk_bwd(
     row_terms = _row_terms(call, lse)
     delta_launch(call, grad_out, grad_lse, out, row_terms)()
     grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
-    if grad_key is not None or grad_value is not None:
-        run_with_best_tiles(call, "dkdv", partial(dkdv_launch, call, grad_out, row_terms, grad_key, grad_value))
+    run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
     if grad_query is not None or grad_log_weights is not None:
         run_with_best_tiles(call, "dq", partial(dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights))
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)

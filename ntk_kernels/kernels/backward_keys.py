@@ -5,16 +5,21 @@
 summed over the rows i that see key j and the query heads that share it, in a fixed order. Scores are taken transposed,
 [N, M]: P and dS are then the left sides of products, which Hopper reads from registers.
 
-Grid: one program for each tile of BLOCK_N keys, key/value head and batch row (or packed sequence), those of a head side
-by side, so that they share the queries in the L2 cache.
+Wide gradients are cut into PARTS of their columns, a program each, as no tile of them fits into the registers.
+
+Grid: (tiles of BLOCK_N keys · key/value heads · batch rows or packed sequences, PARTS). The tiles of a head lie side by
+side, so that they share the queries in the L2 cache.
 """
+
+from functools import partial
 
 import triton
 import triton.language as tl
 
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .launch import Call, Launch, options_of, strides
+from .features import load_columns
+from .launch import Call, Launch, options_of, run_with_best_tiles, strides
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
 from .visibility import locate_keys, locate_rows, masked, rows_of_keys, soft_capped
 
@@ -22,8 +27,15 @@ _LN_2 = tl.constexpr(LN_2)
 
 
 @triton.jit
+def _part_of(ptr, start, row_mask, stride, part, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of the rows from `start` on of a matrix with DIM columns."""
+    rows = ptr + start * tl.cast(stride, tl.int64) + tl.arange(0, ROWS)[:, None] * stride
+    return load_columns(rows, row_mask, part * COLUMNS, DIM, COLUMNS)
+
+
+@triton.jit
 def _add_rows(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last, start,
+    dk, dv, part, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last, start,
     stop, key_start, key_stop, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -39,6 +51,7 @@ def _add_rows(
         do = load_tile(do_ptr, start_m, last, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
         rows = start_m + tl.arange(0, BLOCK_M)
         lse = load_lse(lse_ptr, rows, last)[None, :]
+        row_mask = (rows < last)[:, None]
         s = dot(k, q.T, None, PRECISION)
         if SOFTCAP:
             s = soft_capped(s, scale, softcap)
@@ -53,13 +66,16 @@ def _add_rows(
             visible = visible & (rows < last)[None, :]
             if mask_ptr is not None:
                 # 0 · NaN = NaN: rows that see none of the keys must not be there at all.
-                seeing = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
-                q, do = tl.where(seeing, q, 0.0), tl.where(seeing, do, 0.0)
+                row_mask = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
+                q, do = tl.where(row_mask, q, 0.0), tl.where(row_mask, do, 0.0)
             p = tl.where(visible, tl.exp2(s - lse), 0.0)
         else:
             p = tl.exp2(s - lse)
         if NEEDS_DV:
-            dv = dot(rounded_to(p, do.dtype), do, dv, PRECISION)
+            do_part = do
+            if dv.shape[1] != BLOCK_DV:
+                do_part = _part_of(do_ptr, start_m, row_mask, stride_do, part, VALUE_DIM, BLOCK_M, dv.shape[1])
+            dv = dot(rounded_to(p, do.dtype), do_part, dv, PRECISION)
         if NEEDS_DK:
             delta = load_rows(delta_ptr, rows, last)[None, :]
             ds = p * dot(v, do.T, tl.zeros_like(p) - delta, PRECISION)
@@ -67,7 +83,10 @@ def _add_rows(
                 ds = ds * slope
             if MASKED:
                 ds = tl.where(visible, ds, 0.0)
-            dk = dot(rounded_to(ds, q.dtype), q, dk, PRECISION)
+            q_part = q
+            if dk.shape[1] != BLOCK_D:
+                q_part = _part_of(q_ptr, start_m, row_mask, stride_q, part, HEAD_DIM, BLOCK_M, dk.shape[1])
+            dk = dot(rounded_to(ds, q.dtype), q_part, dk, PRECISION)
     return dk, dv
 
 
@@ -81,7 +100,7 @@ def _ntk_bwd_dkdv_kernel(
     seq_q, seq_k, num_tiles, num_heads_k, group, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start_n = tl.program_id(0) % num_tiles * BLOCK_N
     batch_head = tl.program_id(0) // num_tiles
@@ -100,8 +119,9 @@ def _ntk_bwd_dkdv_kernel(
     v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
     k = load_tile(k_ptr, start_n, seq_k, stride_k[2], BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_ptr, start_n, seq_k, stride_v[2], BLOCK_N, VALUE_DIM, BLOCK_DV, True)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    part = tl.program_id(1)
+    dk = tl.zeros([BLOCK_N, BLOCK_D // PARTS], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV // PARTS], tl.float32)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     for g in tl.range(0, group, num_stages=1):
         head = head_k * group + g
@@ -112,29 +132,28 @@ def _ntk_bwd_dkdv_kernel(
         if mask_ptr is not None:
             mask_head += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
         # Tiles that need masks (at the upper edge), tiles that need none, tiles at the lower edge (with a mask all).
-        for part in tl.static_range(3):
-            if part == 0:
-                part_start, part_stop = first, tl.minimum(middle_first, last)
-            elif part == 1:
-                part_start, part_stop = middle_first, middle_last
+        for section in tl.static_range(3):
+            if section == 0:
+                from_row, to_row = first, tl.minimum(middle_first, last)
+            elif section == 1:
+                from_row, to_row = middle_first, middle_last
             else:
-                part_start, part_stop = middle_last, last
-            if (part == 0 and HAS_UPPER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
+                from_row, to_row = middle_last, last
+            if (section == 0 and HAS_UPPER and mask_ptr is None) or (section == 1 and mask_ptr is None) or section == 2:
                 dk, dv = _add_rows(
-                    dk, dv, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row, stride_q[2],
-                    stride_do[2], mask_head, stride_mask, offs_n, last, part_start, part_stop, key_start, key_stop,
+                    dk, dv, part, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row, stride_q[2],
+                    stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start, key_stop,
                     lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
-                    HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, part != 1, PRECISION, STAGES,
+                    HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, section != 1, PRECISION, STAGES,
                 )  # fmt: skip
 
-    zero = tl.program_id(1)
-    offs_n = start_n + zero + tl.arange(0, BLOCK_N)
+    offs_n = start_n + tl.program_id(2) + tl.arange(0, BLOCK_N)  # + 0, so that no address is held through the loops
     if dk_ptr is not None:
         dk_ptr += tensor_batch * stride_dk[0] + tl.cast(head_k, tl.int64) * stride_dk[1] + first_k * stride_dk[2]
-        store_tile(dk_ptr, dk * (scale * _LN_2), offs_n, seq_k, stride_dk[2], HEAD_DIM, BLOCK_D)
+        store_tile(dk_ptr, dk * (scale * _LN_2), offs_n, seq_k, stride_dk[2], part, HEAD_DIM, BLOCK_D // PARTS)
     if dv_ptr is not None:
         dv_ptr += tensor_batch * stride_dv[0] + tl.cast(head_k, tl.int64) * stride_dv[1] + first_k * stride_dv[2]
-        store_tile(dv_ptr, dv, offs_n, seq_k, stride_dv[2], VALUE_DIM, BLOCK_DV)
+        store_tile(dv_ptr, dv, offs_n, seq_k, stride_dv[2], part, VALUE_DIM, BLOCK_DV // PARTS)
 
 
 def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value, config: configs.TileConfig) -> Launch:
@@ -148,5 +167,19 @@ def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value,
         call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap,
     )  # fmt: skip
     constants = call.flags | call.sizes
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
-    return Launch(_ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch,), args, constants, options_of(config))
+    constants |= {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PARTS": config.parts, "STAGES": config.num_stages,
+    }  # fmt: skip
+    return Launch(
+        _ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch, config.parts), args, constants, options_of(config)
+    )
+
+
+def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:
+    """Fills `grad_key` and `grad_value`, each may be None."""
+    targets = {"dkdv": (grad_key, grad_value)}
+    if max(call.blocks.block_d, call.blocks.block_dv) > 128:
+        targets = {"dk": (grad_key, None), "dv": (None, grad_value)}
+    for kernel, grads in targets.items():
+        if grads != (None, None):
+            run_with_best_tiles(call, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))

@@ -104,7 +104,7 @@ def _ntk_bwd_dq_kernel(
         if dlogw_ptr is not None:
             dlogw_head += first_weight
         dq = linear_term_grad(
-            q, do, q_rows, do_rows, row_mask, rows, seq_q, state, state_head, num_centers, row_terms.weights + first_weight,
+            q, q_rows, do_rows, row_mask, rows, seq_q, state, state_head, num_centers, row_terms.weights + first_weight,
             load_rows(row_terms.mass_delta + first_row, rows, seq_q), dlogw_head, stride_rows, scale, feature_scale,
             FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PREFIX_PRECISION,
             OPERAND, STAGES,
@@ -149,7 +149,7 @@ def _ntk_bwd_dq_kernel(
         zero = tl.program_id(1)  # 0, which the compiler does not know: no address is held through the loops
         rows = start_m + zero + tl.arange(0, BLOCK_M)
         dq_ptr += tensor_batch * stride_dq[0] + head * stride_dq[1] + first_q * stride_dq[2]
-        store_tile(dq_ptr, dq, rows, seq_q, stride_dq[2], HEAD_DIM, BLOCK_D)
+        store_tile(dq_ptr, dq, rows, seq_q, stride_dq[2], 0, HEAD_DIM, BLOCK_D)
 
 
 def dq_launch(

@@ -251,9 +251,7 @@ def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, gr
     return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
 
 
-def rows_launch(
-    call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int, section: str
-) -> Launch:
+def rows_launch(call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int, section: str) -> Launch:
     """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
     grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
     config = call.candidates("rows")[0]

@@ -23,10 +23,12 @@ class TileConfig:
     num_stages: int
     max_registers: int | None = None  # a thread, so that two programs fit on a multiprocessor
     use_descriptors: bool = False  # of K and V (TMA), where their memory allows it
+    parts: int = 1  # programs that share the columns of dK and dV
 
     def __str__(self) -> str:
         text = f"{self.block_m}x{self.block_n} {self.num_warps}w {self.num_stages}s"
-        return text + (f" r{self.max_registers}" if self.max_registers else "") + " tma" * self.use_descriptors
+        text += f" r{self.max_registers}" if self.max_registers else ""
+        return text + " tma" * self.use_descriptors + f" /{self.parts}" * (self.parts > 1)
 
 
 class Blocks(NamedTuple):
@@ -195,68 +197,95 @@ _FORWARD = {
 
 _DKDV = {
     "sm90": {
-        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),)},
         "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
     },
     "sm80": {
-        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 64, 8, 1),)},
+        "plain": {64: (_T(64, 128, 8, 2), _T(64, 64, 4, 2)), 128: (_T(64, 64, 8, 2),)},
         "float32": {64: (_T(32, 32, 4, 1),), 128: (_T(32, 32, 8, 1),)},
     },
     "sm100": {
-        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2),)},
         "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 64, 8, 1),)},
     },
     "gfx942": {
-        "plain": {64: (_T(32, 128, 4, 1),), 128: (_T(32, 64, 4, 1),), 256: (_T(16, 64, 8, 1),)},
+        "plain": {64: (_T(32, 128, 4, 1),), 128: (_T(32, 64, 4, 1),)},
         "float32": {64: (_T(16, 64, 4, 1),), 128: (_T(16, 32, 4, 1),)},
     },
 }
+# For wide heads, where the two do not fit into the registers together, a launch each.
+_DK = {
+    "sm90": {"plain": {256: (_T(64, 64, 8, 2, parts=4), _T(64, 64, 8, 2))}},
+    "sm80": {"plain": {256: (_T(64, 64, 8, 1), _T(32, 64, 8, 1))}},
+    "sm100": {"plain": {256: (_T(32, 64, 8, 1),)}},
+    "gfx942": {"plain": {256: (_T(16, 64, 4, 1),)}},
+}
+_DV = {
+    "sm90": {"plain": {256: (_T(64, 64, 8, 2),)}},
+    "sm80": {"plain": {256: (_T(64, 64, 8, 1), _T(32, 64, 8, 1))}},
+    "sm100": {"plain": {256: (_T(64, 64, 8, 1),)}},
+    "gfx942": {"plain": {256: (_T(32, 64, 4, 1),)}},
+}
 _DQ = {
     "sm90": {
-        "plain": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 64, 8, 1),)},
+        "plain": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 64, 8, 2),)},
+        "taylor2": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 64, 8, 2),)},
         "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
     },
     "sm80": {
         "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
+        "taylor2": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 32, 8, 1),)},
         "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
     },
     "sm100": {
         "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
+        "taylor2": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
         "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(64, 32, 8, 1),)},
     },
     "gfx942": {
-        "plain": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 8, 1),)},
+        "plain": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
+        "state": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
+        "taylor2": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
         "float32": {64: (_T(64, 16, 4, 1),), 128: (_T(32, 16, 4, 1),)},
     },
 }
-_DELTA = {
-    arch: {"plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 4, 1),), 256: (_T(64, 64, 8, 1),)}}
-    for arch in ("sm80", "sm90", "sm100", "gfx942")
-}
+_CLASSES = ("sm80", "sm90", "sm100", "gfx942")
+_DELTA = {arch: {"plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _STATE = {
     arch: {
         "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 64, 8, 1),)},
+        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
     }
-    for arch in ("sm80", "sm90", "sm100", "gfx942")
+    for arch in _CLASSES
 }
 _ROWS = {
     arch: {
-        "plain": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {64: (_T(32, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
+        "plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)},
+        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
     }
-    for arch in ("sm80", "sm90", "sm100", "gfx942")
+    for arch in ("sm90", "sm100")
+} | {
+    "sm80": {
+        "plain": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(64, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
+        "float32": {dim: (_T(32, 32, 4, 1),) for dim in (64, 128)},
+    },
 }
 _TABLES = {
-    "forward": _FORWARD, "dkdv": _DKDV, "dq": _DQ, "delta": _DELTA, "state": _STATE, "rows": _ROWS,
+    "forward": _FORWARD, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "delta": _DELTA, "state": _STATE, "rows": _ROWS,
 }  # fmt: skip
 
 
-def _shared_bytes(config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
-    """What a program takes on sm80 and sm86: the tiles of keys in flight; in float32 also parts of operands."""
-    numbers = config.num_stages * config.block_n * (blocks.block_d + blocks.block_dv)
+def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
+    """What a program takes on sm80 and sm86: tiles that stay, and tiles in flight; in float32 also parts of operands."""
+    m, n, stages = config.block_m, config.block_n, config.num_stages
+    rows = {"forward": stages * n, "dq": m + stages * n}.get(kernel, n + stages * m)
+    numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:
-        numbers += (config.block_m + config.block_n) * blocks.block_d
+        numbers += (m + n) * blocks.block_d
     return numbers * dtype.itemsize
 
 
@@ -277,7 +306,7 @@ def candidates(
     table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
     entries = table.get(kind, table["plain"])[max(64, blocks.block_d, blocks.block_dv)]
     if arch == "sm86":
-        entries = tuple(entry for entry in entries if _shared_bytes(entry, blocks, dtype) <= SHARED_BYTES[arch])
+        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype) <= SHARED_BYTES[arch])
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     if kernel == "forward" and arch in ("sm90", "sm100"):

@@ -43,7 +43,7 @@ def grad_of_features(
 
 @triton.jit
 def add_pairs_grad(
-    dx, do, q_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
+    dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -51,23 +51,27 @@ def add_pairs_grad(
 
     Each pair is read twice, for x_a and for x_b, so that nothing has to be added to a single column of a tile.
     """
-    columns = tl.arange(0, BLOCK_DV)[:, None]
+    STEP: tl.constexpr = BLOCK_DV if BLOCK_D <= 128 else 64  # columns of Z: what fits beside a wide tile
     b = tl.arange(0, BLOCK_D)
-    for a in tl.range(0, HEAD_DIM, num_stages=STAGES):
-        pair = tl.where(b > a, pair_start(a, HEAD_DIM) + b, pair_start(b, HEAD_DIM) + a)
-        exists = (b != a) & (b < HEAD_DIM)
-        z = tl.load(
-            z_ptr + pair[None, :] * VALUE_DIM + columns, mask=exists[None, :] & (columns < VALUE_DIM), other=0.0
-        )
-        k = tl.load(k_ptr + pair, mask=exists, other=0.0).to(tl.float32)
-        x_a = feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
-        dx += x_a * (state_dot(do, z, None, OPERAND, 1, PRECISION) - mass_delta[:, None] * k[None, :])
+    for start in tl.static_range(0, BLOCK_DV, STEP):
+        do = load_columns(do_rows, row_mask, start, VALUE_DIM, STEP)
+        columns = start + tl.arange(0, STEP)[:, None]
+        for a in tl.range(0, HEAD_DIM, num_stages=STAGES):
+            pair = tl.where(b > a, pair_start(a, HEAD_DIM) + b, pair_start(b, HEAD_DIM) + a)
+            exists = (b != a) & (b < HEAD_DIM)
+            ptrs = z_ptr + pair[None, :] * VALUE_DIM + columns
+            z = tl.load(ptrs, mask=exists[None, :] & (columns < VALUE_DIM), other=0.0)
+            grad = state_dot(do, z, None, OPERAND, 1, PRECISION)
+            if start == 0:
+                k = tl.load(k_ptr + pair, mask=exists, other=0.0).to(tl.float32)
+                grad -= mass_delta[:, None] * k[None, :]
+            dx += feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32) * grad
     return dx
 
 
 @triton.jit
 def linear_term_grad(
-    q, do, q_rows, do_rows, row_mask, rows, seq_q, state, head, num_centers, weights_ptr, mass_delta, dlogw_ptr,
+    q, q_rows, do_rows, row_mask, rows, seq_q, state, head, num_centers, weights_ptr, mass_delta, dlogw_ptr,
     stride_rows, scale, feature_scale, FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
@@ -104,7 +108,7 @@ def linear_term_grad(
             )  # fmt: skip
             dx += (_SQRT_2 * feature_scale) * q.to(tl.float32) * squares
             dx = add_pairs_grad(
-                dx, do, q_rows, row_mask, mass_delta, z_ptr - VALUE_DIM, k_ptr - 1, feature_scale, HEAD_DIM, VALUE_DIM,
+                dx, q_rows, do_rows, row_mask, mass_delta, z_ptr - VALUE_DIM, k_ptr - 1, feature_scale, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES,
             )  # fmt: skip
             dlogw += 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)

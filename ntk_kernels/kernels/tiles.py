@@ -78,11 +78,11 @@ def load_tile(ptr, start, stop, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def store_tile(ptr, tile, rows, stop, stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores those `rows` [M] of a matrix with COLUMNS columns that come before `stop`, in its dtype."""
-    columns = tl.arange(0, BLOCK)[None, :]
+def store_tile(ptr, tile, rows, stop, stride, part, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores columns part · BLOCK ... of those `rows` of a matrix with DIM columns that come before `stop`."""
+    columns = part * BLOCK + tl.arange(0, BLOCK)[None, :]
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns
-    tl.store(ptrs, rounded_to(tile, ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < COLUMNS))
+    tl.store(ptrs, rounded_to(tile, ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < DIM))
 
 
 @triton.jit
