@@ -93,10 +93,10 @@ class Shape:
             weights = meta(*lse.shape[:2], centers, length)
             terms = terms._replace(mass_delta=lse, weights=weights)
             dlogw = weights if centers > 1 else None
-        # All gradients that the state can have, as one of two partial sums.
-        sums = {name: meta(2, *tensor.shape) for name, tensor in arguments.items()
-                if name in StateGrads._fields and (dlogw is not None or name not in ("centers", "log_scale"))}  # fmt: skip
-        sums = StateGrads(**dict.fromkeys(StateGrads._fields) | sums)
+        # All gradients that the state can have, in two partial sums.
+        sums = StateGrads(
+            *(meta(2, *arguments[name].shape) if name in arguments else None for name in StateGrads._fields)
+        )
         kernel, _, section = self.kernel.partition(" ")
         return {
             "forward": lambda: fwd_launch(call, out, lse, config),

@@ -40,7 +40,8 @@ def run_ntk_bwd(
     """
     call = prepare(query, key, value, **arguments)
     grad_out, out = made_addressable(grad_out), made_addressable(out)
-    row_terms = _row_terms(call, lse)
+    needs_weights = grad_query is not None or not wanted.keys().isdisjoint(("z", "k", "centers", "log_scale"))
+    row_terms = _row_terms(call, lse, needs_weights)
     delta_launch(call, grad_out, grad_lse, out, row_terms)()
     grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
     run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
@@ -49,10 +50,10 @@ def run_ntk_bwd(
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
 
 
-def _row_terms(call: Call, lse: torch.Tensor) -> RowTerms:
+def _row_terms(call: Call, lse: torch.Tensor, needs_weights: bool) -> RowTerms:
     lse = lse.contiguous()
     mass_delta = weights = None
-    if call.feature_map is not None:
+    if call.feature_map is not None and needs_weights:
         mass_delta = torch.empty_like(lse)
         weights = lse.new_empty(*lse.shape[:2], call.state.num_centers, lse.shape[2])
     return RowTerms(lse, torch.empty_like(lse), mass_delta, weights)

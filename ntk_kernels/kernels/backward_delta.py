@@ -126,9 +126,11 @@ def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms) -> La
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     args = (
         call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms,
-        *map(strides, (call.query, out, grad_out, grad_lse)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads, call.scale * LOG2_E, call.feature_scale,
+        *map(strides, (call.query, out, grad_out, grad_lse)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
+        call.scale * LOG2_E, call.feature_scale,
     )  # fmt: skip
-    constants = {name: call.prefix[name] for name in ("FEATURE_MAP", "NUM_FEATURES", "LOGIT_PRECISION", "CHUNK")}
+    constants = {"FEATURE_MAP": call.feature_map if row_terms.weights is not None else None}
+    constants |= {name: call.prefix[name] for name in ("NUM_FEATURES", "LOGIT_PRECISION", "CHUNK")}
     constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
     constants |= {"BLOCK_M": config.block_m}
     return Launch(_ntk_bwd_delta_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))

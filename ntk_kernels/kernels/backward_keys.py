@@ -35,8 +35,8 @@ def _part_of(ptr, start, row_mask, stride, part, DIM: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def _add_rows(
-    dk, dv, part, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last, start,
-    stop, key_start, key_stop, lower, upper, scale, softcap,
+    dk, dv, part, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last,
+    start, stop, key_start, key_stop, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
     NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,8 +141,8 @@ def _ntk_bwd_dkdv_kernel(
                 from_row, to_row = middle_last, last
             if (section == 0 and HAS_UPPER and mask_ptr is None) or (section == 1 and mask_ptr is None) or section == 2:
                 dk, dv = _add_rows(
-                    dk, dv, part, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row, stride_q[2],
-                    stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start, key_stop,
+                    dk, dv, part, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row,
+                    stride_q[2], stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start, key_stop,
                     lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
                     HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, section != 1, PRECISION, STAGES,
                 )  # fmt: skip

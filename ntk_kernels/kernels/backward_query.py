@@ -73,8 +73,9 @@ def _ntk_bwd_dq_kernel(
     seq_q, seq_k, num_tiles, num_heads, group, lower, upper, scale, softcap, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
@@ -143,8 +144,8 @@ def _ntk_bwd_dq_kernel(
             if (part == 0 and HAS_LOWER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
                 dq = _add_keys(
                     dq, q, do, lse, delta, k_ptr, v_ptr, stride_k[2], stride_v[2], mask_ptr, stride_mask, rows, seq_q,
-                    part_start, part_stop, stop_n, lower, upper, scale, softcap, factor, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-                    BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, part != 1, PRECISION, STAGES,
+                    part_start, part_stop, stop_n, lower, upper, scale, softcap, factor, HEAD_DIM, VALUE_DIM, BLOCK_N,
+                    BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, part != 1, PRECISION, STAGES,
                 )  # fmt: skip
         zero = tl.program_id(1)  # 0, which the compiler does not know: no address is held through the loops
         rows = start_m + zero + tl.arange(0, BLOCK_M)

@@ -9,8 +9,8 @@ program owns a block of features (of one centre) or of rows of the state, and ta
 rows; the SPLITS partial sums are added up afterwards. No atomics: the order of a sum depends on shapes, `state_index`
 and the number of multiprocessors, never on timing.
 
-Features of "taylor1" and "taylor2" come in sections, a launch each: "linear" (1 and x), "squares", and "pairs", of which
-a program has x_a·x_b for one a and CHUNK values of b.
+Features of "taylor1" and "taylor2" come in sections, a launch each: "linear" (1 and x), "squares", and "pairs", of
+which a program has x_a·x_b for one a and CHUNK values of b.
 
 Grid: (blocks of features or rows, states · their heads, SPLITS).
 """
@@ -118,7 +118,7 @@ def _ntk_bwd_state_kernel(
                     phi = phi * (feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32))
                 phi = u[:, None] * phi
                 if grads.z is not None:
-                    # The computed side on the right: on the left, and transposed, Hopper reads it wrong (fla issue 640).
+                    # The computed side on the right: transposed, on the left, Hopper reads it wrong (fla issue 640).
                     dz = dot(do.to(OPERAND).T, rounded_to(phi, OPERAND), dz, PREFIX_PRECISION)
                     if SECTION == "linear":
                         dz_1 += tl.sum(u[:, None] * do.to(tl.float32), 0)

@@ -245,7 +245,7 @@ _DQ = {
     "gfx942": {
         "plain": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
         "state": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
-        "taylor2": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
+        "taylor2": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 16, 4, 1),)},
         "float32": {64: (_T(64, 16, 4, 1),), 128: (_T(32, 16, 4, 1),)},
     },
 }
@@ -254,19 +254,21 @@ _DELTA = {arch: {"plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)}} 
 _STATE = {
     arch: {
         "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
+        "float32": {dim: (_T(64 if arch == "sm90" else 32, 64, 8, 1),) for dim in (64, 128)},
     }
     for arch in _CLASSES
 }
 _ROWS = {
-    arch: {
+    "sm90": {
         "plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)},
-        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
-    }
-    for arch in ("sm90", "sm100")
-} | {
+        "float32": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128)},
+    },
     "sm80": {
         "plain": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
+    },
+    "sm100": {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
         "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
     },
     "gfx942": {
@@ -275,12 +277,13 @@ _ROWS = {
     },
 }
 _TABLES = {
-    "forward": _FORWARD, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "delta": _DELTA, "state": _STATE, "rows": _ROWS,
+    "forward": _FORWARD, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
+    "rows": _ROWS,
 }  # fmt: skip
 
 
 def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
-    """What a program takes on sm80 and sm86: tiles that stay, and tiles in flight; in float32 also parts of operands."""
+    """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {"forward": stages * n, "dq": m + stages * n}.get(kernel, n + stages * m)
     numbers = rows * (blocks.block_d + blocks.block_dv)

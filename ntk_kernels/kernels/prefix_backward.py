@@ -18,7 +18,7 @@ def dot_rows(
     acc, a_rows, row_mask, b_ptr, num_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     MODEL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, BLOCK] + a @ bᵀ for rows a [M, DIM] of the model and b [num_rows, DIM] of a state, CHUNK columns a step."""
+    """acc [M, BLOCK] + a @ bᵀ for rows a [M, DIM] of the model and b [num_rows, DIM] of a state, by CHUNK columns."""
     rows = tl.arange(0, BLOCK)[None, :]
     for start in tl.range(0, DIM, CHUNK, num_stages=1):
         a = load_columns(a_rows, row_mask, start, DIM, CHUNK)
@@ -29,12 +29,11 @@ def dot_rows(
 
 
 @triton.jit
-def grad_of_features(
-    do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+def add_features_grad(
+    grad, do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """[M, BLOCK_D]: Z_f·dO_i - k_f Δ'_i for the HEAD_DIM features whose rows of z and k begin at the pointers."""
-    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    """grad [M, BLOCK_D] + Z_f·dO_i - k_f Δ'_i for the HEAD_DIM features f whose rows of z and k begin there."""
     grad = dot_rows(grad, do_rows, row_mask, z_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, OPERAND, 2, PRECISION)
     features = tl.arange(0, BLOCK_D)
     k = tl.load(k_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
@@ -51,21 +50,27 @@ def add_pairs_grad(
 
     Each pair is read twice, for x_a and for x_b, so that nothing has to be added to a single column of a tile.
     """
-    STEP: tl.constexpr = BLOCK_DV if BLOCK_D <= 128 else 64  # columns of Z: what fits beside a wide tile
+    # Wide heads have no registers for a second tile: x_a goes into dO there, and Z in steps of 64 columns. A computed
+    # left side must not be pipelined (see add_elu).
+    WIDE: tl.constexpr = BLOCK_D > 128
+    STEP: tl.constexpr = 64 if WIDE else BLOCK_DV
     b = tl.arange(0, BLOCK_D)
     for start in tl.static_range(0, BLOCK_DV, STEP):
         do = load_columns(do_rows, row_mask, start, VALUE_DIM, STEP)
         columns = start + tl.arange(0, STEP)[:, None]
-        for a in tl.range(0, HEAD_DIM, num_stages=STAGES):
+        for a in tl.range(0, HEAD_DIM, num_stages=1 if WIDE else STAGES):
             pair = tl.where(b > a, pair_start(a, HEAD_DIM) + b, pair_start(b, HEAD_DIM) + a)
             exists = (b != a) & (b < HEAD_DIM)
             ptrs = z_ptr + pair[None, :] * VALUE_DIM + columns
             z = tl.load(ptrs, mask=exists[None, :] & (columns < VALUE_DIM), other=0.0)
-            grad = state_dot(do, z, None, OPERAND, 1, PRECISION)
+            x_a = feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
+            if WIDE:
+                dx = state_dot(x_a * do.to(tl.float32), z, dx, OPERAND, 1, PRECISION)
+            else:
+                dx += x_a * state_dot(do, z, None, OPERAND, 1, PRECISION)
             if start == 0:
                 k = tl.load(k_ptr + pair, mask=exists, other=0.0).to(tl.float32)
-                grad -= mass_delta[:, None] * k[None, :]
-            dx += feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32) * grad
+                dx -= x_a * mass_delta[:, None] * k[None, :]
     return dx
 
 
@@ -82,36 +87,36 @@ def linear_term_grad(
         center = head * state.num_centers + c
         z_ptr, k_ptr = state.z + center * NUM_FEATURES * VALUE_DIM, state.k + center * NUM_FEATURES
         u = tl.load(weights_ptr + c * tl.cast(stride_rows, tl.int64) + rows, mask=rows < seq_q, other=0.0)
-        if FEATURE_MAP != "elu":
-            dlogw = row_dot(do_rows, row_mask, z_ptr, VALUE_DIM, BLOCK_M, CHUNK)
-            dlogw -= mass_delta * tl.load(k_ptr).to(tl.float32)
-            z_ptr += VALUE_DIM
-            k_ptr += 1
-        dx = grad_of_features(
-            do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PRECISION,
-            OPERAND,
-        )  # fmt: skip
-        x = q.to(tl.float32) * feature_scale
+        dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if FEATURE_MAP == "elu":
-            phi = elu_of(x)
+            dx = add_features_grad(
+                dx, do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, PRECISION,
+                OPERAND,
+            )  # fmt: skip
+            phi = elu_of(q.to(tl.float32) * feature_scale)
             dlogw = tl.sum(dx * phi, 1)
             dx = dx * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
-        elif FEATURE_MAP == "taylor1":
-            dlogw += tl.sum(dx * x, 1)
         else:
-            # φ·(Z dO - k Δ') = first order + second order, and x·dx = first order + 2 · second order.
-            dlogw += 0.5 * tl.sum(dx * x, 1)
-            first = square_start(HEAD_DIM) - 1
-            squares = grad_of_features(
-                do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
-                BLOCK_M, BLOCK_D, CHUNK, PRECISION, OPERAND,
+            # φ·(Z dO - k Δ') has the parts 1, first order and second order; x·dx = first order + 2 · second order.
+            dlogw = row_dot(do_rows, row_mask, z_ptr, VALUE_DIM, BLOCK_M, CHUNK)
+            dlogw -= mass_delta * tl.load(k_ptr).to(tl.float32)
+            if FEATURE_MAP == "taylor2":
+                first = square_start(HEAD_DIM)
+                dx = add_features_grad(
+                    dx, do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, CHUNK, PRECISION, OPERAND,
+                )  # fmt: skip
+                dx = dx * (q.to(tl.float32) * (feature_scale * _SQRT_2))
+                dx = add_pairs_grad(
+                    dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES,
+                )  # fmt: skip
+                dlogw -= 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
+            dx = add_features_grad(
+                dx, do_rows, row_mask, mass_delta, z_ptr + VALUE_DIM, k_ptr + 1, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK,
+                PRECISION, OPERAND,
             )  # fmt: skip
-            dx += (_SQRT_2 * feature_scale) * q.to(tl.float32) * squares
-            dx = add_pairs_grad(
-                dx, q_rows, do_rows, row_mask, mass_delta, z_ptr - VALUE_DIM, k_ptr - 1, feature_scale, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES,
-            )  # fmt: skip
-            dlogw += 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
+            dlogw += tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
         dlogw = u * dlogw
         dx = (feature_scale * u)[:, None] * dx
         if FEATURE_MAP == "taylor1":
