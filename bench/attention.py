@@ -1,8 +1,8 @@
 """Cost of NTK-Attention over plain attention, forward and forward+backward, next to the naive formula.
 
-Every function is checked against the float64 reference before it is timed. All get the same inputs. Plain attention
-and ours are run in turns; then plain attention again and what keeps L×L scores in memory, which would leave the others
-cold caches. Ratios are within these turns.
+Every function and its gradients are checked against the float64 reference before they are timed. All get the same
+inputs. Plain attention and ours are run in turns; then plain attention again and what keeps L×L scores in memory, which
+would leave the others cold caches. Ratios are within these turns.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures = {}
     with Progress(console=console) as progress:
         task = progress.add_task("checking", total=3)
-        _check(functions, leaves, arguments.feature_map, causal)
+        _check(functions, leaves, arguments.feature_map, causal, grad)
         progress.advance(task)
         for name, backward in (("forward", False), ("forward + backward", True)):
             progress.update(task, description=f"timing {name}")
@@ -164,18 +164,31 @@ def _pass(function, leaves, feature_map, grad):
     return lambda: torch.autograd.grad(function(*qkv, state), used, grad)
 
 
-def _check(functions, leaves, feature_map, causal) -> None:
-    """Nothing is timed that is wrong."""
+def _check(functions, leaves, feature_map, causal, grad) -> None:
+    """Nothing is timed that is wrong: results and gradients of the first batch row."""
     *qkv, z, k = (leaf.detach() for leaf in leaves)
-    state = PrefixState(z, k, feature_map)
+    inputs = [*(tensor[:1] for tensor in qkv), z, k]
     for name, function in functions.items():
         if name.startswith("SDPA over a prefix"):
             continue  # PyTorch's own, of another prefix
-        exact = reference.ntk_attention(
-            *(tensor[:1].double() for tensor in qkv), None if "no prefix" in name else state.to(torch.float64),
-            is_causal=causal,
-        )  # fmt: skip
-        out = function(*qkv, state)[:1].double()
-        error = ((out - exact).norm() / exact.norm()).item()
-        if not error < 8 * torch.finfo(qkv[0].dtype).eps:
-            raise RuntimeError(f"{name} is wrong: relative error {error:.2g} against the float64 reference")
+        has_prefix = "no prefix" not in name
+
+        def exact(*args, has_prefix=has_prefix):
+            return reference.ntk_attention(*args[:3], args[3] if has_prefix else None, is_causal=causal)
+
+        expected = _with_gradients(exact, [tensor.double() for tensor in inputs], feature_map, grad[:1].double())
+        ours = _with_gradients(function, inputs, feature_map, grad[:1])
+        for what, result in ours.items():
+            error = ((result.double() - expected[what]).norm() / expected[what].norm()).item()
+            if not error < 8 * torch.finfo(qkv[0].dtype).eps:
+                raise RuntimeError(f"{name} is wrong: relative error {error:.2g} of {what} against float64")
+
+
+def _with_gradients(function, inputs, feature_map, grad) -> dict[str, torch.Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    *qkv, z, k = leaves
+    out = function(*qkv, PrefixState(z, k, feature_map))
+    gradients = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    names = ("query", "key", "value", "z", "k")
+    found = {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True) if g is not None}
+    return {"out": out.detach()} | found

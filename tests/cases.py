@@ -290,7 +290,7 @@ CASES = [
 assert len({case.id for case in CASES}) == len(CASES)
 
 
-def served_by(backend, *, backward=False):
+def served_by(backend):
     """The cases that a backend computes itself."""
     return [
         case

@@ -1,7 +1,5 @@
 """The option table, forward and backward, against the float64 reference."""
 
-from functools import partial
-
 import pytest
 import torch
 from cases import CASES, make_inputs, served_by
@@ -26,20 +24,9 @@ def each(served):
     )
 
 
-def forward_only(backend):
-    with_backward = served_by(backend, backward=True)
-    return [case for case in served_by(backend) if case not in with_backward]
-
-
-@each(partial(served_by, backward=True))
+@each(served_by)
 def test_forward_and_backward(backend, case):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True)
-
-
-@pytest.mark.parametrize("case", forward_only("triton"), ids=lambda case: case.id)
-@pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
-def test_forward(case):
-    check_case(make_inputs(case), case.dtype, backend="triton")
 
 
 @all_backends

@@ -9,24 +9,15 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "triton"]
 
 
-def cases_of(*, backward):
-    return pytest.mark.parametrize(
-        "backend, case",
-        [
-            pytest.param(backend, case, id=f"{backend}-{case.id}")
-            for backend in BACKENDS
-            for case in served_by(backend, backward=backward)
-            if case.dtype != torch.float64
-        ],
-    )
-
-
-@cases_of(backward=False)
-def test_forward(backend, case):
-    check_case(make_inputs(case), case.dtype, backend=backend, device="cuda")
-
-
-@cases_of(backward=True)
+@pytest.mark.parametrize(
+    "backend, case",
+    [
+        pytest.param(backend, case, id=f"{backend}-{case.id}")
+        for backend in BACKENDS
+        for case in served_by(backend)
+        if case.dtype != torch.float64
+    ],
+)
 def test_forward_and_backward(backend, case):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda")
 

@@ -13,7 +13,7 @@ from ntk_kernels import PrefixState, ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
-from ntk_kernels.kernels import autotune, configs, forward
+from ntk_kernels.kernels import autotune, configs, forward, launch
 from ntk_kernels.kernels.configs import TileConfig
 
 
@@ -31,7 +31,25 @@ def test_tile_sizes(name, config, monkeypatch):
     """Results do not depend on how rows and keys fall into tiles."""
     monkeypatch.setattr(configs, "candidates", lambda *args: (config,))
     case = case_named(name)
-    check_case(make_inputs(case), case.dtype, backend="triton")
+    check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "value_wider", "value_narrower", "softcap_mask", "d80"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_key_gradients_in_parts(name, parts, monkeypatch):
+    """Columns of dK and dV shared among programs, as for wide heads."""
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(32, 32, 4, 1, parts=parts),))
+    case = case_named(name)
+    check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
+
+
+@pytest.mark.parametrize("name", ["elu", "taylor2", "all_parts", "index_shared", "index_none", "no_batch", "rows_many"])
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_sums_over_rows_split_among_programs(name, multiprocessors, monkeypatch):
+    """In one piece, and in as many as there are tiles of rows."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+    case = case_named(name)
+    check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
 
 
 @pytest.mark.parametrize("name", ["elu", "fewer_keys", "window", "index_shared", "bf16", "value_wider", "long", "blhd"])
@@ -68,19 +86,55 @@ def test_offsets_beyond_two_to_the_31(strides):
     small = torch.randn(2, 1, 300 if strides[2] == 2**23 + 1 else 40, 16).half()
     storage = torch.empty(2**31 + 2**29, dtype=torch.float16)
     far = storage.as_strided(small.shape, strides).copy_(small)
-    options = {"window": (20, 0), "backend": "triton"}
-    assert torch.equal(ntk_attention(small, far, far, **options), ntk_attention(small, small, small, **options))
-    assert torch.equal(ntk_attention(far, small, small, **options), ntk_attention(small, small, small, **options))
+    state = PrefixState(torch.rand(1, 16, 16), torch.rand(1, 16), "elu")
+
+    def results(query, key, value, grad_out):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = ntk_attention(*leaves, state, window=(20, 0), backend="triton")
+        return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+    expected = results(small, small, small, small)
+    for tensors in ((small, far, far, small), (far, small, small, far)):
+        for ours, near in zip(results(*tensors), expected, strict=True):
+            assert torch.equal(ours, near)
 
 
 @pytest.mark.parametrize("expand", ["batch", "heads", "rows"])
 def test_expanded_tensors(expand):
-    """Stride 0, as of one key for the whole batch."""
+    """Stride 0, as of one key for the whole batch, or of the gradient of a sum."""
     query, key, value = torch.randn(3, 2, 4, 20, 8).unbind()
     axis = ["batch", "heads", "rows"].index(expand)
-    key, value = (tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in (key, value))
-    out = ntk_attention(query, key, value, is_causal=True, backend="triton")
-    torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
+    key, value, grad_out = (tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in (key, value, value))
+    results = []
+    for backend in ("triton", "torch"):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = ntk_attention(*leaves, is_causal=True, backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("asked", ["query", "key", "value", "z", "k", "log_scale", "keys", "values", "bias"])
+def test_only_the_passes_that_are_needed_run(asked, monkeypatch):
+    ran = []
+    original = launch.Launch.__call__
+
+    def record(self):
+        ran.append(self.kernel.__name__.removeprefix("_ntk_").removesuffix("_kernel"))
+        original(self)
+
+    monkeypatch.setattr(launch.Launch, "__call__", record)
+    query, key, value, state, options = make_inputs(case_named("index_none"))
+    tensors = {"query": query, "key": key, "value": value} | state.tensors()
+    leaves = {name: tensor.clone().requires_grad_(name == asked) for name, tensor in tensors.items()}
+    of_state = {name: leaf for name, leaf in leaves.items() if name not in ("query", "key", "value")}
+    qkv = (leaves[name] for name in ("query", "key", "value"))
+    ntk_attention(*qkv, PrefixState(**of_state, feature_map="elu"), **options, backend="triton").sum().backward()
+    expected = {
+        "query": ["bwd_dq"], "key": ["bwd_dkdv"], "value": ["bwd_dkdv"], "log_scale": ["bwd_dq", "bwd_state"],
+        "z": ["bwd_state"], "k": ["bwd_state"], "keys": ["bwd_rows"], "values": ["bwd_rows"], "bias": ["bwd_rows"],
+    }  # fmt: skip
+    assert ran == ["fwd", "bwd_delta", *expected[asked]]
 
 
 @pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced", "far"])
@@ -96,17 +150,21 @@ def test_masks_of_any_strides(strides):
     torch.testing.assert_close(out, ntk_attention(query, key, value, attn_mask=mask, backend="torch"))
 
 
-def test_every_entry_of_the_tables_is_valid():
+def test_every_kernel_has_tiles_for_every_call():
     for arch in (*configs.SHARED_BYTES, "interpreter"):
         for head_dim in (8, 16, 32, 64, 80, 128, 256):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 if dtype == torch.float32 and head_dim > 128:
                     continue  # goes to the torch backend
                 for feature_map in (None, "elu", "taylor1", "taylor2"):
-                    entries = configs.candidates(arch, configs.blocks(arch, head_dim, head_dim), dtype, feature_map)
-                    assert entries and len(set(entries)) == len(entries)
-                    for entry in entries:
-                        assert entry.block_m >= 16 and entry.block_n >= 16
+                    blocks = configs.blocks(arch, head_dim, head_dim)
+                    for kernel in configs.KERNELS:
+                        if kernel in (("dkdv",) if head_dim > 128 else ("dk", "dv")):
+                            continue  # wide heads have the two apart
+                        entries = configs.candidates(kernel, arch, blocks, dtype, feature_map)
+                        assert entries and len(set(entries)) == len(entries)
+                        for entry in entries:
+                            assert entry.block_m >= 16 and entry.block_n >= 16
 
 
 class Tuned:

@@ -26,7 +26,16 @@ OPCHECKED = [
     "key_range",
     "low_rank_taylor2",
 ]
-COMPILED = ["elu", "all_parts", "index_none", "mask_padding_causal", "window_causal", "bf16", "blhd_cache"]
+COMPILED = [
+    "elu",
+    "all_parts",
+    "index_none",
+    "mask_padding_causal",
+    "window_causal",
+    "bf16",
+    "blhd_cache",
+    "low_rank_taylor2",
+]
 
 
 def case_named(name):
@@ -62,9 +71,10 @@ def test_the_schema_and_the_inputs_have_the_same_names():
     assert tuple(argument.name for argument in attention._schema.arguments) == Inputs._fields
 
 
+@all_backends
 @pytest.mark.parametrize("name", OPCHECKED)
-def test_opcheck_backward(name):
-    args = op_arguments(case_named(name), requires_grad=False)
+def test_opcheck_backward(name, backend):
+    args = op_arguments(case_named(name), requires_grad=False, backend=backend)
     out, lse = attention(*args)
     for needs in (
         [tensor is not None for tensor in args[:NUM_DIFFERENTIABLE]],
@@ -77,9 +87,10 @@ def test_opcheck_backward(name):
         )  # fmt: skip
 
 
-def test_double_backward_is_refused():
+@all_backends
+def test_double_backward_is_refused(backend):
     query = torch.randn(1, 2, 8, 4, requires_grad=True)
-    out = ntk_attention(query, query, query, is_causal=True)
+    out = ntk_attention(query, query, query, is_causal=True, backend=backend)
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         torch.autograd.grad(grad.sum(), query)
@@ -187,12 +198,13 @@ def test_exported_program_with_a_state_survives_a_file(tmp_path):
     assert torch.equal(out, ntk_attention(query, key, value, state))
 
 
-def test_checkpoint_recomputes_the_same():
+@all_backends
+def test_checkpoint_recomputes_the_same(backend):
     query, key, value = (tensor.requires_grad_() for tensor in torch.randn(3, 2, 2, 24, 8).unbind())
     state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
 
     def loss(query, key, value):
-        return ntk_attention(query, key, value, state, is_causal=True).square().sum()
+        return ntk_attention(query, key, value, state, is_causal=True, backend=backend).square().sum()
 
     direct = torch.autograd.grad(loss(query, key, value), (query, key, value))
     stored = torch.utils.checkpoint.checkpoint(loss, query, key, value, use_reentrant=False)
@@ -200,12 +212,14 @@ def test_checkpoint_recomputes_the_same():
         assert torch.equal(a, b)
 
 
-def test_func_grad():
+@all_backends
+def test_func_grad(backend):
     query, key, value = torch.randn(3, 2, 2, 24, 8)
     state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
 
     def loss(query, z):
-        return ntk_attention(query, key, value, PrefixState(z, state.k, "elu"), is_causal=True).square().sum()
+        prefix = PrefixState(z, state.k, "elu")
+        return ntk_attention(query, key, value, prefix, is_causal=True, backend=backend).square().sum()
 
     grads = torch.func.grad(loss, argnums=(0, 1))(query, state.z)
     leaves_ = query.clone().requires_grad_(), state.z.clone().requires_grad_()
@@ -237,12 +251,13 @@ def test_vmap():
     torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
 
 
-def test_autocast_casts_the_model_and_not_the_state():
+@all_backends
+def test_autocast_casts_the_model_and_not_the_state(backend):
     query, key, value = torch.randn(3, 1, 2, 16, 8)
     state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ntk_attention(query, key, value, state)
-    expected = ntk_attention(*(tensor.bfloat16() for tensor in (query, key, value)), state)
+        out = ntk_attention(query, key, value, state, backend=backend)
+    expected = ntk_attention(*(tensor.bfloat16() for tensor in (query, key, value)), state, backend=backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
     assert torch.autograd.grad(out.float().sum(), state.z)[0].dtype == torch.float32

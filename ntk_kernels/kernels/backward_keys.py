@@ -142,8 +142,8 @@ def _ntk_bwd_dkdv_kernel(
             if (section == 0 and HAS_UPPER and mask_ptr is None) or (section == 1 and mask_ptr is None) or section == 2:
                 dk, dv = _add_rows(
                     dk, dv, part, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row,
-                    stride_q[2], stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start, key_stop,
-                    lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
+                    stride_q[2], stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start,
+                    key_stop, lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
                     HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, section != 1, PRECISION, STAGES,
                 )  # fmt: skip
 

@@ -280,6 +280,7 @@ _TABLES = {
     "forward": _FORWARD, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS,
 }  # fmt: skip
+KERNELS = tuple(_TABLES)
 
 
 def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
@@ -296,7 +297,7 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
 def candidates(
     kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
 ) -> tuple[TileConfig, ...]:
-    """What the autotuner may try for a kernel (a key of _TABLES) and such a call; the first is the default.
+    """What the autotuner may try for one of KERNELS and such a call; the first is the default.
 
     `crowded`: a mask, rows or several centres need registers too.
     """
