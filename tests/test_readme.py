@@ -34,5 +34,5 @@ def test_figures_are_the_recorded_ones():
 def test_commands_are_whole_lines():
     """.ci/run takes the test command from here."""
     commands = re.findall(r"^    (python3 -m venv .*)$", README, flags=re.M)
-    assert [command.rsplit(" -m ", 1)[1] for command in commands] == ["bench demo", "pytest"]
+    assert [command.rsplit(" -m ", 1)[1] for command in commands] == ["bench demo", "pytest -n auto"]
     assert all(" -c constraints.txt " in command for command in commands)

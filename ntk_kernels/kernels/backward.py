@@ -22,7 +22,7 @@ from .backward_delta import RowTerms, delta_launch
 from .backward_keys import run_dkdv
 from .backward_query import dq_launch
 from .backward_state import run_state_backward
-from .launch import Call, made_addressable, prepare, run_with_best_tiles
+from .launch import Call, contiguous, made_addressable, prepare, run_with_best_tiles
 
 
 def run_ntk_bwd(
@@ -42,7 +42,7 @@ def run_ntk_bwd(
     grad_out, out = made_addressable(grad_out), made_addressable(out)
     needs_weights = grad_query is not None or not wanted.keys().isdisjoint(("z", "k", "centers", "log_scale"))
     row_terms = _row_terms(call, lse, needs_weights)
-    delta_launch(call, grad_out, grad_lse, out, row_terms)()
+    delta_launch(call, grad_out, contiguous(grad_lse), out, row_terms)()
     grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
     run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
     if grad_query is not None or grad_log_weights is not None:

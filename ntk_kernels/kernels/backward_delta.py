@@ -48,8 +48,8 @@ def load_lse(ptr, rows, seq_q):
 
 @triton.jit(do_not_specialize=["stride_rows", "seq_q", "num_tiles"])
 def _ntk_bwd_delta_kernel(
-    q_ptr, out_ptr, do_ptr, dlse_ptr, state, sequences, row_terms, stride_q, stride_out, stride_do, stride_dlse,
-    stride_rows, seq_q, num_tiles, num_heads, scale, feature_scale,
+    q_ptr, out_ptr, do_ptr, dlse_ptr, state, sequences, row_terms, stride_q, stride_out, stride_do, stride_rows,
+    seq_q, num_tiles, num_heads, scale, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     LOGIT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -69,8 +69,7 @@ def _ntk_bwd_delta_kernel(
     do = load_tile(do_ptr, start_m, seq_q, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
     delta = tl.sum(out * do, 1)
     if dlse_ptr is not None:
-        dlse_ptr += tensor_batch * stride_dlse[0] + head * stride_dlse[1]
-        delta -= tl.load(dlse_ptr + (first_q + rows) * stride_dlse[2], mask=rows < seq_q, other=0.0).to(tl.float32)
+        delta -= load_rows(dlse_ptr + first_row, rows, seq_q)
     tl.store(row_terms.delta + first_row + rows, delta, mask=rows < seq_q)
 
     if FEATURE_MAP is not None:
@@ -126,7 +125,7 @@ def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms) -> La
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     args = (
         call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms,
-        *map(strides, (call.query, out, grad_out, grad_lse)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
+        *map(strides, (call.query, out, grad_out)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
         call.scale * LOG2_E, call.feature_scale,
     )  # fmt: skip
     constants = {"FEATURE_MAP": call.feature_map if row_terms.weights is not None else None}
