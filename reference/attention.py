@@ -13,7 +13,7 @@ For batch row b, query head h, query row i:
 
 A row whose denominator is empty (no visible key, M_i = 0) gives out = 0, lse = -inf and gradient 0. Where a prefix, or
 one of its centres, has no mass (M_i = 0, or φ(x_i)·k_c = 0), nothing bounds its weight w_ic e^{-lse_i} in the output;
-there it is cut off at e^40, so that the output stays finite.
+there it is cut off at e^40, so that the output stays finite (the fused backends differentiate it as if it were not).
 
 Gradients (what the fused backends compute; here autograd does). With P_ij = e^{s_ij - lse_i}, the gradient
 dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
@@ -136,7 +136,8 @@ def ntk_attention(
             masses = torch.einsum("bhir,bhcr->bhic", phi, k)  # of each centre, without its weight
             top = log_w.detach().masked_fill(masses == 0, -math.inf).amax(-1, keepdim=True)
             top = top.masked_fill(top == -math.inf, 0)
-            mass = ((log_w - top).masked_fill(masses == 0, -math.inf).exp() * masses).sum(-1, keepdim=True)
+            log_v = torch.where(masses == 0, (log_w - top).clamp(max=40), log_w - top)  # 0 · inf = NaN
+            mass = (log_v.exp() * masses).sum(-1, keepdim=True)
             log_mass = (top + mass.masked_fill(mass <= 0, 1).log()).masked_fill(mass <= 0, -math.inf)
 
         logits = torch.cat([scores, log_mass], dim=-1)

@@ -52,6 +52,7 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
         delta = (grad_out.to(lse.dtype) * out).sum(-1)
         if grad_lse is not None:
             delta.sub_(grad_lse)
+            delta.masked_fill_(lse == -torch.inf, 0)  # of rows that see nothing, whatever the gradient of their lse
         state = _state_of(inputs)
         prefix = Prefix(query, *state, inputs.state_index, lse.dtype, _prefix_options(inputs))
         needs_z = needs_grad[3] or needs_grad[4]

@@ -70,11 +70,12 @@ def _ntk_bwd_delta_kernel(
     delta = tl.sum(out * do, 1)
     if dlse_ptr is not None:
         delta -= load_rows(dlse_ptr + first_row, rows, seq_q)
+    lse = load_lse(row_terms.lse + first_row, rows, seq_q)
+    delta = tl.where(lse == float("inf"), 0.0, delta)  # of rows that see nothing, whatever the gradient of their lse
     tl.store(row_terms.delta + first_row + rows, delta, mask=rows < seq_q)
 
     if FEATURE_MAP is not None:
         state_head, num_centers, _ = locate_state(state, head, batch)
-        lse = load_lse(row_terms.lse + first_row, rows, seq_q)
         q_ptr += tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
         q_rows = q_ptr + rows.to(tl.int64)[:, None] * stride_q[2]
         row_mask = (rows < seq_q)[:, None]

@@ -21,7 +21,7 @@ from .backward_delta import RowTerms, load_lse, load_rows
 from .features import load_columns
 from .launch import Call, Launch, options_of, run_with_best_tiles, strides
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
-from .visibility import locate_keys, locate_rows, masked, rows_of_keys, soft_capped
+from .visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
 
 _LN_2 = tl.constexpr(LN_2)
 
@@ -53,11 +53,7 @@ def _add_rows(
         lse = load_lse(lse_ptr, rows, last)[None, :]
         row_mask = (rows < last)[:, None]
         s = dot(k, q.T, None, PRECISION)
-        if SOFTCAP:
-            s = soft_capped(s, scale, softcap)
-            slope = 1.0 - (s / softcap) * (s / softcap)
-        else:
-            s = s * scale
+        s, slope = logits_and_slope(s, scale, softcap, SOFTCAP)
         if MASKED:
             s, visible = masked(
                 s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, last, key_start, key_stop, lower, upper,
@@ -78,9 +74,7 @@ def _add_rows(
             dv = dot(rounded_to(p, do.dtype), do_part, dv, PRECISION)
         if NEEDS_DK:
             delta = load_rows(delta_ptr, rows, last)[None, :]
-            ds = p * dot(v, do.T, tl.zeros_like(p) - delta, PRECISION)
-            if SOFTCAP:
-                ds = ds * slope
+            ds = slope * p * dot(v, do.T, tl.zeros_like(p) - delta, PRECISION)
             if MASKED:
                 ds = tl.where(visible, ds, 0.0)
             q_part = q
@@ -167,12 +161,13 @@ def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value,
         call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap,
     )  # fmt: skip
     constants = call.flags | call.sizes
+    widths = [(call.blocks.block_d, grad_key), (call.blocks.block_dv, grad_value)]
+    narrowest = min(width for width, grad in widths if grad is not None)
+    parts = max(1, min(config.parts, narrowest // configs.least_dimension(call.arch)))
     constants |= {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PARTS": config.parts, "STAGES": config.num_stages,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PARTS": parts, "STAGES": config.num_stages,
     }  # fmt: skip
-    return Launch(
-        _ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch, config.parts), args, constants, options_of(config)
-    )
+    return Launch(_ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch, parts), args, constants, options_of(config))
 
 
 def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:

@@ -19,7 +19,7 @@ from .launch import Call, Launch, options_of, strides
 from .prefix import locate_state
 from .prefix_backward import add_own_rows, linear_term_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
-from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
+from .visibility import keys_of_rows, locate_keys, locate_rows, logits_and_slope, masked
 
 _LN_2 = tl.constexpr(LN_2)
 
@@ -27,24 +27,17 @@ _LN_2 = tl.constexpr(LN_2)
 @triton.jit
 def _add_keys(
     dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, mask_ptr, stride_mask, offs_m, seq_q, start, stop,
-    visible_stop, lower, upper, scale, softcap, factor,
+    visible_stop, lower, upper, scale, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq + factor · Σ_j dS_ij k_j over keys from `start` to `stop`.
-
-    Only if MASKED may there be some that a row does not see.
-    """
+    """dq + Σ_j dS_ij k_j over keys from `start` to `stop`; only if MASKED may there be some that a row does not see."""
     for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         k = load_tile(k_ptr, start_n, visible_stop, stride_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         v = load_tile(v_ptr, start_n, visible_stop, stride_v, BLOCK_N, VALUE_DIM, BLOCK_DV, MASKED)
         s = dot(q, k.T, None, PRECISION)
-        if SOFTCAP:
-            s = soft_capped(s, scale, softcap)
-            slope = 1.0 - (s / softcap) * (s / softcap)
-        else:
-            s = s * scale
+        s, slope = logits_and_slope(s, scale, softcap, SOFTCAP)
         if MASKED:
             keys = start_n + tl.arange(0, BLOCK_N)[None, :]
             s, visible = masked(
@@ -55,11 +48,7 @@ def _add_keys(
                 # 0 · NaN = NaN: keys that no row sees must not be there at all.
                 seen = tl.max((visible & (offs_m < seq_q)[:, None]).to(tl.int32), 0) > 0
                 k = tl.where(seen[:, None], k, 0.0)
-        ds = tl.exp2(s - lse[:, None]) * (dot(do, v.T, None, PRECISION) - delta[:, None])
-        if not POSITIVE_SCALE:
-            ds = ds * factor
-        if SOFTCAP:
-            ds = ds * slope
+        ds = slope * tl.exp2(s - lse[:, None]) * (dot(do, v.T, None, PRECISION) - delta[:, None])
         if MASKED:
             ds = tl.where(visible, ds, 0.0)
         dq = dot(rounded_to(ds, k.dtype), k, dq, PRECISION)
@@ -72,7 +61,7 @@ def _ntk_bwd_dq_kernel(
     stride_q, stride_k, stride_v, stride_do, stride_mask, stride_dq, stride_rows,
     seq_q, seq_k, num_tiles, num_heads, group, lower, upper, scale, softcap, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -110,17 +99,14 @@ def _ntk_bwd_dq_kernel(
             FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PREFIX_PRECISION,
             OPERAND, STAGES,
         )  # fmt: skip
-    if dq_ptr is not None:
+    factor = scale * _LN_2
+    if dq_ptr is not None and HAS_SCALE:
+        dq = dq / factor  # so that dS enters as it is: times scale, small ones would be lost in float16
         lse = load_lse(row_terms.lse + first_row, rows, seq_q)
         delta = load_rows(row_terms.delta + first_row, rows, seq_q)
-        # scale · P_ij = e^{s_ij - (lse_i - log(scale))}: the factor of dS costs nothing.
-        factor = scale * _LN_2
-        if POSITIVE_SCALE:
-            lse -= tl.log2(factor)
-            factor = 1.0
         if state.row_keys is not None:
             dq = add_own_rows(
-                dq, q_rows, do_rows, row_mask, lse, delta, factor, state, state_head, num_rows, scale, q.dtype,
+                dq, q_rows, do_rows, row_mask, lse, delta, state, state_head, num_rows, scale, q.dtype,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PREFIX_PRECISION, LOGIT_PRECISION,
             )  # fmt: skip
         first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
@@ -144,11 +130,13 @@ def _ntk_bwd_dq_kernel(
             if (part == 0 and HAS_LOWER and mask_ptr is None) or (part == 1 and mask_ptr is None) or part == 2:
                 dq = _add_keys(
                     dq, q, do, lse, delta, k_ptr, v_ptr, stride_k[2], stride_v[2], mask_ptr, stride_mask, rows, seq_q,
-                    part_start, part_stop, stop_n, lower, upper, scale, softcap, factor, HEAD_DIM, VALUE_DIM, BLOCK_N,
-                    BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, POSITIVE_SCALE, part != 1, PRECISION, STAGES,
+                    part_start, part_stop, stop_n, lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_N,
+                    BLOCK_D, BLOCK_DV, HAS_LOWER, HAS_UPPER, SOFTCAP, part != 1, PRECISION, STAGES,
                 )  # fmt: skip
-        zero = tl.program_id(1)  # 0, which the compiler does not know: no address is held through the loops
-        rows = start_m + zero + tl.arange(0, BLOCK_M)
+        dq = dq * factor
+    if dq_ptr is not None:
+        # + 0, which the compiler does not know, so that no address is held through the loops
+        rows = start_m + tl.program_id(1) + tl.arange(0, BLOCK_M)
         dq_ptr += tensor_batch * stride_dq[0] + head * stride_dq[1] + first_q * stride_dq[2]
         store_tile(dq_ptr, dq, rows, seq_q, stride_dq[2], 0, HEAD_DIM, BLOCK_D)
 
@@ -166,6 +154,7 @@ def dq_launch(
         call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
     )  # fmt: skip
     constants = call.flags | call.prefix | call.sizes
-    constants |= {"POSITIVE_SCALE": call.scale > 0}
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+    constants |= {
+        "HAS_SCALE": call.scale != 0, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages,
+    }  # fmt: skip
     return Launch(_ntk_bwd_dq_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))

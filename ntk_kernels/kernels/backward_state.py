@@ -5,14 +5,14 @@
     dv_j = Σ_i P_ij dO_i            dκ_j = scale · Σ_i dS_ij q_i    dbias_j = Σ_i dS_ij
 
 The sums go over all rows of all batch rows (or packed sequences) and query heads that use this head of this state. Each
-program owns a block of features (of one centre) or of rows of the state, and takes every SPLITS-th tile of those query
-rows; the SPLITS partial sums are added up afterwards. No atomics: the order of a sum depends on shapes, `state_index`
-and the number of multiprocessors, never on timing.
+program owns a block of features (of one centre) or of rows of the state, and takes every n-th tile of those query rows,
+n being the number of splits; their partial sums are added up afterwards. No atomics: the order of a sum depends on
+shapes, `state_index` and the number of multiprocessors, never on timing.
 
 Features of "taylor1" and "taylor2" come in sections, a launch each: "linear" (1 and x), "squares", and "pairs", of
 which a program has x_a·x_b for one a and CHUNK values of b.
 
-Grid: (blocks of features or rows, states · their heads, SPLITS).
+Grid: (blocks of features or rows · states · their heads, splits).
 """
 
 from typing import NamedTuple
@@ -32,12 +32,11 @@ from .visibility import locate_rows
 _LN_2 = tl.constexpr(LN_2)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
-
 ROW_SECTIONS = {"values": ("row_values",), "keys": ("row_keys", "row_bias")}  # a launch each
 
 
 class StateGrads(NamedTuple):
-    """Partial sums [SPLITS, ...] in the shapes of the state's tensors, float32; None for those that nobody wants."""
+    """Partial sums [splits, ...] in the shapes of the state's tensors, float32; None for those that nobody wants."""
 
     z: object
     k: object
@@ -58,24 +57,37 @@ def _uses(state, batch, number):
 
 
 @triton.jit
+def _locate_tile(
+    state, tile, head_of_state, tensor_batch, first_q, length, num_heads, stride_rows, BLOCK_M: tl.constexpr
+):
+    """Of a tile of the query heads that share a head of a state: head, first row, rows, and where RowTerms begin."""
+    tiles_per_head = tl.cdiv(length, BLOCK_M)
+    head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
+    start_m = tile % tiles_per_head * BLOCK_M
+    first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
+    return head, start_m, start_m + tl.arange(0, BLOCK_M), first_row
+
+
+@triton.jit
 def _first_tile_of_next(first, num_tiles, splits):
     """A split takes the tiles first, first + splits, ... of a batch row's `num_tiles`: where it goes on in the next."""
     return first + tl.cdiv(tl.maximum(num_tiles - first, 0), splits) * splits - num_tiles
 
 
-@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "splits"])
+@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "num_state_heads", "splits"])
 def _ntk_bwd_state_kernel(
     q_ptr, do_ptr, state, sequences, row_terms, dlogw_ptr, grads, stride_q, stride_do, stride_rows,
-    seq_q, batch, num_heads, splits, scale, feature_scale,
+    seq_q, batch, num_heads, num_state_heads, splits, scale, feature_scale,
     SECTION: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     OPERAND: tl.constexpr, PREFIX_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    number, head_of_state = tl.program_id(1) // state.num_heads, tl.program_id(1) % state.num_heads
-    split = tl.program_id(2)
+    state_head = tl.program_id(0) % num_state_heads
+    number, head_of_state = state_head // state.num_heads, state_head % state.num_heads
+    split = tl.program_id(1)
     num_chunks: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
-    c = tl.program_id(0) % state.num_centers
-    block = tl.program_id(0) // state.num_centers
+    c = tl.program_id(0) // num_state_heads % state.num_centers
+    block = tl.program_id(0) // num_state_heads // state.num_centers
     columns = block % num_chunks * CHUNK + tl.arange(0, CHUNK)
     a = block // num_chunks
     if SECTION == "pairs":
@@ -92,18 +104,16 @@ def _ntk_bwd_state_kernel(
     for b in tl.range(0, batch, num_stages=1):
         if _uses(state, b, number):
             tensor_batch, first_q, length = locate_rows(sequences, tl.cast(b, tl.int64), seq_q)
-            tiles_per_head = tl.cdiv(length, BLOCK_M)
-            num_tiles = tiles_per_head * state.query_heads_per_head
-            for tile in tl.range(first, num_tiles, splits, num_stages=1):
-                head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
-                start_m = tile % tiles_per_head * BLOCK_M
-                rows = start_m + tl.arange(0, BLOCK_M)
+            num_tiles = tl.cdiv(length, BLOCK_M) * state.query_heads_per_head
+            for tile in tl.range(first, num_tiles, splits, num_stages=STAGES):
+                head, start_m, rows, first_row = _locate_tile(
+                    state, tile, head_of_state, tensor_batch, first_q, length, num_heads, stride_rows, BLOCK_M
+                )
                 row_mask = (rows < length)[:, None]
                 q_rows = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1]
                 q_rows += (first_q + rows)[:, None] * stride_q[2]
                 do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
                 do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
-                first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
                 first_weight = first_row + (tensor_batch * num_heads + head) * (state.num_centers - 1) * stride_rows
                 first_weight += c * tl.cast(stride_rows, tl.int64)
                 u = load_rows(row_terms.weights + first_weight, rows, length)
@@ -132,7 +142,7 @@ def _ntk_bwd_state_kernel(
                     dcenter += tl.sum(dlogw[:, None] * q, 0)
             first = _first_tile_of_next(first, num_tiles, splits)
 
-    center = (split * (tl.num_programs(1)) + tl.program_id(1)).to(tl.int64) * state.num_centers + c
+    center = (split.to(tl.int64) * num_state_heads + state_head) * state.num_centers + c
     features, exists = columns, columns < HEAD_DIM
     if SECTION == "linear":
         features = 1 + columns
@@ -160,19 +170,19 @@ def _ntk_bwd_state_kernel(
             tl.store(grads.log_scale + center, tl.sum(dlog_scale, 0))
 
 
-@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "splits"])
+@triton.jit(do_not_specialize=["stride_rows", "seq_q", "batch", "num_state_heads", "splits"])
 def _ntk_bwd_rows_kernel(
     q_ptr, do_ptr, state, sequences, row_terms, grads, stride_q, stride_do, stride_rows,
-    seq_q, batch, num_heads, splits, scale,
+    seq_q, batch, num_heads, num_state_heads, splits, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PREFIX_PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    number, head_of_state = tl.program_id(1) // state.num_heads, tl.program_id(1) % state.num_heads
-    split = tl.program_id(2)
-    start_n = tl.program_id(0) * BLOCK_N
+    state_head = tl.program_id(0) % num_state_heads
+    number, head_of_state = state_head // state.num_heads, state_head % state.num_heads
+    split = tl.program_id(1)
+    start_n = tl.program_id(0) // num_state_heads * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    state_head = tl.program_id(1).to(tl.int64)
     MODEL: tl.constexpr = q_ptr.dtype.element_ty
     dk = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     dv = tl.zeros([BLOCK_DV, BLOCK_N], tl.float32)
@@ -181,22 +191,20 @@ def _ntk_bwd_rows_kernel(
     for b in tl.range(0, batch, num_stages=1):
         if _uses(state, b, number):
             tensor_batch, first_q, length = locate_rows(sequences, tl.cast(b, tl.int64), seq_q)
-            tiles_per_head = tl.cdiv(length, BLOCK_M)
-            num_tiles = tiles_per_head * state.query_heads_per_head
+            num_tiles = tl.cdiv(length, BLOCK_M) * state.query_heads_per_head
             for tile in tl.range(first, num_tiles, splits, num_stages=1):
-                head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
-                start_m = tile % tiles_per_head * BLOCK_M
-                rows = start_m + tl.arange(0, BLOCK_M)
+                head, start_m, rows, first_row = _locate_tile(
+                    state, tile, head_of_state, tensor_batch, first_q, length, num_heads, stride_rows, BLOCK_M
+                )
                 q_head = q_ptr + tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
                 do_head = do_ptr + tensor_batch * stride_do[0] + head * stride_do[1] + first_q * stride_do[2]
-                first_row = (tensor_batch * num_heads + head) * stride_rows + first_q
                 p, ds = own_rows_grad(
                     q_head + rows.to(tl.int64)[:, None] * stride_q[2],
                     do_head + rows.to(tl.int64)[:, None] * stride_do[2], (rows < length)[:, None],
                     load_lse(row_terms.lse + first_row, rows, length),
-                    load_rows(row_terms.delta + first_row, rows, length), state, state_head, start_n, scale,
-                    grads.row_values is None, MODEL, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CHUNK, PREFIX_PRECISION,
-                    LOGIT_PRECISION,
+                    load_rows(row_terms.delta + first_row, rows, length), state, state_head.to(tl.int64), start_n,
+                    scale, grads.row_values is None, MODEL, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CHUNK,
+                    PREFIX_PRECISION, LOGIT_PRECISION,
                 )  # fmt: skip
                 if grads.row_values is not None:
                     do = load_tile(do_head, start_m, length, stride_do[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
@@ -208,7 +216,7 @@ def _ntk_bwd_rows_kernel(
                     dbias += tl.sum(ds, 0)
             first = _first_tile_of_next(first, num_tiles, splits)
 
-    first_row = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * state.num_rows
+    first_row = (split.to(tl.int64) * num_state_heads + state_head) * state.num_rows
     exists = offs_n < state.num_rows
     if grads.row_keys is not None:
         columns = tl.arange(0, BLOCK_D)[:, None]
@@ -236,18 +244,19 @@ def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, gr
                  section: str) -> Launch:  # fmt: skip
     """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
     config = call.candidates("state")[0]
-    num_states = call.state.k.shape[0]
+    num_state_heads = call.state.k.shape[0] * call.state.num_heads
     if section not in ("elu", "linear"):
         grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
     args = (
         call.query, grad_out, call.state, call.sequences, row_terms, grad_log_weights, grads, strides(call.query),
-        strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, splits, call.scale * LOG2_E,
+        strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, num_state_heads, splits,
+        call.scale * LOG2_E,
         call.feature_scale,
     )  # fmt: skip
     constants = {name: call.prefix[name] for name in ("NUM_FEATURES", "OPERAND", "PREFIX_PRECISION", "CHUNK")}
     constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
-    constants |= {"SECTION": section, "BLOCK_M": config.block_m}
-    grid = (blocks_of(call, section) * call.state.num_centers, num_states * call.state.num_heads, splits)
+    constants |= {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
+    grid = (blocks_of(call, section) * call.state.num_centers * num_state_heads, splits)
     return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
 
 
@@ -255,15 +264,16 @@ def rows_launch(call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, sp
     """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
     grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
     config = call.candidates("rows")[0]
-    num_states = call.state.row_keys.shape[0]
+    num_state_heads = call.state.row_keys.shape[0] * call.state.num_heads
     args = (
         call.query, grad_out, call.state, call.sequences, row_terms, grads, strides(call.query), strides(grad_out),
-        row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, splits, call.scale * LOG2_E,
+        row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, num_state_heads, splits,
+        call.scale * LOG2_E,
     )  # fmt: skip
     constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION", "CHUNK")}
     constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    grid = (triton.cdiv(call.state.num_rows, config.block_n), num_states * call.state.num_heads, splits)
+    grid = (triton.cdiv(call.state.num_rows, config.block_n) * num_state_heads, splits)
     return Launch(_ntk_bwd_rows_kernel, grid, args, constants, options_of(config))
 
 
@@ -276,6 +286,8 @@ def run_state_backward(
     gradients = {}
     if of_features:
         sections = sections_of(call.feature_map)
+        if of_features.keys().isdisjoint(("z", "k")):
+            sections = sections[:1]  # the one with centres and log_scale
         blocks = max(blocks_of(call, section) for section in sections) * call.state.num_centers
         sums = _partial_sums(call, of_features, blocks, call.candidates("state")[0])
         for section in sections:
@@ -293,8 +305,8 @@ def run_state_backward(
 
 def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileConfig) -> tuple[StateGrads, int]:
     """Uninitialised sums, and their number: so many splits that every multiprocessor has two programs, if it can."""
-    num_states = next(iter(tensors.values())).shape[0]
-    programs = max(1, blocks * num_states * call.state.num_heads)
+    used_states = min(next(iter(tensors.values())).shape[0], max(call.batch, 1))  # at most
+    programs = max(1, blocks * used_states * call.state.num_heads)
     tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, config.block_m)
     splits = max(1, min(triton.cdiv(2 * configs.multiprocessors(call.query.device), programs), tiles))
     sums = {

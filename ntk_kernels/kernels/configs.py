@@ -74,10 +74,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def least_dimension(arch: str) -> int:
+    """Of a product: over 16 or 32 they give wrong results on Hopper (triton issues 10486, 10573, 11366)."""
+    return 64 if arch == "sm90" else 16
+
+
 @functools.cache
 def blocks(arch: str, head_dim: int, value_dim: int, rank: int = 1) -> Blocks:
-    # Kernels with products over 16 or 32 give wrong results on Hopper (triton issues 10486, 10573, 11366).
-    least = 64 if arch == "sm90" else 16
+    least = least_dimension(arch)
     block_d, block_dv, block_rank = (max(least, triton.next_power_of_2(size)) for size in (head_dim, value_dim, rank))
     # On sm_80 a tile of Z in two parts sits in registers, where there is no room for 64 features.
     chunk = 32 if arch in ("sm80", "sm86") else 64
@@ -234,7 +238,11 @@ _DQ = {
     },
     "sm80": {
         "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
-        "taylor2": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 32, 8, 1),)},
+        "taylor2": {
+            64: (_T(128, 64, 8, 2), _T(64, 32, 8, 1)),
+            128: (_T(64, 64, 8, 2), _T(32, 32, 8, 1)),
+            256: (_T(32, 32, 8, 1), _T(16, 16, 8, 1)),
+        },
         "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
     },
     "sm100": {
@@ -253,10 +261,15 @@ _CLASSES = ("sm80", "sm90", "sm100", "gfx942")
 _DELTA = {arch: {"plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _STATE = {
     arch: {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
+        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 64, 8, 3), _T(64, 64, 8, 1))},
         "float32": {dim: (_T(64 if arch == "sm90" else 32, 64, 8, 1),) for dim in (64, 128)},
     }
-    for arch in _CLASSES
+    for arch in ("sm80", "sm90", "sm100")
+} | {
+    "gfx942": {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
+    }
 }
 _ROWS = {
     "sm90": {
@@ -283,13 +296,18 @@ _TABLES = {
 KERNELS = tuple(_TABLES)
 
 
-def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype) -> int:
+def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype, kind: str) -> int:
     """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
-    rows = {"forward": stages * n, "dq": m + stages * n}.get(kernel, n + stages * m)
+    rows = {
+        "forward": stages * n, "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
+        "dv": n + stages * m, "state": stages * m, "rows": m,
+    }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:
         numbers += (m + n) * blocks.block_d
+    if kernel == "dq" and kind == "taylor2" and dtype == torch.float16:  # whose Z may exceed float16
+        return 4 * numbers
     return numbers * dtype.itemsize
 
 
@@ -310,7 +328,8 @@ def candidates(
     table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
     entries = table.get(kind, table["plain"])[max(64, blocks.block_d, blocks.block_dv)]
     if arch == "sm86":
-        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype) <= SHARED_BYTES[arch])
+        limit = SHARED_BYTES[arch]
+        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype, kind) <= limit)
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     if kernel == "forward" and arch in ("sm90", "sm100"):

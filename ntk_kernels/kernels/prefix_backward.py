@@ -164,11 +164,11 @@ def own_rows_grad(
 
 @triton.jit
 def add_own_rows(
-    dq, q_rows, do_rows, row_mask, lse, delta, factor, state, head, num_rows, scale, MODEL: tl.constexpr,
+    dq, q_rows, do_rows, row_mask, lse, delta, state, head, num_rows, scale, MODEL: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, LOGIT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq + factor · Σ_j dS_ij κ_j over the state's own rows."""
+    """dq + Σ_j dS_ij κ_j over the state's own rows."""
     for start in tl.range(0, num_rows, CHUNK, num_stages=1):
         _, ds = own_rows_grad(
             q_rows, do_rows, row_mask, lse, delta, state, head, start, scale, True, MODEL, HEAD_DIM, VALUE_DIM, BLOCK_M,
@@ -177,5 +177,5 @@ def add_own_rows(
         k = load_tile(
             state.row_keys + head * state.num_rows * HEAD_DIM, start, num_rows, HEAD_DIM, CHUNK, HEAD_DIM, BLOCK_D, True
         )
-        dq = state_dot(factor * ds, k, dq, MODEL, 2, PRECISION)
+        dq = state_dot(ds, k, dq, MODEL, 2, PRECISION)
     return dq

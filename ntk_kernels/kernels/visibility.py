@@ -116,6 +116,18 @@ def soft_capped(s, scale, softcap):
 
 
 @triton.jit
+def logits_and_slope(s, scale, softcap, SOFTCAP: tl.constexpr):
+    """The logits of products s = q·k, and their derivative by s · scale."""
+    slope = 1.0
+    if SOFTCAP:
+        s = soft_capped(s, scale, softcap)
+        slope = 1.0 - (s / softcap) * (s / softcap)
+    else:
+        s = s * scale
+    return s, slope
+
+
+@triton.jit
 def masked(s, rows, keys, mask_ptr, stride_mask, seq_q, start, stop, lower, upper, HAS_LOWER: tl.constexpr,
            HAS_UPPER: tl.constexpr):  # fmt: skip
     """The logits `s` plus an additive mask, and which of them are visible. `mask_ptr` is that of the head."""
