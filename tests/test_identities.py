@@ -389,3 +389,21 @@ def test_index_tensors_of_any_strides(backend):
     plain = {name: tensor.contiguous() for name, tensor in strided.items()}
     out = ntk_attention(query, key, value, stack, **strided, backend=backend)
     torch.testing.assert_close(out, ntk_attention(query, key, value, stack, **plain, backend=backend), rtol=0, atol=0)
+
+
+@all_backends
+@pytest.mark.parametrize("recipe", [{"mass": "none", "log_scale": True}, {"feature_map": None, "rows": 2}])
+def test_the_gradient_of_an_lse_of_nothing_goes_nowhere(recipe, backend):
+    """Of a row that sees nothing; merging two such parts gives NaN for it."""
+    query, key, value = qkv(backend)
+    tensors = a_state(backend, **recipe).tensors()
+    for name in tensors.keys() & {"log_scale", "bias"}:
+        tensors[name].fill_(-math.inf)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, *tensors.values())]
+    state = PrefixState(**dict(zip(tensors, leaves[3:], strict=True)), feature_map=recipe.get("feature_map", "elu"))
+    out, lse = ntk_attention(*leaves[:3], state, is_causal=True, causal_offset=-2, return_lse=True, backend=backend)
+    assert (lse[:, :, :2] == -math.inf).all()
+    grad_lse = torch.zeros_like(lse)
+    grad_lse[:, :, :2] = math.nan
+    for grad in torch.autograd.grad([out, lse], leaves, [torch.ones_like(out), grad_lse]):
+        assert grad.isfinite().all()

@@ -13,7 +13,9 @@ from ntk_kernels import PrefixState, ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
-from ntk_kernels.kernels import autotune, configs, forward, launch
+from ntk_kernels.kernels import autotune, backward_state, configs, forward, launch
+from ntk_kernels.kernels.backward_delta import RowTerms
+from ntk_kernels.kernels.backward_state import StateGrads
 from ntk_kernels.kernels.configs import TileConfig
 
 
@@ -268,3 +270,30 @@ def test_float16_models_take_states_beyond_float16():
     small = query * 1e-4
     out = ntk_attention(small, key, value, state, backend="triton")
     torch.testing.assert_close(out, ntk_attention(small, key, value, state, backend="reference"), rtol=2e-3, atol=2e-3)
+
+
+def test_small_gradients_survive_float16():
+    """dS keeps its size until dQ is summed up: times scale, it would lose digits below 6e-5."""
+    query, key, value, grad_out = (tensor.half() for tensor in torch.randn(4, 1, 2, 64, 64).unbind())
+    grad_out = grad_out * 1e-3
+    exact = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    (expected,) = torch.autograd.grad(ntk_attention(*exact, backend="reference"), exact[0], grad_out.double())
+    errors = {}
+    for backend in ("triton", "torch"):
+        leaf = query.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(ntk_attention(leaf, key, value, backend=backend), leaf, grad_out)
+        errors[backend] = (grad - expected).norm() / expected.norm()
+    assert errors["triton"] < 2 * errors["torch"]
+
+
+def test_stacks_of_more_heads_than_a_grid_has_rows():
+    """65,535 programs along the second axis of a grid is all that CUDA allows."""
+    query, key, value = torch.empty(3, 1, 32, 16, 64, dtype=torch.bfloat16, device="meta").unbind()
+    k, z = (torch.empty(4096, 32, 1, *shape, device="meta") for shape in ((64,), (64, 64)))
+    index = torch.empty(1, dtype=torch.int64, device="meta")
+    call = launch.prepare(
+        query, key, value, z=z, k=k, state_index=index, feature_map="elu", causal_offset=0, arch="sm90"
+    )
+    terms = RowTerms(*(torch.empty(1, 32, 16, device="meta"),) * 3, torch.empty(1, 32, 1, 16, device="meta"))
+    sums = StateGrads(z[None], k[None], *[None] * 5)
+    assert max(backward_state.state_launch(call, query, terms, None, sums, 1, "elu").grid[1:]) < 65536

@@ -261,7 +261,7 @@ _CLASSES = ("sm80", "sm90", "sm100", "gfx942")
 _DELTA = {arch: {"plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _STATE = {
     arch: {
-        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 64, 8, 3), _T(64, 64, 8, 1))},
+        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 64, 8, 2), _T(64, 64, 8, 1))},
         "float32": {dim: (_T(64 if arch == "sm90" else 32, 64, 8, 1),) for dim in (64, 128)},
     }
     for arch in ("sm80", "sm90", "sm100")
