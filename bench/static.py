@@ -32,6 +32,8 @@ from . import aot, record
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # With these the tables are free of spills; with newer versions, and on sm86, a few kernels at D=256 spill some bytes.
 _SPILL_FREE = {"sm80", "sm90", "sm100", "gfx942"} if triton.__version__.startswith(("3.6.", "3.7.")) else set()
+# Bytes that spill all the same, and may not become more: (triton, class of GPU, kernel, D).
+_KNOWN_SPILLS = {("3.6", "sm90", "dkdv", 128): 8}  # tiles without them have half the keys
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
 
 
@@ -169,7 +171,8 @@ def examine(shape: Shape) -> dict:
     }  # fmt: skip
     faults = list(found["hazards"])
     optional = shape.option and not shape.kernel.startswith("rows")
-    if found["spilled"] and shape.arch in _SPILL_FREE and not optional and shape.dtype != "float32":
+    known = _KNOWN_SPILLS.get((triton.__version__[:3], shape.arch, shape.kernel, shape.head_dim), 0)
+    if found["spilled"] > known and shape.arch in _SPILL_FREE and not optional and shape.dtype != "float32":
         faults.append(f"spills {found['spilled']} bytes")
     config = shape.config()
     if shape.arch == "sm90" and min(config.block_m, config.block_n) < 64:

@@ -50,10 +50,10 @@ def _add_rows(
         q = load_tile(q_ptr, start_m, last, stride_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
         do = load_tile(do_ptr, start_m, last, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
         rows = start_m + tl.arange(0, BLOCK_M)
-        lse = load_lse(lse_ptr, rows, last)[None, :]
         row_mask = (rows < last)[:, None]
         s = dot(k, q.T, None, PRECISION)
         s, slope = logits_and_slope(s, scale, softcap, SOFTCAP)
+        lse = load_lse(lse_ptr, rows, last)[None, :]
         if MASKED:
             s, visible = masked(
                 s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, last, key_start, key_stop, lower, upper,
