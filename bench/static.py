@@ -102,13 +102,13 @@ class Shape:
         kernel, _, section = self.kernel.partition(" ")
         return {
             "forward": lambda: fwd_launch(call, out, lse, config),
-            "delta": lambda: delta_launch(call, grad, None, out, terms),
+            "delta": lambda: delta_launch(call, grad, None, out, terms, config),
             "dkdv": lambda: dkdv_launch(call, grad, terms, key, value, config),
             "dk": lambda: dkdv_launch(call, grad, terms, key, None, config),
             "dv": lambda: dkdv_launch(call, grad, terms, None, value, config),
             "dq": lambda: dq_launch(call, grad, terms, query, dlogw, config),
-            "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section),
-            "rows": lambda: rows_launch(call, grad, terms, sums, 2, section),
+            "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section, config),
+            "rows": lambda: rows_launch(call, grad, terms, sums, 2, section, config),
         }[kernel]()
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:

@@ -125,21 +125,24 @@ def _attention_impl(*args):
         inputs.max_seqlen_q, inputs.max_seqlen_k,
     )  # fmt: skip
     with _no_autocast(inputs.query):
-        return _module_of(inputs.backend).forward(inputs)
+        return _module_of(inputs).forward(inputs)
 
 
 def _backward_impl(grad_out, grad_lse, *args):
     *inputs, out, lse, needs_grad = args
     inputs = Inputs(*inputs)
     with _no_autocast(inputs.query):
-        return _module_of(inputs.backend).backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
+        return _module_of(inputs).backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
 
 
-def _module_of(backend: str):
-    if backend == "triton":
+def _module_of(inputs: Inputs):
+    """The backend's module. `ntk_attention` asks for none that cannot do it; whoever calls an op himself may."""
+    if inputs.backend == "triton":
         from .backends import triton as triton_backend  # not at import: the package works without triton
 
         return triton_backend
+    if inputs.softcap:
+        raise NotImplementedError("the 'torch' backend does not support softcap; use 'triton', or ntk_attention")
     return torch_backend
 
 

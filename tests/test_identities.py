@@ -261,6 +261,23 @@ def test_a_zero_state_can_be_trained(backend):
     assert (torch.autograd.grad(out.sum(), z)[0].abs().amax((0, 2, 3)) > 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
+def test_a_centre_without_content_beside_others_can_be_trained(backend):
+    """Its mass is 0 on every row; the gradients of its z and k are not, and are those of the reference."""
+    query, key, value = qkv(backend)
+    tensors = a_state(backend, feature_map="taylor1", centers=3, log_scale=True).tensors()
+    tensors["z"][:, 1] = tensors["k"][:, 1] = 0
+    results = []
+    for backend_ in (backend, "reference"):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out = ntk_attention(query, key, value, PrefixState(**leaves, feature_map="taylor1"), backend=backend_)
+        results.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    for name, grad in zip(tensors, results[0], strict=True):
+        assert name in ("centers", "log_scale") or (grad[:, 1] != 0).any()
+
+
 @all_backends
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_a_zero_state_at_logits_of_minus_1000_has_finite_gradients(feature_map, backend):
@@ -299,7 +316,7 @@ def test_states_do_not_reach_rows_that_use_none(backend):
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("how", ["mask", "additive", "key_stop", "causal"])
 def test_what_stands_in_padding_stays_there(content, how, backend):
-    """Keys and values that a mask hides from every row, as the unused end of a static cache."""
+    """Keys and values that a mask hides from every row, as the unused end of a static cache; gradients too."""
     query, key, value = (tensor.float() for tensor in qkv(backend, seq_k=30))
     options = {
         "mask": {"attn_mask": (torch.arange(30) < 22)[None]},
@@ -307,11 +324,20 @@ def test_what_stands_in_padding_stays_there(content, how, backend):
         "key_stop": {"key_stop": torch.tensor([22, 22])},
         "causal": {"is_causal": True, "causal_offset": 1},
     }[how]
-    expected = ntk_attention(
-        query, key[:, :, :22], value[:, :, :22], a_state(backend), backend=backend, is_causal=how == "causal"
-    )
+    state, grad_out = a_state(backend), torch.randn(2, 4, 21, 8)
+
+    def results(key, value, **options):
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, state.z, state.k)]
+        out = ntk_attention(*leaves[:3], PrefixState(*leaves[3:], "elu"), **options, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+    expected = results(key[:, :, :22], value[:, :, :22], is_causal=how == "causal")
     key[:, :, 22:] = value[:, :, 22:] = content
-    torch.testing.assert_close(ntk_attention(query, key, value, a_state(backend), **options, backend=backend), expected)
+    out, grad_query, grad_key, grad_value, *grads = results(key, value, **options)
+    assert (grad_key[:, :, 22:] == 0).all() and (grad_value[:, :, 22:] == 0).all()
+    ours = [out, grad_query, grad_key[:, :, :22], grad_value[:, :, :22], *grads]
+    for result, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result, exact)
 
 
 @all_backends

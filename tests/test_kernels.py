@@ -296,4 +296,5 @@ def test_stacks_of_more_heads_than_a_grid_has_rows():
     )
     terms = RowTerms(*(torch.empty(1, 32, 16, device="meta"),) * 3, torch.empty(1, 32, 1, 16, device="meta"))
     sums = StateGrads(z[None], k[None], *[None] * 5)
-    assert max(backward_state.state_launch(call, query, terms, None, sums, 1, "elu").grid[1:]) < 65536
+    config = call.candidates("state")[0]
+    assert max(backward_state.state_launch(call, query, terms, None, sums, 1, "elu", config).grid[1:]) < 65536

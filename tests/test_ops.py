@@ -87,6 +87,18 @@ def test_opcheck_backward(name, backend):
         )  # fmt: skip
 
 
+def test_an_op_called_for_what_its_backend_lacks_raises():
+    args = op_arguments(case_named("elu"), requires_grad=False)
+    out, lse = attention(*args)
+    args = args._replace(softcap=1.0)
+    for call in (
+        lambda: attention(*args),
+        lambda: attention_backward(out, None, *args, out, lse, [True] + [False] * (NUM_DIFFERENTIABLE - 1)),
+    ):
+        with pytest.raises(NotImplementedError, match="does not support softcap"):
+            call()
+
+
 @all_backends
 def test_double_backward_is_refused(backend):
     query = torch.randn(1, 2, 8, 4, requires_grad=True)

@@ -81,11 +81,11 @@ def keys(batch, seq_q, seq_k, **options):
     sums = StateGrads(**dict.fromkeys(StateGrads._fields) | {n: meta(splits, *t.shape) for n, t in state.items()})
     launches = [
         fwd_launch(call, o, lse, call.candidates("forward")[0]),
-        delta_launch(call, do, lse, o, terms),
+        delta_launch(call, do, lse, o, terms, call.candidates("delta")[0]),
         dkdv_launch(call, do, terms, k, v, call.candidates("dkdv")[0]),
         dq_launch(call, do, terms, q, None, call.candidates("dq")[0]),
-        state_launch(call, do, terms, None, sums, splits, "elu"),
-        rows_launch(call, do, terms, sums, splits, "keys"),
+        state_launch(call, do, terms, None, sums, splits, "elu", call.candidates("state")[0]),
+        rows_launch(call, do, terms, sums, splits, "keys", call.candidates("rows")[0]),
     ]
     return [repr(aot.specialisation(launch)) for launch in launches]
 

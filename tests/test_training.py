@@ -11,11 +11,11 @@ BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 HEADS, DIM, STEPS = 2, 16, 15
 
 
-def trained(backend, feature_map, num_centers, dtype=torch.float32):
+def trained(backend, feature_map, num_centers, dtype=torch.float32, device="cpu"):
     """The losses of a training with Adam, and the state it ends with."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 2, HEADS, 24, DIM, generator=generator).to(dtype).unbind()
-    prefix_key, prefix_value = torch.randn(2, HEADS, 100, DIM, generator=generator).to(dtype).unbind()
+    query, key, value = torch.randn(3, 2, HEADS, 24, DIM, generator=generator).to(device, dtype).unbind()
+    prefix_key, prefix_value = torch.randn(2, HEADS, 100, DIM, generator=generator).to(device, dtype).unbind()
     target = reference.prefix_attention(
         *(tensor.float() for tensor in (query, key, value, prefix_key, prefix_value)), is_causal=True
     )
@@ -32,7 +32,7 @@ def trained(backend, feature_map, num_centers, dtype=torch.float32):
     if num_centers is None:
         del parameters["centers"]
         parameters |= {name: parameters[name][:, 0] for name in ("z", "k", "log_scale")}
-    parameters = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    parameters = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in parameters.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=0.02)
     losses = []
     for _ in range(STEPS):
@@ -63,4 +63,13 @@ def test_the_loss_curve_is_that_of_the_reference(backend, feature_map, num_cente
 def test_a_float32_state_trains_under_a_bfloat16_model(backend):
     losses, _ = trained(backend, "elu", None, torch.bfloat16)
     expected, _ = trained("reference", "elu", None, torch.bfloat16)
+    torch.testing.assert_close(losses, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("feature_map, num_centers", [("elu", None), ("taylor1", 3), ("taylor2", 1)])
+def test_the_same_under_bfloat16_on_a_gpu(backend, feature_map, num_centers):
+    losses, _ = trained(backend, feature_map, num_centers, torch.bfloat16, "cuda")
+    expected, _ = trained("reference", feature_map, num_centers, torch.bfloat16, "cuda")
     torch.testing.assert_close(losses, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)

@@ -42,7 +42,7 @@ def run_ntk_bwd(
     grad_out, out = made_addressable(grad_out), made_addressable(out)
     needs_weights = grad_query is not None or not wanted.keys().isdisjoint(("z", "k", "centers", "log_scale"))
     row_terms = _row_terms(call, lse, needs_weights)
-    delta_launch(call, grad_out, contiguous(grad_lse), out, row_terms)()
+    delta_launch(call, grad_out, contiguous(grad_lse), out, row_terms, call.candidates("delta")[0])()
     grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
     run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
     if grad_query is not None or grad_log_weights is not None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from . import configs
 from .features import elu_mass, taylor_mass
 from .launch import Call, Launch, options_of, strides
 from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
@@ -108,8 +109,9 @@ def _ntk_bwd_delta_kernel(
             tl.store(weights_ptr + c * tl.cast(stride_rows, tl.int64), u, mask=rows < seq_q)
         massless = (l_i < _SMALLEST_MASS) | (m_i == -float("inf"))
         tl.store(row_terms.mass_delta + first_row + rows, tl.where(massless, 0.0, delta), mask=rows < seq_q)
-        # A mass that was rounded to the other side of 0 than in the forward must not set a weight free: u <= 1 / mass.
-        limit = tl.where(massless, _MAX_WEIGHT, tl.maximum(_MAX_WEIGHT, 2.8 / l_i))
+        # A mass that was rounded to the other side of 0 than in the forward must not set a weight free: u <= 1 / mass,
+        # but for rounding, here a factor e.
+        limit = tl.where(massless, _MAX_WEIGHT, tl.maximum(_MAX_WEIGHT, 2.7182818 / l_i))
         too_large = tl.reshape((largest > limit).to(tl.int32), [BLOCK_M], can_reorder=_CAN_REORDER)
         if tl.max(too_large, 0) > 0:
             tl.debug_barrier()  # what one thread stored another may load
@@ -120,9 +122,8 @@ def _ntk_bwd_delta_kernel(
                 tl.store(ptrs, u, mask=rows < seq_q)
 
 
-def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms) -> Launch:
+def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms, config: configs.TileConfig) -> Launch:
     """The launch that fills `delta`, and `mass_delta` and `weights` if there are any."""
-    config = call.candidates("delta")[0]
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     args = (
         call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms,

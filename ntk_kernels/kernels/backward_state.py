@@ -240,18 +240,18 @@ def blocks_of(call: Call, section: str) -> int:
     return num_chunks * (max(call.query.shape[3] - 1, 0) if section == "pairs" else 1)
 
 
-def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, grads: StateGrads, splits: int,
-                 section: str) -> Launch:  # fmt: skip
+def state_launch(
+    call: Call, grad_out, row_terms: RowTerms, grad_log_weights, grads: StateGrads, splits: int, section: str,
+    config: configs.TileConfig,
+) -> Launch:  # fmt: skip
     """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
-    config = call.candidates("state")[0]
     num_state_heads = call.state.k.shape[0] * call.state.num_heads
     if section not in ("elu", "linear"):
         grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
     args = (
         call.query, grad_out, call.state, call.sequences, row_terms, grad_log_weights, grads, strides(call.query),
         strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, num_state_heads, splits,
-        call.scale * LOG2_E,
-        call.feature_scale,
+        call.scale * LOG2_E, call.feature_scale,
     )  # fmt: skip
     constants = {name: call.prefix[name] for name in ("NUM_FEATURES", "OPERAND", "PREFIX_PRECISION", "CHUNK")}
     constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
@@ -260,10 +260,12 @@ def state_launch(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, gr
     return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
 
 
-def rows_launch(call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int, section: str) -> Launch:
+def rows_launch(
+    call: Call, grad_out, row_terms: RowTerms, grads: StateGrads, splits: int, section: str,
+    config: configs.TileConfig,
+) -> Launch:  # fmt: skip
     """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
     grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
-    config = call.candidates("rows")[0]
     num_state_heads = call.state.row_keys.shape[0] * call.state.num_heads
     args = (
         call.query, grad_out, call.state, call.sequences, row_terms, grads, strides(call.query), strides(grad_out),
@@ -289,24 +291,25 @@ def run_state_backward(
         if of_features.keys().isdisjoint(("z", "k")):
             sections = sections[:1]  # the one with centres and log_scale
         blocks = max(blocks_of(call, section) for section in sections) * call.state.num_centers
-        sums = _partial_sums(call, of_features, blocks, call.candidates("state")[0])
+        config = call.candidates("state")[0]
+        sums = _partial_sums(call, of_features, blocks, config)
         for section in sections:
-            state_launch(call, grad_out, row_terms, grad_log_weights, *sums, section)()
+            state_launch(call, grad_out, row_terms, grad_log_weights, *sums, section, config)()
         gradients |= _added_up(sums[0], wanted)
     if of_rows:
         config = call.candidates("rows")[0]
         sums = _partial_sums(call, of_rows, triton.cdiv(call.state.num_rows, config.block_n), config)
         for section, names in ROW_SECTIONS.items():
             if wanted.keys() & set(names):
-                rows_launch(call, grad_out, row_terms, *sums, section)()
+                rows_launch(call, grad_out, row_terms, *sums, section, config)()
         gradients |= _added_up(sums[0], wanted)
     return gradients
 
 
 def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileConfig) -> tuple[StateGrads, int]:
     """Uninitialised sums, and their number: so many splits that every multiprocessor has two programs, if it can."""
-    used_states = min(next(iter(tensors.values())).shape[0], max(call.batch, 1))  # at most
-    programs = max(1, blocks * used_states * call.state.num_heads)
+    num_states = next(iter(tensors.values())).shape[0]  # used or not: their sums take memory
+    programs = max(1, blocks * num_states * call.state.num_heads)
     tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, config.block_m)
     splits = max(1, min(triton.cdiv(2 * configs.multiprocessors(call.query.device), programs), tiles))
     sums = {
