@@ -79,6 +79,11 @@ def least_dimension(arch: str) -> int:
     return 64 if arch == "sm90" else 16
 
 
+def least_rows(arch: str) -> int:
+    """Of a tile of query rows: what the tensor cores take."""
+    return 64 if arch in ("sm90", "sm100") else 16
+
+
 @functools.cache
 def blocks(arch: str, head_dim: int, value_dim: int, rank: int = 1) -> Blocks:
     least = least_dimension(arch)
@@ -293,8 +298,28 @@ _ROWS = {
         "float32": {dim: (_T(32, 32, 4, 1),) for dim in (64, 128)},
     },
 }
+# Decode waits for memory: tiles are small, so that several programs with several tiles in flight fit a multiprocessor.
+_DECODE = {
+    "sm90": {
+        "plain": {64: (_T(64, 64, 4, 4),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 64, 8, 2),)},
+        "float32": {64: (_T(64, 64, 4, 2),), 128: (_T(64, 64, 8, 1),)},
+    },
+    "sm80": {
+        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 32, 8, 2),)},
+        "float32": {64: (_T(64, 32, 4, 2),), 128: (_T(64, 32, 8, 1),)},
+    },
+    "sm100": {
+        "plain": {64: (_T(64, 64, 4, 4),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 64, 8, 2),)},
+        "float32": {64: (_T(64, 32, 4, 2),), 128: (_T(64, 32, 8, 1),)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
+        "float32": {64: (_T(64, 32, 4, 1),), 128: (_T(64, 16, 4, 1),)},
+    },
+}
+_MERGE = {arch: {"plain": {dim: (_T(least_rows(arch), 64, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _TABLES = {
-    "forward": _FORWARD, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
+    "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS,
 }  # fmt: skip
 KERNELS = tuple(_TABLES)
@@ -304,7 +329,7 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
     """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {
-        "forward": stages * n, "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
+        "forward": stages * n, "decode": stages * n, "merge": 0, "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
         "dv": n + stages * m, "state": stages * m, "rows": m,
     }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)

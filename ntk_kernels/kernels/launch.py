@@ -119,22 +119,28 @@ def prepare(
     query, key, value, *, z=None, z_b=None, k=None, centers=None, log_scale=None, row_keys=None,
     row_values=None, row_bias=None, state_index=None, attn_mask=None, key_start=None, key_stop=None,
     cu_seqlens_q=None, cu_seqlens_k=None, feature_map=None, feature_scale=1.0, scale=1.0, softcap=0.0,
-    window_left=-1, window_right=-1, causal_offset=None, max_seqlen_q=None, max_seqlen_k=None, arch=None,
+    window_left=-1, window_right=-1, causal_offset=None, max_seqlen_q=None, max_seqlen_k=None, cache_size=None,
+    arch=None,
 ) -> Call:  # fmt: skip
-    """Arguments as in `ops.py`. `arch` defaults to that of the device (`configs.py`)."""
+    """Arguments as in `ops.py`. `arch` defaults to that of the device (`configs.py`).
+
+    `key` and `value` may be a cache for up to `cache_size` keys a batch row, of which `key_stop` are there.
+    """
     arch = configs.arch_of(query.device) if arch is None else arch
     batch, num_heads, seq_q, head_dim = query.shape
     seq_k, value_dim = value.shape[2:]
     packed = cu_seqlens_q is not None
     if packed:
         batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
+    if cache_size is not None:
+        seq_k = cache_size
     query, key, value = map(made_addressable, (query, key, value))
 
     rank = 1 if z_b is None else z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     precision = configs.precisions(arch, query.dtype)
-    if feature_map == "taylor2" and query.dtype == torch.bfloat16:
-        z = z.to(torch.bfloat16)  # it is so large that its traffic counts
+    if feature_map == "taylor2" and query.dtype == torch.bfloat16 and cache_size is None:
+        z = z.to(torch.bfloat16)  # many programs will read it, and it is so large that its traffic counts
     tensors = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
     state = State(*map(contiguous, tensors), query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0)
     any_of_state = k if row_keys is None else row_keys
@@ -147,7 +153,7 @@ def prepare(
         )
 
     # Bounds beyond any key or row are all the same.
-    if packed:
+    if packed or cache_size is not None:  # relative to each sequence's own lengths
         offset, nearest, farthest = 0, -(seq_q + seq_k), seq_q + seq_k
     else:
         offset, nearest, farthest = causal_offset, -seq_q, seq_k

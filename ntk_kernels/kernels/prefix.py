@@ -77,22 +77,32 @@ def add_center(
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc + u · φ(x)ᵀ Z_c; with "elu" also mass + u · φ(x)·k_c."""
+    z_ptr = state.z + center * NUM_FEATURES * (VALUE_DIM if state.z_b is None else RANK)
     if FEATURE_MAP == "elu":
-        acc, mass = add_elu(
-            acc, mass, u, q_rows, row_mask, state.z + center * HEAD_DIM * VALUE_DIM, state.k + center * HEAD_DIM,
-            feature_scale, HEAD_DIM, VALUE_DIM, BLOCK_DV, CHUNK, PRECISION, OPERAND,
-        )  # fmt: skip
-    elif state.z_b is None:
-        acc = add_taylor(
-            acc, u, q_rows, row_mask, state.z + center * NUM_FEATURES * VALUE_DIM, feature_scale, FEATURE_MAP,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK, PRECISION, OPERAND, STAGES,
-        )  # fmt: skip
+        k_ptr = state.k + center * HEAD_DIM
+    if state.z_b is None:
+        if FEATURE_MAP == "elu":
+            acc, mass = add_elu(
+                acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM, BLOCK_DV, CHUNK,
+                PRECISION, OPERAND,
+            )  # fmt: skip
+        else:
+            acc = add_taylor(
+                acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                CHUNK, PRECISION, OPERAND, STAGES,
+            )  # fmt: skip
     else:
-        low = add_taylor(
-            tl.zeros([BLOCK_M, BLOCK_RANK], tl.float32), u, q_rows, row_mask,
-            state.z + center * NUM_FEATURES * RANK, feature_scale, FEATURE_MAP,
-            HEAD_DIM, RANK, BLOCK_D, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
-        )  # fmt: skip
+        low = tl.zeros([BLOCK_M, BLOCK_RANK], tl.float32)
+        if FEATURE_MAP == "elu":
+            low, mass = add_elu(
+                low, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM, RANK, BLOCK_RANK, CHUNK,
+                PRECISION, OPERAND,
+            )  # fmt: skip
+        else:
+            low = add_taylor(
+                low, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, RANK, BLOCK_D, BLOCK_RANK,
+                CHUNK, PRECISION, OPERAND, STAGES,
+            )  # fmt: skip
         z_b = load_tile(
             state.z_b + center * RANK * VALUE_DIM, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True
         )

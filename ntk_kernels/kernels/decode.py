@@ -1,0 +1,355 @@
+"""Decode: a few query rows of each batch row against its part of a long key/value cache, split over the keys.
+
+A program owns the query rows that read one key/value head of one batch row: the Lq rows of each of the G heads of a
+group, packed into one tile (row p is row p % Lq of head p // Lq), so that keys and values are read once. With enough
+of them there is one split: it starts from the prefix, walks the visible keys and normalises, as the forward does. With
+fewer, the keys of a batch row are divided among `num_splits` programs, of which the first starts from the prefix, and
+a second kernel merges their results by lse, always in the same order.
+
+How the keys are divided depends on the batch row's own length and on `num_splits`, not on the rest of the batch.
+
+The cache is [B, Hkv, Lk, D], or pages [P, Hkv, page size, D] that a block table [B, pages of a row] puts in order.
+
+Memory beyond inputs and outputs, with several splits: their results in float32 (Dv + 1 numbers a split and query row).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .launch import Call, Launch, options_of, prepare, run_with_best_tiles, strides
+from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
+from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
+from .visibility import Sequences, locate_keys, masked, soft_capped
+
+_LN_2 = tl.constexpr(LN_2)
+_MERGED_AT_ONCE = 16  # splits
+_FEWEST_TILES = 4  # of keys that are worth splitting
+
+
+@triton.jit
+def _load_cache_tile(ptr, table, start, stop, stride_page, stride_row, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """[ROWS, BLOCK]: keys `start`... of a batch row, 0 from `stop` on; `ptr` is that of the head."""
+    if table is None:
+        return load_tile(ptr, start, stop, stride_row, ROWS, COLUMNS, BLOCK, True)
+    keys = start + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)[None, :]
+    page = tl.load(table + keys // PAGE_SIZE, mask=keys < stop, other=0).to(tl.int64)
+    offsets = page * stride_page + (keys % PAGE_SIZE) * stride_row
+    return tl.load(ptr + offsets[:, None] + columns, mask=(keys < stop)[:, None] & (columns < COLUMNS), other=0.0)
+
+
+@triton.jit
+def _keys_of_split(split, num_splits, start, stop, prefix_tiles, BLOCK_N: tl.constexpr):
+    """The first and the end of the keys of a split. The prefix, worth so many tiles of keys, is part of the first."""
+    tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_N)
+    own = tl.maximum(tl.cdiv(tiles + prefix_tiles, num_splits) - prefix_tiles, 0)
+    rest = tl.cdiv(tiles - own, num_splits - 1)
+    first = tl.where(split == 0, 0, own + (split - 1) * rest)
+    last = tl.where(split == 0, own, first + rest)
+    return start + first * BLOCK_N, tl.minimum(start + last * BLOCK_N, stop)
+
+
+# Integers that change from call to call; specialised on their values they would recompile the kernel.
+_VARYING = ["seq_q", "seq_k", "num_tiles", "num_splits", "prefix_tiles", "group", "lower", "upper"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, state, sequences, out_ptr, lse_ptr, left_out_ptr,
+    stride_q, stride_k, stride_v, stride_table, stride_out, stride_lse,
+    seq_q, seq_k, num_tiles, num_splits, prefix_tiles, num_kv_heads, group, lower, upper, scale, softcap,
+    feature_scale,
+    FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr, STATE_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`out_ptr`, `lse_ptr` [splits, B, Hq, Lq, (Dv)] are the results; of several splits in float32 and units of log 2.
+
+    STATE_HEADS heads of the state belong to the query heads of a group. `left_out_ptr` [B, Hq, Lq] says what the
+    first of several splits left out: 0 nothing, 1 some centres, 2 all of them (the row has no mass).
+    """
+    tile = tl.program_id(0) % num_tiles
+    split = tl.program_id(0) // num_tiles % num_splits
+    batch_head = tl.program_id(0) // num_tiles // num_splits
+    head_k = tl.cast(batch_head % num_kv_heads, tl.int64)
+    batch = (batch_head // num_kv_heads).to(tl.int64)
+
+    _, seq_k, start, stop, _, _ = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
+    lower += stop - seq_q
+    upper += stop - seq_q
+    if HAS_LOWER:
+        start = tl.maximum(start, lower)
+    if HAS_UPPER:
+        stop = tl.minimum(stop, seq_q + upper)
+    if SPLIT:
+        start, stop = _keys_of_split(split, num_splits, start, stop, prefix_tiles, BLOCK_N)
+
+    offs_p = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    group_head, offs_m = offs_p // seq_q, offs_p % seq_q
+    row_mask = (group_head < group)[:, None]
+    head = head_k * group + group_head
+    q_rows = q_ptr + batch * stride_q[0] + (head * stride_q[1] + offs_m * stride_q[2])[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    q = tl.load(q_rows + columns, mask=row_mask & (columns < HEAD_DIM), other=0.0)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    massless = l_i > 0
+    per_state = group // STATE_HEADS
+    if FEATURE_MAP is not None or state.row_keys is not None:
+        for h in tl.static_range(STATE_HEADS):
+            state_head, num_centers, num_rows = locate_state(state, head_k * group + h * per_state, batch)
+            if SPLIT:
+                num_centers = tl.where(split == 0, num_centers, 0)
+                num_rows = tl.where(split == 0, num_rows, 0)
+            mine = (group_head // per_state) == h
+            if FEATURE_MAP is not None:
+                acc_h, m_h, l_h, massless_h, any_left_out_h = start_from_prefix(
+                    q_rows, row_mask & mine[:, None], state, state_head, num_centers, scale, feature_scale,
+                    FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK,
+                    CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
+                )  # fmt: skip
+                massless = tl.where(mine, massless_h, massless)
+                any_left_out = any_left_out_h if h == 0 else any_left_out | any_left_out_h
+            else:
+                acc_h, m_h, l_h = acc, m_i, l_i
+            if state.row_keys is not None:
+                acc_h, m_h, l_h = attend_rows(
+                    acc_h, m_h, l_h, q, state, state_head, num_rows, scale, HEAD_DIM, VALUE_DIM, CHUNK, BLOCK_D,
+                    BLOCK_DV, PREFIX_PRECISION, LOGIT_PRECISION,
+                )  # fmt: skip
+            acc = tl.where(mine[:, None], acc_h, acc)
+            m_i, l_i = tl.where(mine, m_h, m_i), tl.where(mine, l_h, l_i)
+
+    if table_ptr is None:
+        k_ptr += batch * stride_k[0]
+        v_ptr += batch * stride_v[0]
+    else:
+        table_ptr += batch * stride_table
+    k_ptr += head_k * stride_k[1]
+    v_ptr += head_k * stride_v[1]
+    for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        k = _load_cache_tile(
+            k_ptr, table_ptr, start_n, stop, stride_k[0], stride_k[2], PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D
+        )
+        v = _load_cache_tile(
+            v_ptr, table_ptr, start_n, stop, stride_v[0], stride_v[2], PAGE_SIZE, BLOCK_N, VALUE_DIM, BLOCK_DV
+        )
+        s = dot(q, k.T, None, PRECISION)
+        if SOFTCAP:
+            s = soft_capped(s, scale, softcap)
+        else:
+            s = s * scale
+        s, visible = masked(
+            s, offs_m[:, None], start_n + tl.arange(0, BLOCK_N)[None, :], None, stride_q, seq_q, start, stop, lower,
+            upper, HAS_LOWER, HAS_UPPER,
+        )  # fmt: skip
+        s = tl.where(visible, s, -float("inf"))
+        p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, 1.0, True)
+        acc = dot(rounded_to(p, v.dtype), v, acc * alpha[:, None], PRECISION)
+
+    inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
+    acc = acc * inverse[:, None]
+    lse = tl.where(l_i == 0, -float("inf"), m_i + tl.log2(l_i))
+    in_range = group_head < group
+    rows = head * stride_out[2] + offs_m * stride_out[3]
+    lse_rows = batch * stride_lse[1] + head * stride_lse[2] + offs_m * stride_lse[3]
+    if SPLIT:
+        if FEATURE_MAP is not None:
+            flags = tl.where(any_left_out, 1 + massless.to(tl.int32), 0)
+            tl.store(left_out_ptr + lse_rows, flags, mask=in_range & (split == 0))
+        out_ptr += split.to(tl.int64) * stride_out[0]
+        lse_ptr += split.to(tl.int64) * stride_lse[0]
+    else:
+        if FEATURE_MAP is not None:
+            if any_left_out:
+                shift = tl.where(l_i == 0, 0.0, m_i)
+                for h in tl.static_range(STATE_HEADS):
+                    state_head, num_centers, num_rows = locate_state(state, head_k * group + h * per_state, batch)
+                    mine = (group_head // per_state) == h
+                    acc = add_left_out(
+                        acc, shift, tl.where(mine, inverse, 0.0), massless, q_rows, row_mask & mine[:, None], state,
+                        state_head, num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM,
+                        RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND,
+                        LOGIT_PRECISION, STAGES,
+                    )  # fmt: skip
+        lse = lse * _LN_2
+    tl.store(lse_ptr + lse_rows, lse, mask=in_range)
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    out_ptrs = out_ptr + batch * stride_out[1] + rows[:, None] + columns
+    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_queries", "seq_q"])
+def _merge_kernel(
+    q_ptr, state, part_out, part_lse, left_out_ptr, out_ptr, lse_ptr, stride_q, stride_out,
+    num_splits, num_queries, num_heads, seq_q, scale, feature_scale,
+    FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The result of one query row from those of the splits, [splits, B, Hq, Lq, Dv] and [splits, B, Hq, Lq]."""
+    query = tl.program_id(0).to(tl.int64)
+    row, head = query % seq_q, (query // seq_q % num_heads).to(tl.int32)
+    batch = query // seq_q // num_heads
+    columns = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    m_i = -float("inf")
+    l_i = 0.0
+    for start in tl.range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        at = splits.to(tl.int64) * num_queries + query
+        lse = tl.load(part_lse + at, mask=splits < num_splits, other=-float("inf"))
+        part = tl.load(
+            part_out + at[:, None] * VALUE_DIM + columns[None, :],
+            mask=(splits < num_splits)[:, None] & (columns < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(lse - shift)
+        alpha = tl.exp2(m_i - shift)
+        acc = acc * alpha + tl.sum(p[:, None] * part, 0)
+        l_i = l_i * alpha + tl.sum(p, 0)
+        m_i = m_new
+    inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
+    acc = acc * inverse
+    if FEATURE_MAP is not None:
+        left_out = tl.load(left_out_ptr + query)
+        if left_out > 0:
+            # The helpers take tiles of rows: this is the first row of one, the others have weight 0.
+            is_row = tl.arange(0, BLOCK_M) == 0
+            shift = tl.zeros([BLOCK_M], tl.float32) + tl.where(l_i == 0, 0.0, m_i)
+            q_rows = q_ptr + batch * stride_q[0] + head * stride_q[1] + row * stride_q[2]
+            state_head, num_centers, _ = locate_state(state, head, batch)
+            tile = add_left_out(
+                tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), shift, tl.where(is_row, inverse, 0.0),
+                is_row & (left_out == 2), q_rows + tl.zeros([BLOCK_M, 1], tl.int32), is_row[:, None], state,
+                state_head, num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK,
+                BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
+            )  # fmt: skip
+            acc += tl.sum(tile, 0)
+    tl.store(lse_ptr + query, tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2))
+    out_ptr += batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
+    tl.store(out_ptr + columns, rounded_to(acc, out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+
+
+def decode_launch(
+    call: Call, out, lse, left_out, config: configs.TileConfig, *, num_splits: int = 1, block_table=None
+) -> Launch:
+    """The launch that fills `out` [S, B, Hq, Lq, Dv] and `lse` [S, B, Hq, Lq], S = num_splits; with several `left_out`
+    [B, Hq, Lq] (int32) as well, if there are features."""
+    kv_heads, state = call.key.shape[1], call.state
+    rows = call.group * call.seq_q
+    block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
+    num_tiles = triton.cdiv(rows, block_m)
+    prefix_tiles = triton.cdiv(_bytes_of_head(state), _bytes_of_key(call) * config.block_n)
+    args = (
+        call.query, call.key, call.value, block_table, state, call.sequences, out, lse, left_out,
+        *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
+        out.stride()[:4], lse.stride(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
+        call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
+    )  # fmt: skip
+    constants = call.flags | call.prefix | call.sizes
+    constants |= {
+        "RANK": 1 if state.z_b is None else state.z_b.shape[3],
+        "STATE_HEADS": max(state.num_heads // kv_heads, 1),
+        "PAGE_SIZE": 1 if block_table is None else call.key.shape[2],
+        "SPLIT": num_splits > 1,
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_RANK": call.blocks.block_rank,
+        "STAGES": config.num_stages,
+    }
+    grid = (num_tiles * num_splits * kv_heads * call.batch,)
+    return Launch(_decode_kernel, grid, args, constants, options_of(config))
+
+
+def merge_launch(call: Call, part_out, part_lse, left_out, out, lse, config: configs.TileConfig) -> Launch:
+    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq] from what `decode_launch` made."""
+    num_splits, num_queries = part_out.shape[0], lse.numel()
+    args = (
+        call.query, call.state, part_out, part_lse, left_out, out, lse, strides(call.query), strides(out), num_splits,
+        num_queries, call.heads, call.seq_q, call.scale * LOG2_E, call.feature_scale,
+    )  # fmt: skip
+    constants = call.prefix | call.sizes
+    constants |= {
+        "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
+        "BLOCK_M": config.block_m,
+        "BLOCK_S": min(_MERGED_AT_ONCE, triton.next_power_of_2(num_splits)),
+        "BLOCK_RANK": call.blocks.block_rank,
+        "STAGES": config.num_stages,
+    }
+    return Launch(_merge_kernel, (num_queries,), args, constants, options_of(config))
+
+
+def _bytes_of_head(state) -> int:
+    """What a program reads of a head of the state."""
+    tensors = (state.z, state.z_b, state.k, state.centers, state.row_keys, state.row_values)
+    read = (tensor[0, 0].numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return sum(read)
+
+
+def _bytes_of_key(call: Call) -> int:
+    return (call.sizes["HEAD_DIM"] + call.sizes["VALUE_DIM"]) * call.key.element_size()
+
+
+def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
+    """How many programs share the keys of one: the fewest that keep the multiprocessors nearly as busy as any number.
+
+    `programs` that there are without splitting, each with so many tiles of keys.
+    """
+    if programs >= 0.8 * multiprocessors or tiles <= _FEWEST_TILES:
+        return 1
+
+    def busy(splits):
+        waves = triton.cdiv(programs * splits, multiprocessors)
+        return programs * splits / (waves * multiprocessors)
+
+    possible = range(1, max(min(tiles // 2, multiprocessors), 1) + 1)
+    best = max(map(busy, possible))
+    return next(splits for splits in possible if busy(splits) >= 0.85 * best)
+
+
+def _num_splits(call: Call, config: configs.TileConfig) -> int:
+    visible = call.seq_k
+    if call.flags["HAS_LOWER"]:
+        visible = min(visible, call.seq_q - call.lower + (call.upper if call.flags["HAS_UPPER"] else 0))
+    row_tiles = triton.cdiv(call.group * call.seq_q, config.block_m)
+    programs = row_tiles * call.key.shape[1] * call.batch
+    return splits_for(programs, triton.cdiv(visible, config.block_n), configs.multiprocessors(call.query.device))
+
+
+def run_ntk_decode(
+    query, key_cache, value_cache, out, lse, *, cache_seqlens=None, block_table=None, num_splits=0, **arguments
+) -> None:
+    """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `ops.py`."""
+    cache_size = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+    call = prepare(query, key_cache, value_cache, key_stop=cache_seqlens, cache_size=cache_size, **arguments)
+    if block_table is not None:
+        block_table = block_table.contiguous()
+
+    def launch_with(config):
+        return lambda: _run(call, out, lse, block_table, num_splits or _num_splits(call, config), config)
+
+    run_with_best_tiles(call, "decode", launch_with)
+
+
+def _run(call: Call, out, lse, block_table, num_splits: int, config: configs.TileConfig) -> None:
+    if num_splits == 1:
+        decode_launch(call, out[None], lse[None], None, config, block_table=block_table)()
+        return
+    part_out = out.new_empty(num_splits, *out.shape, dtype=torch.float32)
+    part_lse = lse.new_empty(num_splits, *lse.shape)
+    left_out = None if call.feature_map is None else lse.new_empty(lse.shape, dtype=torch.int32)
+    decode_launch(
+        call, part_out, part_lse, left_out, config, num_splits=num_splits, block_table=block_table
+    )()
+    merge_launch(call, part_out, part_lse, left_out, out, lse, call.candidates("merge")[0])()
