@@ -18,11 +18,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import feature_dim
+from ntk_kernels.backends.inputs import NUM_DIFFERENTIABLE, Inputs
 from ntk_kernels.kernels import configs
 from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, sections_of, state_launch
+from ntk_kernels.kernels.decode import decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.launch import prepare
 from ntk_kernels.kernels.tiles import INTERPRETED
@@ -87,8 +89,11 @@ class Shape:
             arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": length,
                           "max_seqlen_k": length}  # fmt: skip
             query, key, value, out, grad, lse = (tensor[:1] for tensor in (query, key, value, out, grad, lse))
-        call = prepare(query, key, value, arch=self.arch, **arguments)
         config = self.config()
+        kernel, _, section = self.kernel.partition(" ")
+        if kernel in ("decode", "merge"):
+            return self._decode_launch(query, key, value, arguments, meta)
+        call = prepare(query, key, value, arch=self.arch, **arguments)
         terms = RowTerms(lse, lse, None, None)
         dlogw = None
         if self.feature_map != "none":
@@ -99,7 +104,6 @@ class Shape:
         sums = StateGrads(
             *(meta(2, *arguments[name].shape) if name in arguments else None for name in StateGrads._fields)
         )
-        kernel, _, section = self.kernel.partition(" ")
         return {
             "forward": lambda: fwd_launch(call, out, lse, config),
             "delta": lambda: delta_launch(call, grad, None, out, terms, config),
@@ -110,6 +114,26 @@ class Shape:
             "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section, config),
             "rows": lambda: rows_launch(call, grad, terms, sums, 2, section, config),
         }[kernel]()
+
+    def _decode_launch(self, query, key, value, arguments, meta):
+        """One token a batch row, two of four heads' keys; in one split, or in four if the kernel's name says so."""
+        batch, heads, length, dim = query.shape
+        query, key, value = query[:, :, :1], key[:, : heads // 4], value[:, : heads // 4]
+        state_heads = heads if self.option == "state per query head" else heads // 4
+        shared = {name: tensor[:, :state_heads] if name in Inputs._fields[3:NUM_DIFFERENTIABLE] else tensor
+                  for name, tensor in arguments.items()}  # fmt: skip
+        paged = {}
+        if self.option == "paged":
+            key, value = (meta(512, heads // 4, 16, dim, dtype=query.dtype) for _ in range(2))
+            paged = {"block_table": meta(batch, length // 16, dtype=torch.int32)}
+        shared |= {"key_stop": meta(batch, dtype=torch.int32)}
+        call = prepare(query, key, value, arch=self.arch, cache_size=length, **shared)
+        splits = 1 if self.kernel == "decode" else 4
+        out, lse = meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32), meta(splits, batch, heads, 1)
+        left_out = meta(batch, heads, 1, dtype=torch.int32)
+        if self.kernel == "merge":
+            return merge_launch(call, out, lse, left_out, query, lse[0], self.config())
+        return decode_launch(call, out, lse, left_out, self.config(), num_splits=splits, **paged)
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:
         feature_map = None if self.feature_map == "none" else self.feature_map
@@ -175,9 +199,10 @@ def examine(shape: Shape) -> dict:
     if found["spilled"] > known and shape.arch in _SPILL_FREE and not optional and shape.dtype != "float32":
         faults.append(f"spills {found['spilled']} bytes")
     config = shape.config()
-    if shape.arch == "sm90" and min(config.block_m, config.block_n) < 64:
+    multiplies = shape.kernel not in ("delta", "merge")
+    if multiplies and shape.arch == "sm90" and min(config.block_m, config.block_n) < 64:
         faults.append("a product with a dimension below 64")
-    if not found["tensor_core"] and shape.kernel != "delta":
+    if multiplies and not found["tensor_core"]:
         faults.append("no tensor-core instruction")
     if compiled.shared > limit:
         faults.append(f"needs {compiled.shared} bytes of shared memory, has {limit}")

@@ -298,26 +298,40 @@ _ROWS = {
         "float32": {dim: (_T(32, 32, 4, 1),) for dim in (64, 128)},
     },
 }
-# Decode waits for memory: tiles are small, so that several programs with several tiles in flight fit a multiprocessor.
+# Decode waits for memory: small tiles, several in flight. Fewer rows of queries get smaller ones.
 _DECODE = {
     "sm90": {
-        "plain": {64: (_T(64, 64, 4, 4),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 64, 8, 2),)},
+        "plain": {
+            64: (_T(64, 64, 4, 3), _T(64, 64, 4, 4), _T(64, 128, 4, 2)),
+            128: (_T(64, 64, 8, 3), _T(64, 64, 4, 3), _T(64, 64, 8, 2)),
+            256: (_T(64, 64, 8, 2),),
+        },
         "float32": {64: (_T(64, 64, 4, 2),), 128: (_T(64, 64, 8, 1),)},
     },
     "sm80": {
-        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 32, 8, 2),)},
+        "plain": {
+            64: (_T(64, 64, 4, 3), _T(64, 128, 4, 2)),
+            128: (_T(64, 64, 4, 3), _T(64, 64, 8, 3), _T(64, 32, 4, 3)),
+            256: (_T(64, 32, 8, 2),),
+        },
         "float32": {64: (_T(64, 32, 4, 2),), 128: (_T(64, 32, 8, 1),)},
     },
     "sm100": {
-        "plain": {64: (_T(64, 64, 4, 4),), 128: (_T(64, 64, 4, 3),), 256: (_T(64, 64, 8, 2),)},
-        "float32": {64: (_T(64, 32, 4, 2),), 128: (_T(64, 32, 8, 1),)},
+        "plain": {
+            64: (_T(64, 64, 4, 3), _T(64, 64, 4, 4)),
+            128: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)),
+            256: (_T(64, 64, 8, 2),),
+        },
+        "taylor2": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 32, 8, 1),)},
+        "float32": {64: (_T(64, 32, 8, 2),), 128: (_T(64, 32, 8, 1),)},
     },
     "gfx942": {
         "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
         "float32": {64: (_T(64, 32, 4, 1),), 128: (_T(64, 16, 4, 1),)},
     },
 }
-_MERGE = {arch: {"plain": {dim: (_T(least_rows(arch), 64, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
+# One row of queries, so many splits at once.
+_MERGE = {arch: {"plain": {dim: (_T(1, 16, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _TABLES = {
     "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS,

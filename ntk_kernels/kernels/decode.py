@@ -24,7 +24,6 @@ from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
 from .visibility import Sequences, locate_keys, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
-_MERGED_AT_ONCE = 16  # splits
 _FEWEST_TILES = 4  # of keys that are worth splitting
 
 
@@ -33,12 +32,13 @@ def _load_cache_tile(ptr, table, start, stop, stride_page, stride_row, PAGE_SIZE
                      COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """[ROWS, BLOCK]: keys `start`... of a batch row, 0 from `stop` on; `ptr` is that of the head."""
     if table is None:
-        return load_tile(ptr, start, stop, stride_row, ROWS, COLUMNS, BLOCK, True)
-    keys = start + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)[None, :]
-    page = tl.load(table + keys // PAGE_SIZE, mask=keys < stop, other=0).to(tl.int64)
-    offsets = page * stride_page + (keys % PAGE_SIZE) * stride_row
-    return tl.load(ptr + offsets[:, None] + columns, mask=(keys < stop)[:, None] & (columns < COLUMNS), other=0.0)
+        tile = load_tile(ptr, start, stop, stride_row, ROWS, COLUMNS, BLOCK, True)
+    else:
+        keys, columns = start + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+        page = tl.load(table + keys // PAGE_SIZE, mask=keys < stop, other=0).to(tl.int64)
+        offsets = page * stride_page + (keys % PAGE_SIZE) * stride_row
+        tile = tl.load(ptr + offsets[:, None] + columns, mask=(keys < stop)[:, None] & (columns < COLUMNS), other=0.0)
+    return tile
 
 
 @triton.jit
@@ -50,6 +50,16 @@ def _keys_of_split(split, num_splits, start, stop, prefix_tiles, BLOCK_N: tl.con
     first = tl.where(split == 0, 0, own + (split - 1) * rest)
     last = tl.where(split == 0, own, first + rest)
     return start + first * BLOCK_N, tl.minimum(start + last * BLOCK_N, stop)
+
+
+@triton.jit
+def _rows_of_tile(tile, q_ptr, stride_q, seq_q, head, group, BLOCK_M: tl.constexpr):
+    """Of each row of a tile: which head of the group and which query it is, whether there is such a row, and where q
+    begins, [M, 1]. `head` is the first of the group."""
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    group_head, offs_m = packed // seq_q, packed % seq_q
+    q_rows = q_ptr + ((head + group_head) * stride_q[1] + offs_m * stride_q[2])[:, None]
+    return group_head, offs_m, group_head < group, q_rows
 
 
 # Integers that change from call to call; specialised on their values they would recompile the kernel.
@@ -90,13 +100,11 @@ def _decode_kernel(
     if SPLIT:
         start, stop = _keys_of_split(split, num_splits, start, stop, prefix_tiles, BLOCK_N)
 
-    offs_p = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    group_head, offs_m = offs_p // seq_q, offs_p % seq_q
-    row_mask = (group_head < group)[:, None]
-    head = head_k * group + group_head
-    q_rows = q_ptr + batch * stride_q[0] + (head * stride_q[1] + offs_m * stride_q[2])[:, None]
+    q_ptr += batch * stride_q[0]
+    head = head_k * group
+    group_head, offs_m, in_range, q_rows = _rows_of_tile(tile, q_ptr, stride_q, seq_q, head, group, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    q = tl.load(q_rows + columns, mask=row_mask & (columns < HEAD_DIM), other=0.0)
+    q = tl.load(q_rows + columns, mask=in_range[:, None] & (columns < HEAD_DIM), other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -105,14 +113,14 @@ def _decode_kernel(
     per_state = group // STATE_HEADS
     if FEATURE_MAP is not None or state.row_keys is not None:
         for h in tl.static_range(STATE_HEADS):
-            state_head, num_centers, num_rows = locate_state(state, head_k * group + h * per_state, batch)
+            state_head, num_centers, num_rows = locate_state(state, head + h * per_state, batch)
             if SPLIT:
                 num_centers = tl.where(split == 0, num_centers, 0)
                 num_rows = tl.where(split == 0, num_rows, 0)
-            mine = (group_head // per_state) == h
+            mine = in_range & ((group_head // per_state) == h)
             if FEATURE_MAP is not None:
                 acc_h, m_h, l_h, massless_h, any_left_out_h = start_from_prefix(
-                    q_rows, row_mask & mine[:, None], state, state_head, num_centers, scale, feature_scale,
+                    q_rows, mine[:, None], state, state_head, num_centers, scale, feature_scale,
                     FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK,
                     CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
                 )  # fmt: skip
@@ -155,12 +163,16 @@ def _decode_kernel(
         p, alpha, m_i, l_i = online_softmax(m_i, l_i, s, 1.0, True)
         acc = dot(rounded_to(p, v.dtype), v, acc * alpha[:, None], PRECISION)
 
+    # 0, as the grid has one dimension, which the compiler does not know: what it took for the same as before the loop
+    # would stay in registers through it.
+    zero = tl.program_id(1)
+    head += zero
+    group_head, offs_m, in_range, q_rows = _rows_of_tile(tile + zero, q_ptr, stride_q, seq_q, head, group, BLOCK_M)
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
     acc = acc * inverse[:, None]
     lse = tl.where(l_i == 0, -float("inf"), m_i + tl.log2(l_i))
-    in_range = group_head < group
-    rows = head * stride_out[2] + offs_m * stride_out[3]
-    lse_rows = batch * stride_lse[1] + head * stride_lse[2] + offs_m * stride_lse[3]
+    rows = (head + group_head) * stride_out[2] + offs_m * stride_out[3]
+    lse_rows = batch * stride_lse[1] + (head + group_head) * stride_lse[2] + offs_m * stride_lse[3]
     if SPLIT:
         if FEATURE_MAP is not None:
             flags = tl.where(any_left_out, 1 + massless.to(tl.int32), 0)
@@ -172,19 +184,18 @@ def _decode_kernel(
             if any_left_out:
                 shift = tl.where(l_i == 0, 0.0, m_i)
                 for h in tl.static_range(STATE_HEADS):
-                    state_head, num_centers, num_rows = locate_state(state, head_k * group + h * per_state, batch)
-                    mine = (group_head // per_state) == h
+                    state_head, num_centers, num_rows = locate_state(state, head + h * per_state, batch)
+                    mine = in_range & ((group_head // per_state) == h)
                     acc = add_left_out(
-                        acc, shift, tl.where(mine, inverse, 0.0), massless, q_rows, row_mask & mine[:, None], state,
-                        state_head, num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM,
-                        RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND,
+                        acc, shift, tl.where(mine, inverse, 0.0), massless, q_rows, mine[:, None], state, state_head,
+                        num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND,
                         LOGIT_PRECISION, STAGES,
                     )  # fmt: skip
         lse = lse * _LN_2
     tl.store(lse_ptr + lse_rows, lse, mask=in_range)
     columns = tl.arange(0, BLOCK_DV)[None, :]
     out_ptrs = out_ptr + batch * stride_out[1] + rows[:, None] + columns
-    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
+    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=in_range[:, None] & (columns < VALUE_DIM))
 
 
 @triton.jit(do_not_specialize=["num_splits", "num_queries", "seq_q"])
@@ -193,15 +204,15 @@ def _merge_kernel(
     num_splits, num_queries, num_heads, seq_q, scale, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The result of one query row from those of the splits, [splits, B, Hq, Lq, Dv] and [splits, B, Hq, Lq]."""
     query = tl.program_id(0).to(tl.int64)
     row, head = query % seq_q, (query // seq_q % num_heads).to(tl.int32)
     batch = query // seq_q // num_heads
-    columns = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
     m_i = -float("inf")
     l_i = 0.0
     for start in tl.range(0, num_splits, BLOCK_S):
@@ -209,14 +220,14 @@ def _merge_kernel(
         at = splits.to(tl.int64) * num_queries + query
         lse = tl.load(part_lse + at, mask=splits < num_splits, other=-float("inf"))
         part = tl.load(
-            part_out + at[:, None] * VALUE_DIM + columns[None, :],
-            mask=(splits < num_splits)[:, None] & (columns < VALUE_DIM)[None, :], other=0.0,
+            part_out + at[:, None] * VALUE_DIM + columns,
+            mask=(splits < num_splits)[:, None] & (columns < VALUE_DIM), other=0.0,
         )  # fmt: skip
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         p = tl.exp2(lse - shift)
         alpha = tl.exp2(m_i - shift)
-        acc = acc * alpha + tl.sum(p[:, None] * part, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * part, 0)[None, :]
         l_i = l_i * alpha + tl.sum(p, 0)
         m_i = m_new
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
@@ -224,18 +235,15 @@ def _merge_kernel(
     if FEATURE_MAP is not None:
         left_out = tl.load(left_out_ptr + query)
         if left_out > 0:
-            # The helpers take tiles of rows: this is the first row of one, the others have weight 0.
-            is_row = tl.arange(0, BLOCK_M) == 0
-            shift = tl.zeros([BLOCK_M], tl.float32) + tl.where(l_i == 0, 0.0, m_i)
-            q_rows = q_ptr + batch * stride_q[0] + head * stride_q[1] + row * stride_q[2]
+            shift = tl.zeros([1], tl.float32) + tl.where(l_i == 0, 0.0, m_i)
+            q_rows = q_ptr + batch * stride_q[0] + head * stride_q[1] + row * stride_q[2] + tl.zeros([1, 1], tl.int32)
             state_head, num_centers, _ = locate_state(state, head, batch)
-            tile = add_left_out(
-                tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), shift, tl.where(is_row, inverse, 0.0),
-                is_row & (left_out == 2), q_rows + tl.zeros([BLOCK_M, 1], tl.int32), is_row[:, None], state,
-                state_head, num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK,
-                BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
+            acc = add_left_out(
+                acc, shift, tl.zeros([1], tl.float32) + inverse, (tl.zeros([1], tl.int32) + left_out) == 2, q_rows,
+                tl.full([1, 1], True, tl.int1), state, state_head, num_centers, scale, feature_scale, FEATURE_MAP,
+                NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, 1, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION,
+                OPERAND, LOGIT_PRECISION, 1,
             )  # fmt: skip
-            acc += tl.sum(tile, 0)
     tl.store(lse_ptr + query, tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2))
     out_ptr += batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
     tl.store(out_ptr + columns, rounded_to(acc, out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
@@ -266,7 +274,8 @@ def decode_launch(
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_RANK": call.blocks.block_rank,
-        "STAGES": config.num_stages,
+        # As many tiles in flight although the numbers of the pages have to be fetched before what is on them.
+        "STAGES": config.num_stages if block_table is None else 2 * config.num_stages - 1,
     }
     grid = (num_tiles * num_splits * kv_heads * call.batch,)
     return Launch(_decode_kernel, grid, args, constants, options_of(config))
@@ -282,10 +291,8 @@ def merge_launch(call: Call, part_out, part_lse, left_out, out, lse, config: con
     constants = call.prefix | call.sizes
     constants |= {
         "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
-        "BLOCK_M": config.block_m,
-        "BLOCK_S": min(_MERGED_AT_ONCE, triton.next_power_of_2(num_splits)),
+        "BLOCK_S": min(config.block_n, triton.next_power_of_2(num_splits)),
         "BLOCK_RANK": call.blocks.block_rank,
-        "STAGES": config.num_stages,
     }
     return Launch(_merge_kernel, (num_queries,), args, constants, options_of(config))
 

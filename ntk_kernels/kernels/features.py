@@ -92,10 +92,11 @@ def elu_mass(q_rows, row_mask, k_ptr, feature_scale, HEAD_DIM: tl.constexpr, BLO
 
 @triton.jit
 def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-                CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+                PARTS: tl.constexpr):  # fmt: skip
     """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
     z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True)
-    return state_dot(phi, z, acc, OPERAND, 2, PRECISION)
+    return state_dot(phi, z, acc, OPERAND, PARTS, PRECISION)
 
 
 @triton.jit
@@ -109,21 +110,21 @@ def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DI
         phi = u[:, None] * elu_of(x)
         columns = start + tl.arange(0, CHUNK)
         mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, 2)
     return acc, mass
 
 
 @triton.jit
 def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, HEAD_DIM: tl.constexpr,
                    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-                   OPERAND: tl.constexpr):  # fmt: skip
+                   OPERAND: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """acc + u · x @ z, or acc + u · x²/√2 @ z."""
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):  # one stage, as in add_elu
         x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
         phi = u[:, None] * x
         if SQUARED:
             phi = phi * x * _SQRT_HALF
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)
     return acc
 
 
@@ -152,13 +153,14 @@ def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.c
                COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
                PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z, [M, BLOCK]."""
+    PARTS: tl.constexpr = 1 if FEATURE_MAP == "taylor2" else 2  # most of z of taylor2 are the pairs, rounded too
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,
-                         CHUNK, PRECISION, OPERAND)  # fmt: skip
+                         CHUNK, PRECISION, OPERAND, PARTS)  # fmt: skip
     if FEATURE_MAP == "taylor2":
         acc = add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
                         PRECISION, OPERAND, STAGES)  # fmt: skip
         acc = add_components(acc, u, q_rows, row_mask, z_ptr + square_start(HEAD_DIM) * COLUMNS, feature_scale, True,
-                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND)  # fmt: skip
+                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)  # fmt: skip
     return acc

@@ -42,12 +42,16 @@ def state_dot(a, b, acc, MODEL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl
     """a @ b + acc for a tile b of the state, which keeps its own precision under a model of dtype MODEL.
 
     Of the model's dtype, b is multiplied as a key or value is. A wider b is taken as the sum of PARTS bfloat16 tiles of
-    8 bits each; so is a, which has 8 bits under a bfloat16 model and 11, two parts, under a float16 one.
+    8 bits each; so is a, which has 8 bits under a bfloat16 model and 11, two parts, under a float16 one. A single row a
+    is multiplied in float32, without tensor cores.
     """
-    if MODEL == tl.float32:
+    if a.shape[0] == 1:
+        product = tl.sum(tl.trans(a.to(tl.float32)) * b.to(tl.float32), 0)[None, :]
+        acc = product if acc is None else acc + product
+    elif MODEL == tl.float32:
         acc = dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
-    elif b.dtype == MODEL:
-        acc = dot(rounded_to(a, MODEL), b, acc, PRECISION)
+    elif b.dtype == MODEL or (MODEL == tl.bfloat16 and PARTS == 1):
+        acc = dot(rounded_to(a, MODEL), rounded_to(b, MODEL), acc, PRECISION)
     else:
         # Loops: unrolled, the products would need more registers (sm_90) and accumulators (sm_100) than there are.
         a_rest = a.to(tl.float32)
