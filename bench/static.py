@@ -129,7 +129,10 @@ class Shape:
         shared |= {"key_stop": meta(batch, dtype=torch.int32)}
         call = prepare(query, key, value, arch=self.arch, cache_size=length, **shared)
         splits = 1 if self.kernel == "decode" else 4
-        out, lse = meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32), meta(splits, batch, heads, 1)
+        out, lse = (
+            meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32),
+            meta(splits, batch, heads, 1),
+        )
         left_out = meta(batch, heads, 1, dtype=torch.int32)
         if self.kernel == "merge":
             return merge_launch(call, out, lse, left_out, query, lse[0], self.config())

@@ -18,7 +18,9 @@ except ImportError as error:
     ) from error
 from .attention import ntk_attention
 from .convert import prefix_to_state
+from .decode import ntk_attention_decode
 from .feature_maps import FEATURE_MAPS, feature_dim
+from .merge import merge_attention, prefix_attention_state
 from .state import PrefixState
 from .varlen import ntk_attention_varlen
 
@@ -27,8 +29,11 @@ __all__ = [
     "FEATURE_MAPS",
     "PrefixState",
     "feature_dim",
+    "merge_attention",
     "ntk_attention",
+    "ntk_attention_decode",
     "ntk_attention_varlen",
+    "prefix_attention_state",
     "prefix_to_state",
     "reference",
 ]

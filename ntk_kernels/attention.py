@@ -168,12 +168,12 @@ def _four_dimensional(attn_mask: Tensor | None) -> Tensor | None:
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
-def state_arguments(state: PrefixState | None, backend: str) -> list[Tensor | None]:
+def state_arguments(state: PrefixState | None, backend: str, *, few_rows: bool = False) -> list[Tensor | None]:
     """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias as the ops take them (`backends/inputs.py`)."""
     if state is None:
         return [None] * 8
     k, log_scale = state.k, state.log_scale
-    z, z_b = (state.z_a, state.z_b) if _keeps_low_rank(state, backend) else (state.full_z, None)
+    z, z_b = (state.z_a, state.z_b) if _keeps_low_rank(state, backend, few_rows) else (state.full_z, None)
     if state.centers is None:
         heads = 2 if state.is_stack else 1
         z, z_b, k, log_scale = (
@@ -183,8 +183,8 @@ def state_arguments(state: PrefixState | None, backend: str) -> list[Tensor | No
     return tensors if state.is_stack else [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
 
 
-def _keeps_low_rank(state: PrefixState, backend: str) -> bool:
-    """Whether the pair saves work: with few features per head it costs less to multiply it out once."""
-    if backend != "triton" or state.feature_map != "taylor2" or state.z_a is None:
+def _keeps_low_rank(state: PrefixState, backend: str, few_rows: bool) -> bool:
+    """Whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
+    if backend != "triton" or state.z_a is None or not (few_rows or state.feature_map == "taylor2"):
         return False
     return 0 < state.rank <= min(state.value_dim, _MAX_FUSED_RANK)

@@ -68,13 +68,16 @@ def check_one_of(name: str, value, allowed: tuple) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """`query` [B, Hq, Lq, D], `key` [B, Hkv, Lk, D], `value` [B, Hkv, Lk, Dv]; one dtype, one device."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, suffix: str = "", *, paged: bool = False) -> None:
+    """`query` [B, Hq, Lq, D], `key` [B, Hkv, Lk, D], `value` [B, Hkv, Lk, Dv]; one dtype, one device.
+
+    `suffix` belongs to the names of `key` and `value`; `paged`: they are [P, Hkv, page_size, ...].
+    """
     tensors = (query, key, value)
     if all(type(tensor) is Tensor and tensor.dim() == 4 for tensor in tensors):
         batch, num_heads, _, head_dim = query.shape
         if (
-            key.shape[0] == batch
+            (paged or key.shape[0] == batch)
             and key.shape[3] == head_dim > 0
             and value.shape[:3] == key.shape[:3]
             and key.shape[1] > 0
@@ -84,15 +87,17 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             and query.device == key.device == value.device
         ):
             return  # the usual case in one go; what follows finds the words for what is wrong
-    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
+    key_name, value_name = f"key{suffix}", f"value{suffix}"
+    for name, tensor in zip(("query", key_name, value_name), tensors, strict=True):
         check_floating(name, tensor)
     check_shape("query", query, (None, None, None, None), "B Hq Lq D")
     batch, num_heads, _, head_dim = query.shape
     if head_dim == 0:
         raise ValueError(f"`query` must have a head dimension D of at least 1, got shape {list(query.shape)}")
-    check_shape("key", key, (batch, None, None, head_dim), "B Hkv Lk D")
-    check_shape("value", value, (batch, key.shape[1], key.shape[2], None), "B Hkv Lk Dv")
-    for name, tensor in (("key", key), ("value", value)):
+    batch, letters = (None, "P Hkv page_size") if paged else (batch, "B Hkv Lk")
+    check_shape(key_name, key, (batch, None, None, head_dim), f"{letters} D")
+    check_shape(value_name, value, (*key.shape[:3], None), f"{letters} Dv")
+    for name, tensor in ((key_name, key), (value_name, value)):
         if tensor.dtype != query.dtype:
             raise TypeError(f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -100,7 +105,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     num_kv_heads = key.shape[1]
     if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
         raise ValueError(
-            f"the heads of `query` must be a multiple of the heads of `key`, got Hq={num_heads}, Hkv={num_kv_heads}"
+            f"the heads of `query` must be a multiple of the heads of `{key_name}`, got Hq={num_heads}, "
+            f"Hkv={num_kv_heads}"
         )
 
 
@@ -172,17 +178,46 @@ def check_values(
 
     With NTK_KERNELS_CHECK=1 on other devices too, which the call then waits for.
     """
-    everywhere = os.environ.get("NTK_KERNELS_CHECK", "0") == "1"
-
-    def readable(tensor):
-        return tensor is not None and (everywhere or tensor.device.type == "cpu")
-
-    if readable(state_index):
+    if _readable(state_index):
         check_index_range(state_index, num_states)
-    if readable(cu_seqlens_q):
+    if _readable(cu_seqlens_q):
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query.shape[2])
-    if readable(cu_seqlens_k):
+    if _readable(cu_seqlens_k):
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key.shape[2])
+
+
+def check_cache_values(
+    key_cache: Tensor, cache_seqlens: Tensor | None, block_table: Tensor | None, state_index: Tensor | None,
+    num_states: int | None,
+) -> None:  # fmt: skip
+    """The same for decode: lengths within the cache, the pages that they need within the pages there are."""
+    if _readable(state_index):
+        check_index_range(state_index, num_states)
+    if not _readable(cache_seqlens):
+        return
+    num_pages, page_size = key_cache.shape[0], key_cache.shape[2]
+    size = page_size * (1 if block_table is None else block_table.shape[1])
+    if cache_seqlens.numel():
+        low, high = (int(bound) for bound in cache_seqlens.aminmax())
+        if low < 0 or high > size:
+            raise ValueError(
+                f"`cache_seqlens` must lie between 0 and {size}, the keys that the cache has room for, got values from "
+                f"{low} to {high}"
+            )
+    if _readable(block_table) and block_table.numel():
+        used = torch.arange(0, size, page_size, device=block_table.device) < cache_seqlens[:, None]
+        pages = block_table[used]
+        if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < num_pages:
+            raise ValueError(
+                f"`block_table` must lie between 0 and {num_pages - 1}, the last page, where `cache_seqlens` reaches, "
+                f"got values from {int(pages.min())} to {int(pages.max())}"
+            )
+
+
+def _readable(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("NTK_KERNELS_CHECK", "0") == "1"
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, total: int) -> None:

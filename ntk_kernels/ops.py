@@ -2,8 +2,9 @@
 
     torch.ops.ntk_kernels.attention           -> out, lse
     torch.ops.ntk_kernels.attention_backward  -> one gradient per differentiable input
+    torch.ops.ntk_kernels.attention_decode    -> out, lse
 
-Both are functional and of fixed arity: a gradient that nobody asked for comes back with no elements. The state comes
+All are functional and of fixed arity: a gradient that nobody asked for comes back with no elements. The state comes
 as `ntk_kernels.attention` prepares it: always a stack, always with a dimension for the centres.
 """
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks
 from .backends import torch as torch_backend
-from .backends.inputs import NUM_DIFFERENTIABLE, SCHEMA, Inputs
+from .backends.inputs import DECODE_SCHEMA, NUM_DIFFERENTIABLE, SCHEMA, DecodeInputs, Inputs
 from .backends.layout import empty_grad, empty_out, lse_dtype
 
 NAMESPACE = "ntk_kernels"
@@ -26,15 +27,22 @@ _library.define(
     f"attention_backward(Tensor? grad_out, Tensor? grad_lse, {SCHEMA}, Tensor out, Tensor lse, "
     f"bool[{NUM_DIFFERENTIABLE}] needs_grad) -> ({', '.join(['Tensor'] * NUM_DIFFERENTIABLE)})"
 )
+_library.define(f"attention_decode({DECODE_SCHEMA}) -> (Tensor out, Tensor lse)")
 _packets = getattr(torch.ops, NAMESPACE)
 _attention = _packets.attention.default
 _attention_backward = _packets.attention_backward.default
+_attention_decode = _packets.attention_decode.default
 _NUM_TENSORS = Inputs._fields.index("max_seqlen_q")
 
 
 def attention(*inputs):
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] by torch.ops.ntk_kernels.attention."""
     return _call(_attention, _Attention, inputs)
+
+
+def attention_decode(*inputs):
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] by torch.ops.ntk_kernels.attention_decode."""
+    return _call(_attention_decode, _AttentionDecode, inputs)
 
 
 def _call(op, function, inputs):
@@ -81,24 +89,36 @@ class _Attention(torch.autograd.Function):
         return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)) + no_grads
 
 
-class _AttentionBackward(torch.autograd.Function):
-    generate_vmap_rule = True
+def _without_backward(op, message: str):
+    """An autograd.Function that computes what `op` does and refuses to be differentiated."""
 
-    @staticmethod
-    def forward(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _attention_backward(*inputs)
+    class WithoutBackward(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
+        @staticmethod
+        def forward(*inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*inputs)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "ntk_attention is differentiable once; for second derivatives use backend='reference', which is plain "
-            "PyTorch"
-        )
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(message)
+
+    return WithoutBackward
+
+
+_AttentionBackward = _without_backward(
+    _attention_backward,
+    "ntk_attention is differentiable once; for second derivatives use backend='reference', which is plain PyTorch",
+)
+_AttentionDecode = _without_backward(
+    _attention_decode,
+    "ntk_attention_decode has no backward; use ntk_attention, or backend='reference', which is plain PyTorch",
+)
 
 
 def _autograd_kernel(op, function):
@@ -113,6 +133,7 @@ def _autograd_kernel(op, function):
 
 _library.impl("attention", _autograd_kernel(_attention, _Attention), "Autograd")
 _library.impl("attention_backward", _autograd_kernel(_attention_backward, _AttentionBackward), "Autograd")
+_library.impl("attention_decode", _autograd_kernel(_attention_decode, _AttentionDecode), "Autograd")
 
 
 # Implementations -------------------------------------------------------------------------------------------------
@@ -135,7 +156,16 @@ def _backward_impl(grad_out, grad_lse, *args):
         return _module_of(inputs).backward(grad_out, grad_lse, inputs, out, lse, needs_grad)
 
 
-def _module_of(inputs: Inputs):
+def _decode_impl(*args):
+    inputs = DecodeInputs(*args)
+    checks.check_cache_values(
+        inputs.key_cache, inputs.cache_seqlens, inputs.block_table, inputs.state_index, inputs.num_states
+    )
+    with _no_autocast(inputs.query):
+        return _module_of(inputs).decode(inputs)
+
+
+def _module_of(inputs: Inputs | DecodeInputs):
     """The backend's module. `ntk_attention` asks for none that cannot do it; whoever calls an op himself may."""
     if inputs.backend == "triton":
         from .backends import triton as triton_backend  # not at import: the package works without triton
@@ -167,22 +197,19 @@ def _backward_fake(grad_out, grad_lse, *args):
 
 _library.impl("attention", _attention_impl, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward_impl, "CompositeExplicitAutograd")
+_library.impl("attention_decode", _decode_impl, "CompositeExplicitAutograd")
 torch.library.register_fake(_attention, _attention_fake, lib=_library)
 torch.library.register_fake(_attention_backward, _backward_fake, lib=_library)
+torch.library.register_fake(_attention_decode, _attention_fake, lib=_library)
 
 
 # Work, for torch.utils.flop_counter ------------------------------------------------------------------------------
 
 
-def _flops(inputs: Inputs, over_head_dim: int, over_value_dim: int) -> int:
-    """Of matrix products, so many over D and over Dv (hidden scores are counted too, as in SDPA's formula).
-
-    `inputs` has shapes for tensors. Packed sequences are counted as if each had the longest one's keys.
-    """
+def _flops(inputs: Inputs | DecodeInputs, keys: int, value_dim: int, over_head_dim: int, over_value_dim: int) -> int:
+    """Of matrix products, so many over D and over Dv; every row counts `keys` keys, hidden ones too, as in SDPA's
+    formula. `inputs` has shapes for tensors."""
     batch, heads, seq_q, head_dim = inputs.query
-    keys, value_dim = inputs.value[2:]
-    if inputs.cu_seqlens_q is not None:
-        keys = inputs.max_seqlen_k
     if inputs.row_keys is not None:
         keys += inputs.row_keys[2]
     per_row = keys * (over_head_dim * head_dim + over_value_dim * value_dim)
@@ -196,11 +223,26 @@ def _flops(inputs: Inputs, over_head_dim: int, over_value_dim: int) -> int:
     return 2 * batch * heads * seq_q * per_row
 
 
+def _flops_of_attention(args, over_head_dim: int, over_value_dim: int) -> int:
+    """Packed sequences are counted as if each had the longest one's keys."""
+    inputs = Inputs(*args)
+    keys = inputs.key[2] if inputs.cu_seqlens_q is None else inputs.max_seqlen_k
+    return _flops(inputs, keys, inputs.value[3], over_head_dim, over_value_dim)
+
+
 @register_flop_formula(_packets.attention)
 def _attention_flops(*args, **kwargs) -> int:
-    return _flops(Inputs(*args), 1, 1)
+    return _flops_of_attention(args, 1, 1)
 
 
 @register_flop_formula(_packets.attention_backward)
 def _backward_flops(grad_out, grad_lse, *args, **kwargs) -> int:
-    return _flops(Inputs(*args[: len(Inputs._fields)]), 3, 2)
+    return _flops_of_attention(args[: len(Inputs._fields)], 3, 2)
+
+
+@register_flop_formula(_packets.attention_decode)
+def _decode_flops(*args, **kwargs) -> int:
+    """As if every cache were full."""
+    inputs = DecodeInputs(*args)
+    pages = 1 if inputs.block_table is None else inputs.block_table[1]
+    return _flops(inputs, inputs.key_cache[2] * pages, inputs.value_cache[3], 1, 1)

@@ -4,7 +4,7 @@ Nothing here is fast. It runs in the dtype of its inputs (float64 included), mat
 differentiable by autograd, twice if need be. Install name: ``ntk_kernels.reference``.
 """
 
-from .attention import ntk_attention, ntk_attention_varlen, prefix_attention
+from .attention import ntk_attention, ntk_attention_decode, ntk_attention_varlen, prefix_attention
 from .convert import prefix_to_state
 from .feature_maps import elu, feature_map, taylor1, taylor2
 
@@ -12,6 +12,7 @@ __all__ = [
     "elu",
     "feature_map",
     "ntk_attention",
+    "ntk_attention_decode",
     "ntk_attention_varlen",
     "prefix_attention",
     "prefix_to_state",

@@ -186,6 +186,45 @@ def ntk_attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def ntk_attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    state=None,
+    *,
+    block_table: Tensor | None = None,
+    key_start: Tensor | None = None,
+    is_causal: bool = True,
+    state_index: Tensor | None = None,
+    return_lse: bool = False,
+    **options,
+):
+    """`ntk_attention` of each sequence over the keys that it has in the cache; arguments, shapes, results as in
+    `ntk_kernels.ntk_attention_decode`."""
+    outs, lses = [], []
+    for b in range(query.shape[0]):
+        row = slice(b, b + 1)
+        key, value = key_cache[row], value_cache[row]
+        if block_table is not None:
+            length = cache_seqlens[b]
+            pages = block_table[b, : -(-length // key_cache.shape[2])].long()
+            key, value = (cache[pages].transpose(0, 1).flatten(1, 2)[None] for cache in (key_cache, value_cache))
+        if cache_seqlens is not None:
+            key, value = key[:, :, : cache_seqlens[b]], value[:, :, : cache_seqlens[b]]
+        out, lse = ntk_attention(
+            query[row], key, value, state, is_causal=is_causal, key_start=None if key_start is None else key_start[row],
+            state_index=None if state_index is None else state_index[row], return_lse=True, **options,
+        )  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        out = query.new_zeros(*query.shape[:3], value_cache.shape[3])
+        return (out, out[..., 0].to(torch.promote_types(out.dtype, torch.float32))) if return_lse else out
+    out, lse = torch.cat(outs), torch.cat(lses)
+    return (out, lse) if return_lse else out
+
+
 def prefix_attention(
     query: Tensor,
     key: Tensor,

@@ -5,14 +5,35 @@ from typing import NamedTuple
 from torch import Tensor
 
 NUM_DIFFERENTIABLE = 11
+_STATE_SCHEMA = (
+    "Tensor? z, Tensor? z_b, Tensor? k, Tensor? centers, Tensor? log_scale, Tensor? row_keys, Tensor? row_values, "
+    "Tensor? row_bias, Tensor? state_index"
+)
 SCHEMA = (
-    "Tensor query, Tensor key, Tensor value, Tensor? z, Tensor? z_b, Tensor? k, Tensor? centers, Tensor? log_scale, "
-    "Tensor? row_keys, Tensor? row_values, Tensor? row_bias, "
-    "Tensor? state_index, Tensor? attn_mask, Tensor? key_start, Tensor? key_stop, "
+    f"Tensor query, Tensor key, Tensor value, {_STATE_SCHEMA}, Tensor? attn_mask, Tensor? key_start, Tensor? key_stop, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "str? feature_map, float feature_scale, float scale, float softcap, "
     "SymInt window_left, SymInt window_right, SymInt causal_offset, str backend"
 )
+DECODE_SCHEMA = (
+    f"Tensor query, Tensor key_cache, Tensor value_cache, {_STATE_SCHEMA}, "
+    "Tensor? cache_seqlens, Tensor? key_start, Tensor? block_table, str? feature_map, float feature_scale, "
+    "float scale, float softcap, SymInt window_left, SymInt window_right, SymInt num_splits, str backend"
+)
+
+
+def _state(inputs) -> tuple[Tensor | None, ...]:
+    """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias."""
+    return inputs[3:NUM_DIFFERENTIABLE]
+
+
+def _has_state(inputs) -> bool:
+    return inputs.k is not None or inputs.row_keys is not None
+
+
+def _num_states(inputs) -> int | None:
+    """N; None without a state."""
+    return (inputs.row_keys if inputs.k is None else inputs.k).shape[0] if inputs.has_state else None
 
 
 class Inputs(NamedTuple):
@@ -46,16 +67,39 @@ class Inputs(NamedTuple):
     causal_offset: int  # with packed sequences Lk - Lq of each instead
     backend: str
 
-    @property
-    def state(self) -> tuple[Tensor | None, ...]:
-        """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias."""
-        return self[3:NUM_DIFFERENTIABLE]
+    state, has_state, num_states = property(_state), property(_has_state), property(_num_states)
+
+
+class DecodeInputs(NamedTuple):
+    """One call of decode; the state as above."""
+
+    query: Tensor  # [B, Hq, Lq, D]
+    key_cache: Tensor  # [B, Hkv, Lk, D]; in pages [P, Hkv, page size, D]
+    value_cache: Tensor  # [B, Hkv, Lk, Dv]; [P, Hkv, page size, Dv]
+    z: Tensor | None
+    z_b: Tensor | None
+    k: Tensor | None
+    centers: Tensor | None
+    log_scale: Tensor | None
+    row_keys: Tensor | None
+    row_values: Tensor | None
+    row_bias: Tensor | None
+    state_index: Tensor | None
+    cache_seqlens: Tensor | None  # [B], keys of each row; None for a full cache
+    key_start: Tensor | None  # [B], first visible key
+    block_table: Tensor | None  # [B, pages of a row], numbers of pages
+    feature_map: str | None
+    feature_scale: float
+    scale: float
+    softcap: float
+    window_left: int  # as above, around the diagonal i + cache_seqlens - Lq
+    window_right: int
+    num_splits: int  # of the keys, among programs; 0 to choose
+    backend: str
+
+    state, has_state, num_states = property(_state), property(_has_state), property(_num_states)
 
     @property
-    def has_state(self) -> bool:
-        return self.k is not None or self.row_keys is not None
-
-    @property
-    def num_states(self) -> int | None:
-        """N; None without a state."""
-        return (self.row_keys if self.k is None else self.k).shape[0] if self.has_state else None
+    def cache_size(self) -> int:
+        """Keys that there is room for in a batch row."""
+        return self.key_cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .inputs import DecodeInputs, Inputs
 
 
-def full_state(inputs: Inputs) -> list[Tensor | None]:
+def full_state(inputs: Inputs | DecodeInputs) -> list[Tensor | None]:
     """The tensors of the state, but without `z_b`, which is multiplied into `z`; None in its place."""
     z, z_b, *rest = inputs.state
     if z_b is not None:

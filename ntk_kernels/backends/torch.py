@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import fused, packed
-from .inputs import Inputs
+from . import cached, fused, packed
+from .inputs import DecodeInputs, Inputs
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
 from .low_rank import full_state, low_rank_grads
-from .prefix import Prefix, merge_prefix, normaliser, prefix_backward
+from .merge import merge
+from .prefix import Prefix, merge_prefix, prefix_backward
 from .tiles import row_tiles, tile_bias, without_hidden_keys
 
 
@@ -31,6 +32,16 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
     out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, band)
+    return _with_prefix(inputs, out, lse)
+
+
+def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    return _with_prefix(inputs, *cached.forward(inputs, _keys_forward))
+
+
+def _with_prefix(inputs: Inputs | DecodeInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    query = inputs.query
     if inputs.has_state and query.numel():
         prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
         merge_prefix(prefix, query, out, lse)
@@ -76,13 +87,13 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
     return tuple(grads)
 
 
-def _state_of(inputs: Inputs) -> list[Tensor | None]:
+def _state_of(inputs: Inputs | DecodeInputs) -> list[Tensor | None]:
     """z, k, centers, log_scale, row_keys, row_values, row_bias."""
     z, _, *rest = full_state(inputs)
     return [z, *rest]
 
 
-def _prefix_options(inputs: Inputs) -> tuple:
+def _prefix_options(inputs: Inputs | DecodeInputs) -> tuple:
     return inputs.feature_map, inputs.feature_scale, inputs.scale
 
 
@@ -133,13 +144,7 @@ def _tile_forward(tile, q, k, v, attn_mask, scale, band) -> tuple[Tensor, Tensor
     for keys in tile.ranges:
         tile_k, tile_v, bias = _range_of(keys, tile, q, k, v, attn_mask, band)
         part, part_lse = fused.forward(q, tile_k, tile_v, scale, keys.is_causal, bias)
-        if out is None:
-            out, lse = part, part_lse
-        else:
-            total = torch.logaddexp(lse, part_lse)
-            shift = normaliser(total)
-            weights = ((a - shift).exp_().unsqueeze(-1) for a in (lse, part_lse))
-            out, lse = out * next(weights) + part * next(weights), total
+        out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
     if out is None:
         shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), torch.full(shape[:3], -torch.inf, dtype=lse_dtype(q), device=q.device)

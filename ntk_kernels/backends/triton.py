@@ -1,4 +1,4 @@
-"""The `triton` backend: the fused kernels of `ntk_kernels.kernels`, forward and backward."""
+"""The `triton` backend: the fused kernels of `ntk_kernels.kernels`, forward, backward and decode."""
 
 from contextlib import nullcontext
 
@@ -6,29 +6,47 @@ import torch
 from torch import Tensor
 
 from ..kernels.backward import run_ntk_bwd
+from ..kernels.decode import run_ntk_decode
 from ..kernels.forward import run_ntk_fwd
 from ..kernels.launch import addressable
-from .inputs import NUM_DIFFERENTIABLE, Inputs
+from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
 from .layout import empty_grad, empty_out, lse_dtype
 from .low_rank import full_state, low_rank_grads
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
-    query, value = inputs.query, inputs.value
-    out = empty_out(query, value)
-    lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
-    kernel_out = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    query = inputs.query
+    out, kernel_out, lse = _empty_results(query, inputs.value)
     if inputs.cu_seqlens_q is not None:  # rows that belong to no sequence
         kernel_out.zero_()
         lse.fill_(-torch.inf)
-    if not lse.numel():
-        return out, lse
-    with _device_of(query):
-        run_ntk_fwd(query, inputs.key, value, kernel_out, lse, **_arguments(inputs))
-    if kernel_out is not out:
-        out.copy_(kernel_out)
-    return out, lse
+    if lse.numel():
+        with _device_of(query):
+            run_ntk_fwd(query, inputs.key, inputs.value, kernel_out, lse, **_arguments(inputs))
+    return _in_place(out, kernel_out), lse
+
+
+def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    query = inputs.query
+    out, kernel_out, lse = _empty_results(query, inputs.value_cache)
+    if lse.numel():
+        arguments = {name: x for name, x in inputs._asdict().items() if name not in ("query", "backend")}
+        with _device_of(query):
+            run_ntk_decode(query, out=kernel_out, lse=lse, cache_size=inputs.cache_size, **arguments)
+    return _in_place(out, kernel_out), lse
+
+
+def _empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out, what the kernels write for it (itself, where its strides allow that), and lse."""
+    out = empty_out(query, value)
+    kernel_out = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    return out, kernel_out, torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+
+
+def _in_place(out: Tensor, kernel_out: Tensor) -> Tensor:
+    return out if kernel_out is out else out.copy_(kernel_out)
 
 
 def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[Tensor, ...]:

@@ -333,7 +333,8 @@ _DECODE = {
 # One row of queries, so many splits at once.
 _MERGE = {arch: {"plain": {dim: (_T(1, 16, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
 _TABLES = {
-    "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE, "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
+    "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
+    "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS,
 }  # fmt: skip
 KERNELS = tuple(_TABLES)
@@ -343,7 +344,8 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
     """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {
-        "forward": stages * n, "decode": stages * n, "merge": 0, "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
+        "forward": stages * n, "decode": stages * n, "merge": 0,
+        "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
         "dv": n + stages * m, "state": stages * m, "rows": m,
     }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)

@@ -21,7 +21,7 @@ from . import configs
 from .launch import Call, Launch, options_of, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
-from .visibility import Sequences, locate_keys, masked, soft_capped
+from .visibility import locate_keys, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
 _FEWEST_TILES = 4  # of keys that are worth splitting
@@ -110,6 +110,7 @@ def _decode_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     massless = l_i > 0
+    any_left_out = tl.full([], False, tl.int1)
     per_state = group // STATE_HEADS
     if FEATURE_MAP is not None or state.row_keys is not None:
         for h in tl.static_range(STATE_HEADS):
@@ -125,7 +126,7 @@ def _decode_kernel(
                     CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION, STAGES,
                 )  # fmt: skip
                 massless = tl.where(mine, massless_h, massless)
-                any_left_out = any_left_out_h if h == 0 else any_left_out | any_left_out_h
+                any_left_out = any_left_out | any_left_out_h
             else:
                 acc_h, m_h, l_h = acc, m_i, l_i
             if state.row_keys is not None:
@@ -188,8 +189,9 @@ def _decode_kernel(
                     mine = in_range & ((group_head // per_state) == h)
                     acc = add_left_out(
                         acc, shift, tl.where(mine, inverse, 0.0), massless, q_rows, mine[:, None], state, state_head,
-                        num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND,
-                        LOGIT_PRECISION, STAGES,
+                        num_centers, scale, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, RANK,
+                        BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PREFIX_PRECISION, OPERAND, LOGIT_PRECISION,
+                        STAGES,
                     )  # fmt: skip
         lse = lse * _LN_2
     tl.store(lse_ptr + lse_rows, lse, mask=in_range)
@@ -335,10 +337,10 @@ def _num_splits(call: Call, config: configs.TileConfig) -> int:
 
 
 def run_ntk_decode(
-    query, key_cache, value_cache, out, lse, *, cache_seqlens=None, block_table=None, num_splits=0, **arguments
-) -> None:
-    """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `ops.py`."""
-    cache_size = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+    query, key_cache, value_cache, out, lse, *, cache_size, cache_seqlens=None, block_table=None, num_splits=0,
+    **arguments,
+) -> None:  # fmt: skip
+    """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `backends/inputs.py`."""
     call = prepare(query, key_cache, value_cache, key_stop=cache_seqlens, cache_size=cache_size, **arguments)
     if block_table is not None:
         block_table = block_table.contiguous()
@@ -356,7 +358,5 @@ def _run(call: Call, out, lse, block_table, num_splits: int, config: configs.Til
     part_out = out.new_empty(num_splits, *out.shape, dtype=torch.float32)
     part_lse = lse.new_empty(num_splits, *lse.shape)
     left_out = None if call.feature_map is None else lse.new_empty(lse.shape, dtype=torch.int32)
-    decode_launch(
-        call, part_out, part_lse, left_out, config, num_splits=num_splits, block_table=block_table
-    )()
+    decode_launch(call, part_out, part_lse, left_out, config, num_splits=num_splits, block_table=block_table)()
     merge_launch(call, part_out, part_lse, left_out, out, lse, call.candidates("merge")[0])()

@@ -1,0 +1,133 @@
+"""`ntk_attention_decode`: the next tokens of each sequence against a key/value cache and a prefix."""
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, reference
+from .attention import autocast, check_options, check_state, feature_scale_of, state_arguments
+from .dispatch import choose_backend
+from .state import PrefixState
+
+MAX_ROWS = 16  # queries a sequence
+MIN_PAGE_SIZE = 16
+
+
+def ntk_attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    state: PrefixState | None = None,
+    *,
+    block_table: Tensor | None = None,
+    key_start: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    state_index: Tensor | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ntk_attention` of the last 1 to 16 tokens of each sequence, whose keys are in a cache already.
+
+    What is in the cache of batch row b are the keys of the tokens 0 to cache_seqlens[b] - 1; the queries are those of
+    the last Lq of them. Query i has its diagonal at key cache_seqlens[b] - Lq + i.
+
+    On GPUs the keys of a sequence are divided among several programs if the batch alone does not keep the device busy.
+    Lengths, block table and state index are read on the device: a call can be captured in a CUDA graph and replayed
+    with other values in them. There is no backward.
+
+    Args:
+        query: [B, Hq, Lq, D], Lq <= 16; any strides.
+        key_cache, value_cache: [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], room for Lk keys a sequence. With `block_table`
+            pages, [P, Hkv, page_size, D] and [P, Hkv, page_size, Dv], page_size a power of two from 16 on. Last stride
+            1, or they are copied. (Pages as FlashAttention has them, [P, page_size, Hkv, D], come in as
+            `cache.transpose(1, 2)`, without a copy.)
+        cache_seqlens: [B] int, keys that each sequence has in the cache; default Lk. 0 for none.
+        state: the prefix, with Hq or Hkv heads.
+        block_table: [B, n] int, the pages of each sequence in order; beyond its length anything may stand there.
+        key_start: [B] int, the first visible key of each sequence (left padding).
+        is_causal: hide the keys right of each query's diagonal; True by default, in contrast to `ntk_attention`.
+        window: (left, right) around the diagonal, as in `ntk_attention`.
+        state_index: [B] int, which state of a stack each sequence uses; -1 for none. One call serves a batch of many
+            tasks; the states are not copied.
+        num_splits: programs that share the keys of a sequence and head (Triton kernels only); default: as many as the
+            device needs. The result depends on it by rounding; given it, not on the other sequences of the batch.
+        scale, softcap, return_lse, backend: as in `ntk_attention`.
+
+    Returns:
+        out [B, Hq, Lq, Dv] in the dtype of `query`; with `return_lse` also lse [B, Hq, Lq], natural logarithm, in
+        float32 (float64 for float64 inputs), -inf for a query that sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. The values of `cache_seqlens`, `block_table` and `state_index`
+            are checked on the CPU; on a GPU only with NTK_KERNELS_CHECK=1 in the environment, since it then has to be
+            waited for. Unchecked there, a length beyond the cache is taken as that of a full cache; pages and states
+            that do not exist are read where they would be.
+        NotImplementedError: the backend asked for by name cannot serve the call.
+    """
+    paged = block_table is not None
+    checks.check_qkv(query, key_cache, value_cache, "_cache", paged=paged)
+    checks.check_bool("return_lse", return_lse)
+    scale = check_options(query, state, scale, is_causal, window, softcap)
+    batch, _, rows, _ = query.shape
+    if rows > MAX_ROWS:
+        raise ValueError(f"`query` must have at most {MAX_ROWS} rows (Lq), got {rows}; ntk_attention takes any number")
+    if num_splits is not None:
+        checks.check_int("num_splits", num_splits, minimum=1, maximum=2**15)
+    for name, tensor in (("cache_seqlens", cache_seqlens), ("key_start", key_start)):
+        if tensor is not None:
+            checks.check_sequence_tensor(name, tensor, batch, "B", query)
+    if paged:
+        _check_pages(query, key_cache, cache_seqlens, block_table)
+    check_state(state, query, key_cache, value_cache, state_index, batch)
+
+    query, key_cache, value_cache = autocast(query, key_cache, value_cache)
+    backend = choose_backend(backend, query, key_cache, value_cache, state, None, softcap)
+    if backend == "reference":
+        if not torch.compiler.is_compiling():
+            checks.check_cache_values(key_cache, cache_seqlens, block_table, state_index, state and state.num_states)
+        return reference.ntk_attention_decode(
+            query, key_cache, value_cache, cache_seqlens, state, block_table=block_table, key_start=key_start,
+            is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
+            return_lse=return_lse,
+        )  # fmt: skip
+    left, right = window or (-1, -1)
+    out, lse = ops.attention_decode(
+        query,
+        key_cache,
+        value_cache,
+        *state_arguments(state, backend, few_rows=True),
+        state_index,
+        cache_seqlens,
+        key_start,
+        block_table,
+        None if state is None else state.feature_map,
+        feature_scale_of(state, scale),
+        scale,
+        softcap or 0.0,
+        left,
+        0 if is_causal else right,
+        num_splits or 0,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_pages(query: Tensor, key_cache: Tensor, cache_seqlens: Tensor | None, block_table: Tensor) -> None:
+    page_size = key_cache.shape[2]
+    if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(
+            f"`key_cache` must have pages [P, Hkv, page_size, D] of a power of two from {MIN_PAGE_SIZE} on, got "
+            f"page_size={page_size}"
+        )
+    if cache_seqlens is None:
+        raise ValueError("`cache_seqlens` must come with `block_table`, got None")
+    checks.check_tensor("block_table", block_table)
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`block_table` must be int32 or int64, got {block_table.dtype}")
+    checks.check_shape("block_table", block_table, (query.shape[0], None), "B n")
+    if block_table.device != query.device:
+        raise ValueError(f"`block_table` must be on the device of `query`, {query.device}, got {block_table.device}")
