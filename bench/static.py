@@ -48,7 +48,7 @@ class Shape:
     feature_map: str = "none"
     option: str = ""
     dtype: str = "bfloat16"
-    kernel: str = "forward"  # with the section of features behind a space, if it has sections
+    kernel: str = "forward"  # with the section of features, or "in splits", behind a space
     candidate: int = 0  # number in the table of configurations
 
     def launch(self):
@@ -116,23 +116,22 @@ class Shape:
         }[kernel]()
 
     def _decode_launch(self, query, key, value, arguments, meta):
-        """One token a batch row, two of four heads' keys; in one split, or in four if the kernel's name says so."""
+        """One token a batch row, four query heads a key/value head; "decode in splits": in four."""
         batch, heads, length, dim = query.shape
         query, key, value = query[:, :, :1], key[:, : heads // 4], value[:, : heads // 4]
         state_heads = heads if self.option == "state per query head" else heads // 4
-        shared = {name: tensor[:, :state_heads] if name in Inputs._fields[3:NUM_DIFFERENTIABLE] else tensor
-                  for name, tensor in arguments.items()}  # fmt: skip
+        for name in Inputs._fields[3:NUM_DIFFERENTIABLE]:
+            if name in arguments:
+                arguments[name] = arguments[name][:, :state_heads]
         paged = {}
         if self.option == "paged":
             key, value = (meta(512, heads // 4, 16, dim, dtype=query.dtype) for _ in range(2))
             paged = {"block_table": meta(batch, length // 16, dtype=torch.int32)}
-        shared |= {"key_stop": meta(batch, dtype=torch.int32)}
-        call = prepare(query, key, value, arch=self.arch, cache_size=length, **shared)
+        arguments["key_stop"] = meta(batch, dtype=torch.int32)
+        call = prepare(query, key, value, arch=self.arch, cache_size=length, **arguments)
         splits = 1 if self.kernel == "decode" else 4
-        out, lse = (
-            meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32),
-            meta(splits, batch, heads, 1),
-        )
+        out = meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32)
+        lse = meta(splits, batch, heads, 1)
         left_out = meta(batch, heads, 1, dtype=torch.int32)
         if self.kernel == "merge":
             return merge_launch(call, out, lse, left_out, query, lse[0], self.config())
@@ -148,6 +147,7 @@ class Shape:
         return self.candidates()[self.candidate]
 
 
+DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
 OPTIONS = ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window", "key range", "packed")
 
 
@@ -164,6 +164,8 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             listed += [Shape(arch, dim, "taylor1", option) for option in ("centres", "state in half")]
             listed += [Shape(arch, dim, "taylor2", "low rank")]
             listed += [Shape(arch, dim, "elu", option) for option in OPTIONS]
+            listed += [Shape(arch, dim, "elu", option, kernel="decode") for option in DECODE_OPTIONS]
+            listed += [Shape(arch, dim, "elu", option, kernel="decode in splits") for option in ("", "rows", "paged")]
             listed += [Shape(arch, dim, "elu", option, kernel="dq") for option in OPTIONS if option != "state index"]
             listed += [Shape(arch, dim, "none", option, kernel="dkdv") for option in OPTIONS[2:]]
             listed += [Shape(arch, dim, "taylor1", "centres", kernel=kernel)
@@ -183,6 +185,7 @@ def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Sha
     maps += [(kernel, "none") for kernel in (("dkdv",) if head_dim <= 128 else ("dk", "dv"))]
     maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
     maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
+    maps += [("decode", name) for name in ("none", "elu", "taylor2")] + [("merge", "taylor2")]
     listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]
     return listed + [Shape(arch, head_dim, "none", "rows", dtype, f"rows {section}") for section in ("keys", "values")]
 

@@ -25,7 +25,7 @@ def test_two_halves_of_the_keys_are_the_whole(dtype, backend):
     assert out.dtype == dtype and lse.dtype == torch.float32
     largest = max(part.abs().max().item() for part, _ in parts)  # each has been rounded to its dtype
     torch.testing.assert_close(out, whole, rtol=0, atol=max(1e-6, torch.finfo(dtype).eps * largest))
-    torch.testing.assert_close(lse, whole_lse)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-5, atol=1e-4)
 
 
 @all_backends
