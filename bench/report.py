@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 
-from . import attention, record
+from . import attention, decode, demo, record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,14 @@ def run(arguments: argparse.Namespace) -> None:
 def with_figures(text: str) -> str:
     """README with every part between <!-- name --> and <!-- end name --> taken from the records."""
     folder = record.ROOT / "bench" / "results" / "cpu"
+
+    def figures(name):
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
     parts = {
         "demo": (folder / "demo.md").read_text(encoding="utf-8"),
-        "attention": attention_table(json.loads((folder / "attention.json").read_text(encoding="utf-8"))),
+        "attention": attention_table(figures("attention")),
+        "decode": demo.markdown(decode.time_table(figures("decode"))),
     }
     for name, part in parts.items():
         text, count = re.subn(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import demo, encoder, record, timing
+from bench import decode, demo, encoder, record, timing
 from bench.__main__ import main
 from ntk_kernels import ntk_attention, prefix_to_state, reference
 
@@ -75,6 +75,7 @@ def test_crossing(gains, expected):
      (["demo", "--device", "nowhere"], "'nowhere' is not to be had"),
      (["attention", "--length", "0"], "must be positive, got 0"),
      (["attention", "--heads", "many"], "invalid int value: 'many'"),
+     (["decode", "--prefix-rows", "1", "0"], "must be positive, got 0"),
      (["attention", "--out", "x", "--record"], "not allowed with argument --out")],
 )  # fmt: skip
 def test_refuses(arguments, message, capsys):
@@ -115,12 +116,47 @@ def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
     assert not (tmp_path / "attention.json").exists()
 
 
+DECODE = ["decode", "--device", "cpu", "--batch", "2", "--length", "64", "--head-dim", "16", "--seconds", "0.01"]
+
+
+def test_decode(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 2**16)
+    main([*DECODE, "--prefix-rows", "128", "32", "128", "--out", str(tmp_path)])
+    assert "ours, a state per row" in capsys.readouterr().out
+    assert (tmp_path / "decode.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    figures = json.loads((tmp_path / "decode.json").read_text())
+    assert figures["prefix_rows"] == [32, 128]
+    assert set(figures["milliseconds"]) == set(decode.CONTESTANTS)
+    cache = 2 * 2 * 2 * 64 * 16 * 4  # keys and values, batch, heads, rows, D, bytes
+    assert figures["bytes"]["ours, no prefix"] == cache
+    assert figures["bytes"]["ours, a state per row"] == cache + 2 * 2 * 16 * 17 * 4
+
+
+def test_decode_without_the_memory_for_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 2**16)
+    monkeypatch.setattr(decode, "_free_bytes", lambda device: 2**17)
+    main([*DECODE, "--prefix-rows", "32", "4096", "--out", str(tmp_path)])
+    assert "an exact prefix of 4,096 rows for each of 2 sequences does not fit" in capsys.readouterr().out
+    assert json.loads((tmp_path / "decode.json").read_text())["prefix_rows"] == [32]
+    with pytest.raises(SystemExit, match="no exact prefix of 4,096 rows fits into memory"):
+        main([*DECODE, "--prefix-rows", "4096", "--out", str(tmp_path)])
+
+
+def test_decode_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "merge_attention", lambda out, *rest: (out, None))
+    with pytest.raises(RuntimeError, match="exact, shared is wrong at m = 32: relative error"):
+        main([*DECODE, "--prefix-rows", "32", "--out", str(tmp_path)])
+    assert not (tmp_path / "decode.json").exists()
+
+
 def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert "demo" in printed
-    assert "attention" in printed
+    for name in ("demo", "attention", "decode", "static", "report"):
+        assert name in printed
 
 
 def test_timing_takes_turns():

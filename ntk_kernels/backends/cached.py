@@ -29,11 +29,24 @@ def forward(inputs: DecodeInputs, attend: Callable) -> tuple[Tensor, Tensor]:
         band = (inputs.window_left, inputs.window_right, offset)
         q = query[rows]
         packed = q.shape[2] == 1 or band[:2] == (-1, -1)
-        if packed:  # the heads of a group as rows of one head, so that keys are read once
-            q, band = q.unflatten(1, (key.shape[1], -1)).flatten(2, 3), (-1, -1, 0)
+        if packed:  # so that keys are read once
+            q, band = rows_of_heads(q, key.shape[1]), (-1, -1, 0)
         part, part_lse = attend(q, key, value, None, inputs.scale, band)
-        out[rows], lse[rows] = part.reshape(out[rows].shape), part_lse.reshape(lse[rows].shape)
+        out[rows], lse[rows] = heads_of_rows(part, out[rows].shape), heads_of_rows(part_lse, lse[rows].shape)
     return out, lse
+
+
+def rows_of_heads(tensor: Tensor, heads: int, merge_batch: bool = False) -> Tensor:
+    """[B, Hq, Lq, ...] -> [B, heads, Hq/heads·Lq, ...], or with `merge_batch` [1, heads, B·Hq/heads·Lq, ...]."""
+    tensor = tensor.unflatten(1, (heads, -1)).flatten(2, 3)
+    return tensor.transpose(0, 1).flatten(1, 2).unsqueeze(0) if merge_batch else tensor
+
+
+def heads_of_rows(tensor: Tensor, shape: tuple) -> Tensor:
+    """What `rows_of_heads` made of a tensor of that shape, undone."""
+    if tensor.shape[0] != shape[0]:
+        tensor = tensor[0].unflatten(1, (shape[0], -1)).transpose(0, 1)
+    return tensor.reshape(shape)
 
 
 def _lengths_are_free(query: Tensor) -> bool:

@@ -50,9 +50,10 @@ class Prefix:
         self.feature_map, self.feature_scale, self.scale = options
         self.state_index = state_index
         self.num_heads = (row_keys if k is None else k).shape[1]
-        absent = None
-        if state_index is not None:
-            absent = state_index < 0
+        absent = None if state_index is None else state_index < 0
+        if absent is not None and absent.device.type == "cpu" and not absent.any():
+            absent = None  # saves copies of the states; elsewhere finding out would wait for the device
+        if absent is not None:
             if k is not None and log_scale is None:
                 log_scale = k.new_zeros(k.shape[:3])
             if row_keys is not None and row_bias is None:
@@ -63,6 +64,7 @@ class Prefix:
                 return None
             if state_index is not None:
                 tensor = tensor.index_select(0, state_index.clamp(min=0))
+            if absent is not None:
                 fill = -math.inf if is_logit else 0
                 tensor = tensor.masked_fill(absent.reshape(-1, *(1,) * (tensor.dim() - 1)), fill)
             return tensor.to(dtype).unsqueeze(2)
@@ -70,7 +72,7 @@ class Prefix:
         self.zk = self.row_keys = None
         if k is not None:
             self.num_centers = k.shape[2]
-            self.zk = gather(torch.cat([z, k.unsqueeze(-1)], dim=-1)).flatten(3, 4)  # [., Hs, 1, C·r, Dv + 1]
+            self.zk = torch.cat([gather(z), gather(k).unsqueeze(-1)], dim=-1).flatten(3, 4)  # [., Hs, 1, C·r, Dv + 1]
             self.centers = gather(centers)  # [., Hs, 1, C, D]
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]

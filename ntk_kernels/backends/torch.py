@@ -32,19 +32,24 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
     out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, band)
-    return _with_prefix(inputs, out, lse)
+    if inputs.has_state and query.numel():
+        prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
+        merge_prefix(prefix, query, out, lse)
+    return out, lse
 
 
 def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
-    return _with_prefix(inputs, *cached.forward(inputs, _keys_forward))
-
-
-def _with_prefix(inputs: Inputs | DecodeInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    query = inputs.query
-    if inputs.has_state and query.numel():
-        prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
-        merge_prefix(prefix, query, out, lse)
+    out, lse = cached.forward(inputs, _keys_forward)
+    if inputs.has_state and out.numel():
+        z, k, *rest = _state_of(inputs)
+        # Whatever shares a head of the state as rows of that head: a product over few rows would wait for Z each time.
+        heads, shared = (rest[2] if k is None else k).shape[1], inputs.state_index is None
+        query, rows, lse_rows = (cached.rows_of_heads(tensor, heads, shared) for tensor in (inputs.query, out, lse))
+        prefix = Prefix(query, z, k, *rest, inputs.state_index, lse.dtype, _prefix_options(inputs))
+        merge_prefix(prefix, query, rows, lse_rows)
+        for tensor, packed in ((out, rows), (lse, lse_rows)):
+            tensor.copy_(cached.heads_of_rows(packed, tensor.shape))
     return out, lse
 
 
