@@ -65,6 +65,7 @@ from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, state_launch
+from ntk_kernels.kernels.decode import decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.launch import prepare
 
@@ -94,6 +95,39 @@ for options in ({}, {"window_right": 0}, {"window_right": 0, "window_left": 100}
     for kernel, variants in enumerate(zip(*(keys(*shape, **options) for shape in shapes), strict=True)):
         assert len(set(variants)) == 1, (kernel, options)
 """
+
+
+SPECIALISATIONS_OF_DECODE = (
+    SPECIALISATIONS.partition("def keys")[0]
+    + """
+def launches(batch, seq_q, pages, splits, paged, **options):
+    q, o = (meta(batch, 8, seq_q, 64, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (meta(99 if paged else batch, 2, 64, 64, dtype=torch.bfloat16) for _ in range(2))
+    table = meta(batch, pages, dtype=torch.int32) if paged else None
+    state = dict(z=meta(9, 2, 1, 64, 64), k=meta(9, 2, 1, 64), state_index=meta(batch, dtype=torch.int32))
+    call = prepare(q, k, v, **state, feature_map="elu", arch="sm90", cache_size=64 * pages,
+                   key_stop=meta(batch, dtype=torch.int32), **options)
+    part, lse = meta(splits, *q.shape), meta(splits, batch, 8, seq_q)
+    left_out = meta(batch, 8, seq_q, dtype=torch.int32)
+    config = call.candidates("decode")[0]
+    return [repr(aot.specialisation(launch)) for launch in (
+        decode_launch(call, part, lse, left_out, config, num_splits=splits, block_table=table),
+        merge_launch(call, part, lse, left_out, o, lse[0], call.candidates("merge")[0]),
+    )]
+
+for options in ({}, {"window_right": 0, "window_left": 100}):
+    for paged in (False, True):
+        shapes = [(1, 1, 1, 2), (1, 1, 16, 16), (2, 3, 17, 7), (32, 16, 64, 60), (7, 1, 1000, 3), (64, 1, 5, 4)]
+        for kernel, variants in enumerate(zip(*(launches(*shape, paged, **options) for shape in shapes), strict=True)):
+            assert len(set(variants)) == 1, (kernel, options, paged)
+"""
+)
+
+
+def test_no_recompilation_of_decode():
+    """For another batch, number of queries or of pages, length, or number of splits."""
+    result = run("-c", SPECIALISATIONS_OF_DECODE)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_recompilation_for_another_batch_or_length():

@@ -63,14 +63,24 @@ def _rows_of_tile(tile, q_ptr, stride_q, seq_q, head, group, BLOCK_M: tl.constex
 
 
 # Integers that change from call to call; specialised on their values they would recompile the kernel.
-_VARYING = ["seq_q", "seq_k", "num_tiles", "num_splits", "prefix_tiles", "group", "lower", "upper"]
+_VARYING = [
+    "stride_table",
+    "num_queries",
+    "seq_q",
+    "seq_k",
+    "num_tiles",
+    "num_splits",
+    "prefix_tiles",
+    "lower",
+    "upper",
+]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, state, sequences, out_ptr, lse_ptr, left_out_ptr,
-    stride_q, stride_k, stride_v, stride_table, stride_out, stride_lse,
-    seq_q, seq_k, num_tiles, num_splits, prefix_tiles, num_kv_heads, group, lower, upper, scale, softcap,
+    stride_q, stride_k, stride_v, stride_table, stride_out,
+    num_queries, seq_q, seq_k, num_tiles, num_splits, prefix_tiles, num_kv_heads, group, lower, upper, scale, softcap,
     feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr, STATE_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
@@ -79,7 +89,8 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`out_ptr`, `lse_ptr` [splits, B, Hq, Lq, (Dv)] are the results; of several splits in float32 and units of log 2.
+    """`out_ptr` [splits, B, Hq, Lq, Dv] and `lse_ptr` [splits, B, Hq, Lq], contiguous, of B · Hq · Lq queries, are the
+    results; of several splits in float32 and units of log 2.
 
     STATE_HEADS heads of the state belong to the query heads of a group. `left_out_ptr` [B, Hq, Lq] says what the
     first of several splits left out: 0 nothing, 1 some centres, 2 all of them (the row has no mass).
@@ -113,7 +124,7 @@ def _decode_kernel(
     any_left_out = tl.full([], False, tl.int1)
     per_state = group // STATE_HEADS
     if FEATURE_MAP is not None or state.row_keys is not None:
-        for h in tl.static_range(STATE_HEADS):
+        for h in tl.range(0, STATE_HEADS, num_stages=1):
             state_head, num_centers, num_rows = locate_state(state, head + h * per_state, batch)
             if SPLIT:
                 num_centers = tl.where(split == 0, num_centers, 0)
@@ -173,18 +184,18 @@ def _decode_kernel(
     acc = acc * inverse[:, None]
     lse = tl.where(l_i == 0, -float("inf"), m_i + tl.log2(l_i))
     rows = (head + group_head) * stride_out[2] + offs_m * stride_out[3]
-    lse_rows = batch * stride_lse[1] + (head + group_head) * stride_lse[2] + offs_m * stride_lse[3]
+    lse_rows = (batch * num_kv_heads * group + head + group_head) * seq_q + offs_m
     if SPLIT:
         if FEATURE_MAP is not None:
             flags = tl.where(any_left_out, 1 + massless.to(tl.int32), 0)
             tl.store(left_out_ptr + lse_rows, flags, mask=in_range & (split == 0))
         out_ptr += split.to(tl.int64) * stride_out[0]
-        lse_ptr += split.to(tl.int64) * stride_lse[0]
+        lse_ptr += split.to(tl.int64) * num_queries
     else:
         if FEATURE_MAP is not None:
             if any_left_out:
                 shift = tl.where(l_i == 0, 0.0, m_i)
-                for h in tl.static_range(STATE_HEADS):
+                for h in tl.range(0, STATE_HEADS, num_stages=1):
                     state_head, num_centers, num_rows = locate_state(state, head + h * per_state, batch)
                     mine = in_range & ((group_head // per_state) == h)
                     acc = add_left_out(
@@ -264,7 +275,7 @@ def decode_launch(
     args = (
         call.query, call.key, call.value, block_table, state, call.sequences, out, lse, left_out,
         *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
-        out.stride()[:4], lse.stride(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
+        out.stride()[:4], lse[0].numel(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
         call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
     )  # fmt: skip
     constants = call.flags | call.prefix | call.sizes
@@ -293,7 +304,7 @@ def merge_launch(call: Call, part_out, part_lse, left_out, out, lse, config: con
     constants = call.prefix | call.sizes
     constants |= {
         "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
-        "BLOCK_S": min(config.block_n, triton.next_power_of_2(num_splits)),
+        "BLOCK_S": config.block_n,
         "BLOCK_RANK": call.blocks.block_rank,
     }
     return Launch(_merge_kernel, (num_queries,), args, constants, options_of(config))
