@@ -77,37 +77,30 @@ def add_center(
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc + u · φ(x)ᵀ Z_c; with "elu" also mass + u · φ(x)·k_c."""
-    z_ptr = state.z + center * NUM_FEATURES * (VALUE_DIM if state.z_b is None else RANK)
-    if FEATURE_MAP == "elu":
-        k_ptr = state.k + center * HEAD_DIM
     if state.z_b is None:
-        if FEATURE_MAP == "elu":
-            acc, mass = add_elu(
-                acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM, BLOCK_DV, CHUNK,
-                PRECISION, OPERAND,
-            )  # fmt: skip
-        else:
-            acc = add_taylor(
-                acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                CHUNK, PRECISION, OPERAND, STAGES,
-            )  # fmt: skip
+        COLUMNS: tl.constexpr = VALUE_DIM
+        BLOCK: tl.constexpr = BLOCK_DV
+        product = acc
+    else:  # first over the columns of the pair's left side
+        COLUMNS: tl.constexpr = RANK
+        BLOCK: tl.constexpr = BLOCK_RANK
+        product = tl.zeros([BLOCK_M, BLOCK_RANK], tl.float32)
+    z_ptr = state.z + center * NUM_FEATURES * COLUMNS
+    if FEATURE_MAP == "elu":
+        product, mass = add_elu(
+            product, mass, u, q_rows, row_mask, z_ptr, state.k + center * HEAD_DIM, feature_scale, HEAD_DIM, COLUMNS,
+            BLOCK, CHUNK, PRECISION, OPERAND,
+        )  # fmt: skip
     else:
-        low = tl.zeros([BLOCK_M, BLOCK_RANK], tl.float32)
-        if FEATURE_MAP == "elu":
-            low, mass = add_elu(
-                low, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM, RANK, BLOCK_RANK, CHUNK,
-                PRECISION, OPERAND,
-            )  # fmt: skip
-        else:
-            low = add_taylor(
-                low, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, RANK, BLOCK_D, BLOCK_RANK,
-                CHUNK, PRECISION, OPERAND, STAGES,
-            )  # fmt: skip
-        z_b = load_tile(
-            state.z_b + center * RANK * VALUE_DIM, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True
-        )
-        acc = state_dot(low, z_b, acc, OPERAND, 2, PRECISION)
-    return acc, mass
+        product = add_taylor(
+            product, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
+            PRECISION, OPERAND, STAGES,
+        )  # fmt: skip
+    if state.z_b is not None:
+        z_b_ptr = state.z_b + center * RANK * VALUE_DIM
+        z_b = load_tile(z_b_ptr, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True)
+        product = state_dot(product, z_b, acc, OPERAND, 2, PRECISION)
+    return product, mass
 
 
 @triton.jit
