@@ -63,7 +63,17 @@ def _rows_of_tile(tile, q_ptr, stride_q, seq_q, head, group, BLOCK_M: tl.constex
 
 
 # Integers that change from call to call; specialised on their values they would recompile the kernel.
-_VARYING = "stride_table num_queries seq_q seq_k num_tiles num_splits prefix_tiles lower upper".split()
+_VARYING = [
+    "stride_table",
+    "num_queries",
+    "seq_q",
+    "seq_k",
+    "num_tiles",
+    "num_splits",
+    "prefix_tiles",
+    "lower",
+    "upper",
+]
 
 
 @triton.jit(do_not_specialize=_VARYING)
