@@ -36,8 +36,8 @@ def ntk_attention_decode(
     the last Lq of them. Query i has its diagonal at key cache_seqlens[b] - Lq + i.
 
     On GPUs the keys of a sequence are divided among several programs if the batch alone does not keep the device busy.
-    Lengths, block table and state index are read on the device: a call can be captured in a CUDA graph and replayed
-    with other values in them. There is no backward.
+    Lengths, block table and state index are read on the device: after one call, which compiles, a call can be captured
+    in a CUDA graph and replayed with other values in them. There is no backward.
 
     Args:
         query: [B, Hq, Lq, D], Lq <= 16; any strides.
@@ -47,12 +47,13 @@ def ntk_attention_decode(
             `cache.transpose(1, 2)`, without a copy.)
         cache_seqlens: [B] int, keys that each sequence has in the cache; default Lk. 0 for none.
         state: the prefix, with Hq or Hkv heads.
-        block_table: [B, n] int, the pages of each sequence in order; beyond its length anything may stand there.
+        block_table: [B, n] int, the pages of each sequence in order: pages that exist up to its length; beyond,
+            anything may stand there.
         key_start: [B] int, the first visible key of each sequence (left padding).
         is_causal: hide the keys right of each query's diagonal; True by default, in contrast to `ntk_attention`.
         window: (left, right) around the diagonal, as in `ntk_attention`.
         state_index: [B] int, which state of a stack each sequence uses; -1 for none. One call serves a batch of many
-            tasks; the states are not copied.
+            tasks; on GPUs the states are not copied.
         num_splits: programs that share the keys of a sequence and head (Triton kernels only); default: as many as the
             device needs. The result depends on it by rounding; given it, not on the other sequences of the batch.
         scale, softcap, return_lse, backend: as in `ntk_attention`.

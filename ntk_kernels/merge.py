@@ -1,5 +1,6 @@
 """`merge_attention` and `prefix_attention_state`: a prefix state beside any other attention kernel."""
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -19,7 +20,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Differentiable; plain PyTorch, which torch.compile makes one kernel of.
 
     Args:
-        out_a, out_b: [..., Dv], results normalised by their own softmax.
+        out_a, out_b: [..., Dv], results normalised by their own softmax. FlashAttention's, [B, L, H, Dv] beside lse
+            [B, H, L], as `out.transpose(1, 2)`.
         lse_a, lse_b: [...], their log-sum-exp, natural logarithm. An infinite one marks a row that saw nothing, whose
             out is not looked at (-inf here, +inf in FlashAttention 2).
 
@@ -41,7 +43,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
                 f"{list(lse.shape)}"
             )
     out, lse = merge(out_a, lse_a, out_b, lse_b)
-    return out.to(out_a.dtype if out_a.dtype == out_b.dtype else out.dtype), lse
+    return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
 
 
 def prefix_attention_state(
@@ -56,7 +58,8 @@ def prefix_attention_state(
 
     In the notation of `PrefixState`, the numerator N normalised by the mass M, and log M. A row without mass (M = 0)
     gives 0 and -inf: what N it has, `merge_attention` cannot take into account, in contrast to `ntk_attention`. States
-    converted from a prefix, and any "elu" state with k > 0, have mass everywhere.
+    converted from a prefix, and any "elu" state with k > 0, have mass everywhere; a state that is to be trained from
+    k = 0 gets no gradient this way. In float16, N / M may exceed its range where the weight of the prefix is tiny.
 
     Args:
         query: [B, Hq, Lq, D].

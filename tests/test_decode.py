@@ -274,6 +274,25 @@ def test_nothing_at_all(batch, rows, size, backend):
 
 
 @all_backends
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("batch, rows", [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_layouts_with_dimensions_of_one(batch, rows, heads, backend):
+    """[B, L, H, D] views, in which some dimensions have any stride."""
+    num_heads, kv_heads = heads
+    query = torch.randn(batch, rows, num_heads, 8).transpose(1, 2)
+    cache = torch.randn(batch, 20, kv_heads, 8).transpose(1, 2)
+    for heads_of_state in (num_heads, kv_heads):
+        state = make_state(torch.Generator().manual_seed(0), heads=heads_of_state, head_dim=8, value_dim=8, stack=2)
+        index = torch.arange(batch) % 2
+        out = ntk_attention_decode(query, cache, cache, None, state, state_index=index, backend=backend)
+        expected = reference.ntk_attention_decode(query, cache, cache, None, state, state_index=index)
+        torch.testing.assert_close(out, expected)
+        single = PrefixState(state.z[0], state.k[0], "elu")
+        out = ntk_attention_decode(query, cache, cache, None, single, backend=backend)
+        torch.testing.assert_close(out, reference.ntk_attention_decode(query, cache, cache, None, single))
+
+
+@all_backends
 def test_default_length_is_the_whole_cache(backend):
     query, cache = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 40, 8)
     out = ntk_attention_decode(query, cache, cache, backend=backend)

@@ -79,6 +79,23 @@ def test_rows_that_saw_nothing():
     assert [gradient[3].item() for gradient in gradients] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtypes, out_dtype, lse_dtype", [
+    ((torch.bfloat16,) * 4, torch.bfloat16, torch.float32),
+    ((torch.float64, torch.float32, torch.float32, torch.float32), torch.float64, torch.float64),
+    ((torch.float16, torch.float32, torch.float16, torch.float32), torch.float16, torch.float32),
+    ((torch.float16, torch.float32, torch.bfloat16, torch.float64), torch.float32, torch.float64),
+])  # fmt: skip
+def test_dtypes(dtypes, out_dtype, lse_dtype):
+    """Of out_a, lse_a, out_b, lse_b: nothing is computed in less than the widest of them, or than float32."""
+    values = (torch.tensor([[1.0]]), torch.tensor([5.25]), torch.tensor([[0.0]]), torch.tensor([5.125]))
+    out, lse = merge_attention(*(value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)))
+    assert out.dtype == out_dtype and lse.dtype == lse_dtype
+    expected = torch.logaddexp(values[1].double(), values[3].double())
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=0)
+    tolerance = max(torch.finfo(out_dtype).eps, torch.finfo(lse_dtype).eps)
+    torch.testing.assert_close(out[0].double(), (5.25 - expected).exp(), rtol=tolerance, atol=0)
+
+
 def test_large_logits():
     out, lse = merge_attention(torch.ones(2, 3), torch.tensor([1000.0, -1000]), torch.zeros(2, 3), torch.zeros(2))
     assert torch.equal(out, torch.tensor([[1.0] * 3, [0.0] * 3]))

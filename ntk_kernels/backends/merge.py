@@ -7,11 +7,14 @@ from torch import Tensor
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """out [..., Dv] and lse [...] over the keys of both parts, in the dtype of the wider lse; differentiable.
+    """out [..., Dv] and lse [...] over the keys of both parts, in the widest of their dtypes, float32 at least;
+    differentiable.
 
     A part whose lse is infinite has seen nothing; its out is not looked at.
     """
-    dtype = torch.promote_types(lse_a.dtype, lse_b.dtype)
+    dtype = torch.float32
+    for tensor in (out_a, lse_a, out_b, lse_b):
+        dtype = torch.promote_types(dtype, tensor.dtype)
     nothing = [lse.isinf() for lse in (lse_a, lse_b)]
     parts = [lse.to(dtype).masked_fill(empty, -math.inf) for lse, empty in zip((lse_a, lse_b), nothing, strict=True)]
     neither = nothing[0] & nothing[1]

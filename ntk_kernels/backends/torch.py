@@ -41,7 +41,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
     out, lse = cached.forward(inputs, _keys_forward)
-    if inputs.has_state and out.numel():
+    if inputs.has_state and inputs.query.numel():
         z, k, *rest = _state_of(inputs)
         # Whatever shares a head of the state as rows of that head: a product over few rows would wait for Z each time.
         heads, shared = (rest[2] if k is None else k).shape[1], inputs.state_index is None
@@ -49,7 +49,8 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         prefix = Prefix(query, z, k, *rest, inputs.state_index, lse.dtype, _prefix_options(inputs))
         merge_prefix(prefix, query, rows, lse_rows)
         for tensor, packed in ((out, rows), (lse, lse_rows)):
-            tensor.copy_(cached.heads_of_rows(packed, tensor.shape))
+            if packed.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # not a view of it
+                tensor.copy_(cached.heads_of_rows(packed, tensor.shape))
     return out, lse
 
 

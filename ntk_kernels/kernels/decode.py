@@ -13,6 +13,9 @@ The cache is [B, Hkv, Lk, D], or pages [P, Hkv, page size, D] that a block table
 Memory beyond inputs and outputs, with several splits: their results in float32 (Dv + 1 numbers a split and query row).
 """
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -271,7 +274,8 @@ def decode_launch(
     rows = call.group * call.seq_q
     block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
     num_tiles = triton.cdiv(rows, block_m)
-    prefix_tiles = triton.cdiv(_bytes_of_head(state), _bytes_of_key(call) * config.block_n)
+    state_heads = max(state.num_heads // kv_heads, 1)
+    prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
     args = (
         call.query, call.key, call.value, block_table, state, call.sequences, out, lse, left_out,
         *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
@@ -281,7 +285,7 @@ def decode_launch(
     constants = call.flags | call.prefix | call.sizes
     constants |= {
         "RANK": 1 if state.z_b is None else state.z_b.shape[3],
-        "STATE_HEADS": max(state.num_heads // kv_heads, 1),
+        "STATE_HEADS": state_heads,
         "PAGE_SIZE": 1 if block_table is None else call.key.shape[2],
         "SPLIT": num_splits > 1,
         "BLOCK_M": block_m,
@@ -313,14 +317,14 @@ def merge_launch(call: Call, part_out, part_lse, left_out, out, lse, config: con
 def _bytes_of_head(state) -> int:
     """What a program reads of a head of the state."""
     tensors = (state.z, state.z_b, state.k, state.centers, state.row_keys, state.row_values)
-    read = (tensor[0, 0].numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-    return sum(read)
+    return sum(math.prod(tensor.shape[2:]) * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def _bytes_of_key(call: Call) -> int:
     return (call.sizes["HEAD_DIM"] + call.sizes["VALUE_DIM"]) * call.key.element_size()
 
 
+@functools.cache
 def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
     """How many programs share the keys of one: the fewest that keep the multiprocessors nearly as busy as any number.
 
@@ -341,7 +345,7 @@ def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
 def _num_splits(call: Call, config: configs.TileConfig) -> int:
     visible = call.seq_k
     if call.flags["HAS_LOWER"]:
-        visible = min(visible, call.seq_q - call.lower + (call.upper if call.flags["HAS_UPPER"] else 0))
+        visible = min(visible, call.seq_q - call.lower)
     row_tiles = triton.cdiv(call.group * call.seq_q, config.block_m)
     programs = row_tiles * call.key.shape[1] * call.batch
     return splits_for(programs, triton.cdiv(visible, config.block_n), configs.multiprocessors(call.query.device))
@@ -354,7 +358,7 @@ def run_ntk_decode(
     """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `backends/inputs.py`."""
     call = prepare(query, key_cache, value_cache, key_stop=cache_seqlens, cache_size=cache_size, **arguments)
     if block_table is not None:
-        block_table = block_table.contiguous()
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
 
     def launch_with(config):
         return lambda: _run(call, out, lse, block_table, num_splits or _num_splits(call, config), config)
