@@ -36,7 +36,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _SPILL_FREE = {"sm80", "sm90", "sm100", "gfx942"} if triton.__version__.startswith(("3.6.", "3.7.")) else set()
 # Bytes that spill all the same, and may not become more: (triton, class of GPU, kernel, D).
 # Tiles of dK and dV without them have half the keys; in decode it is a taylor2 state that spills.
-_KNOWN_SPILLS = {("3.6", "sm90", "dkdv", 128): 8, ("3.6", "sm90", "decode", 256): 8}
+_KNOWN_SPILLS = {
+    ("3.6", "sm90", "dkdv", 128): 8,
+    ("3.6", "sm90", "decode", 64): 8,
+    ("3.6", "sm90", "decode", 256): 8,
+}
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
 
 
