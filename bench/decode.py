@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         "settings": {name: getattr(arguments, name) for name in names},
         "prefix_rows": lengths,
         "milliseconds": {name: [at_m[name] for at_m in times] for name in CONTESTANTS},
-        "bytes": {OURS_PLAIN: step.cache_bytes, ONE_TASK: step.cache_bytes + step.state_bytes,
+        "bytes": {PLAIN: step.cache_bytes, OURS_PLAIN: step.cache_bytes, ONE_TASK: step.cache_bytes + step.state_bytes,
                   MANY_TASKS: step.cache_bytes + arguments.batch * step.state_bytes},
         "copy_gb_per_s": copy_bandwidth(arguments.device),
     }  # fmt: skip

@@ -128,10 +128,10 @@ class Shape:
         for name in Inputs._fields[3:NUM_DIFFERENTIABLE]:
             if name in arguments:
                 arguments[name] = arguments[name][:, :state_heads]
-        paged = {}
+        options = {}
         if self.option == "paged":
             key, value = (meta(512, heads // 4, 16, dim, dtype=query.dtype) for _ in range(2))
-            paged = {"block_table": meta(batch, length // 16, dtype=torch.int32)}
+            options["block_table"] = meta(batch, length // 16, dtype=torch.int32)
         arguments["key_stop"] = meta(batch, dtype=torch.int32)
         call = prepare(query, key, value, arch=self.arch, cache_size=length, **arguments)
         splits = 1 if self.kernel == "decode" else 4
@@ -139,8 +139,10 @@ class Shape:
         lse = meta(splits, batch, heads, 1)
         left_out = meta(batch, heads, 1, dtype=torch.int32)
         if self.kernel == "merge":
-            return merge_launch(call, out, lse, left_out, query, lse[0], self.config())
-        return decode_launch(call, out, lse, left_out, self.config(), num_splits=splits, **paged)
+            return merge_launch(call, out, lse, lse, left_out, query, lse[0], self.config())
+        if splits > 1:
+            options |= {"num_splits": splits, "sums": lse, "left_out": left_out}
+        return decode_launch(call, out, lse, self.config(), **options)
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:
         feature_map = None if self.feature_map == "none" else self.feature_map

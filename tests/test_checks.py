@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ntk_kernels import PrefixState, ntk_attention
+from ntk_kernels import PrefixState, checks, ntk_attention
 
 query, key, value = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
 state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
@@ -83,3 +83,11 @@ def test_accepts_int32_and_int64_indices(backend):
         for dtype in (torch.int32, torch.int64)
     ]
     assert torch.equal(*out)
+
+
+def test_values_on_other_devices_are_read_only_on_demand(monkeypatch):
+    """Reading them there would wait for the device."""
+    elsewhere = torch.empty(2, device="meta")
+    assert checks._readable(torch.zeros(2)) and not checks._readable(None) and not checks._readable(elsewhere)
+    monkeypatch.setenv("NTK_KERNELS_CHECK", "1")
+    assert checks._readable(elsewhere)

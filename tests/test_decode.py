@@ -13,6 +13,7 @@ from ntk_kernels.backends.inputs import DECODE_SCHEMA, DecodeInputs
 
 BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
+triton_only = pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
 LENGTHS = (75, 1, 37, 0)
 SIZE = 80  # keys that there is room for
 TAYLOR1, TAYLOR2 = {"feature_map": "taylor1"}, {"feature_map": "taylor2"}
@@ -161,12 +162,11 @@ def test_splits(name, splits):
     check(name, call, run(decode_by("triton", num_splits=splits), *call), call[0].dtype)
 
 
+@triton_only
 @pytest.mark.parametrize("splits", [2, 20])
 @pytest.mark.parametrize("name", ["elu", "all_parts", "no_mass", "window", "index"])
 def test_other_numbers_of_splits(name, splits):
     """With 20, most of them get no keys."""
-    if "triton" not in BACKENDS:
-        pytest.skip("the interpreter is for machines without a GPU")
     call = make_call(name)
     check(name, call, run(decode_by("triton", num_splits=splits), *call), call[0].dtype)
 

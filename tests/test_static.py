@@ -111,8 +111,8 @@ def launches(batch, seq_q, pages, splits, paged, **options):
     left_out = meta(batch, 8, seq_q, dtype=torch.int32)
     config = call.candidates("decode")[0]
     return [repr(aot.specialisation(launch)) for launch in (
-        decode_launch(call, part, lse, left_out, config, num_splits=splits, block_table=table),
-        merge_launch(call, part, lse, left_out, o, lse[0], call.candidates("merge")[0]),
+        decode_launch(call, part, lse, config, num_splits=splits, block_table=table, sums=lse, left_out=left_out),
+        merge_launch(call, part, lse, lse, left_out, o, lse[0], call.candidates("merge")[0]),
     )]
 
 for options in ({}, {"window_right": 0, "window_left": 100}):

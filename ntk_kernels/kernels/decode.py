@@ -4,13 +4,13 @@ A program owns the query rows that read one key/value head of one batch row: the
 group, packed into one tile (row p is row p % Lq of head p // Lq), so that keys and values are read once. With enough
 of them there is one split: it starts from the prefix, walks the visible keys and normalises, as the forward does. With
 fewer, the keys of a batch row are divided among `num_splits` programs, of which the first starts from the prefix, and
-a second kernel merges their results by lse, always in the same order.
+a second kernel merges their results, always in the same order.
 
 How the keys are divided depends on the batch row's own length and on `num_splits`, not on the rest of the batch.
 
 The cache is [B, Hkv, Lk, D], or pages [P, Hkv, page size, D] that a block table [B, pages of a row] puts in order.
 
-Memory beyond inputs and outputs, with several splits: their results in float32 (Dv + 1 numbers a split and query row).
+Memory beyond inputs and outputs, with several splits: their results in float32 (Dv + 2 numbers a split and query row).
 """
 
 import functools
@@ -81,7 +81,7 @@ _VARYING = [
 
 @triton.jit(do_not_specialize=_VARYING)
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, state, sequences, out_ptr, lse_ptr, left_out_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, state, sequences, out_ptr, lse_ptr, sum_ptr, left_out_ptr,
     stride_q, stride_k, stride_v, stride_table, stride_out,
     num_queries, seq_q, seq_k, num_tiles, num_splits, prefix_tiles, num_kv_heads, group, lower, upper, scale, softcap,
     feature_scale,
@@ -93,7 +93,8 @@ def _decode_kernel(
     BLOCK_RANK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`out_ptr` [splits, B, Hq, Lq, Dv] and `lse_ptr` [splits, B, Hq, Lq], contiguous, of B · Hq · Lq queries, are the
-    results; of several splits in float32 and units of log 2.
+    results. Of several splits it is what their softmax has come to, in float32: acc, and m_i in the place of lse, with
+    l_i in `sum_ptr`. (acc / l_i might overflow where the prefix is alone and has next to no mass.)
 
     STATE_HEADS heads of the state belong to the query heads of a group. `left_out_ptr` [B, Hq, Lq] says what the
     first of several splits left out: 0 nothing, 1 some centres, 2 all of them (the row has no mass).
@@ -184,7 +185,8 @@ def _decode_kernel(
     head += zero
     group_head, offs_m, in_range, q_rows = _rows_of_tile(tile + zero, q_ptr, stride_q, seq_q, head, group, BLOCK_M)
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
-    acc = acc * inverse[:, None]
+    if not SPLIT:
+        acc = acc * inverse[:, None]
     lse = tl.where(l_i == 0, -float("inf"), m_i + tl.log2(l_i))
     rows = (head + group_head) * stride_out[2] + offs_m * stride_out[3]
     lse_rows = (batch * num_kv_heads * group + head + group_head) * seq_q + offs_m
@@ -193,7 +195,9 @@ def _decode_kernel(
             flags = tl.where(any_left_out, 1 + massless.to(tl.int32), 0)
             tl.store(left_out_ptr + lse_rows, flags, mask=in_range & (split == 0))
         out_ptr += split.to(tl.int64) * stride_out[0]
-        lse_ptr += split.to(tl.int64) * num_queries
+        lse_rows += split.to(tl.int64) * num_queries
+        tl.store(lse_ptr + lse_rows, m_i, mask=in_range)
+        tl.store(sum_ptr + lse_rows, l_i, mask=in_range)
     else:
         if FEATURE_MAP is not None:
             if any_left_out:
@@ -208,7 +212,7 @@ def _decode_kernel(
                         STAGES,
                     )  # fmt: skip
         lse = lse * _LN_2
-    tl.store(lse_ptr + lse_rows, lse, mask=in_range)
+        tl.store(lse_ptr + lse_rows, lse, mask=in_range)
     columns = tl.arange(0, BLOCK_DV)[None, :]
     out_ptrs = out_ptr + batch * stride_out[1] + rows[:, None] + columns
     tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=in_range[:, None] & (columns < VALUE_DIM))
@@ -216,14 +220,14 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "num_queries", "seq_q"])
 def _merge_kernel(
-    q_ptr, state, part_out, part_lse, left_out_ptr, out_ptr, lse_ptr, stride_q, stride_out,
+    q_ptr, state, part_acc, part_max, part_sum, left_out_ptr, out_ptr, lse_ptr, stride_q, stride_out,
     num_splits, num_queries, num_heads, seq_q, scale, feature_scale,
     FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr, LOGIT_PRECISION: tl.constexpr, PREFIX_PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RANK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The result of one query row from those of the splits, [splits, B, Hq, Lq, Dv] and [splits, B, Hq, Lq]."""
+    """The result of a query row from acc [splits, B, Hq, Lq, Dv], m_i and l_i [splits, B, Hq, Lq] of the splits."""
     query = tl.program_id(0).to(tl.int64)
     row, head = query % seq_q, (query // seq_q % num_heads).to(tl.int32)
     batch = query // seq_q // num_heads
@@ -234,17 +238,18 @@ def _merge_kernel(
     for start in tl.range(0, num_splits, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
         at = splits.to(tl.int64) * num_queries + query
-        lse = tl.load(part_lse + at, mask=splits < num_splits, other=-float("inf"))
+        in_range = splits < num_splits
+        maxima = tl.load(part_max + at, mask=in_range, other=-float("inf"))
+        sums = tl.load(part_sum + at, mask=in_range, other=0.0)
         part = tl.load(
-            part_out + at[:, None] * VALUE_DIM + columns,
-            mask=(splits < num_splits)[:, None] & (columns < VALUE_DIM), other=0.0,
-        )  # fmt: skip
-        m_new = tl.maximum(m_i, tl.max(lse, 0))
+            part_acc + at[:, None] * VALUE_DIM + columns, mask=in_range[:, None] & (columns < VALUE_DIM), other=0.0
+        )
+        m_new = tl.maximum(m_i, tl.max(maxima, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.exp2(lse - shift)
+        p = tl.exp2(maxima - shift)
         alpha = tl.exp2(m_i - shift)
         acc = acc * alpha + tl.sum(p[:, None] * part, 0)[None, :]
-        l_i = l_i * alpha + tl.sum(p, 0)
+        l_i = l_i * alpha + tl.sum(p * sums, 0)
         m_i = m_new
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
     acc = acc * inverse
@@ -266,10 +271,10 @@ def _merge_kernel(
 
 
 def decode_launch(
-    call: Call, out, lse, left_out, config: configs.TileConfig, *, num_splits: int = 1, block_table=None
+    call: Call, out, lse, config: configs.TileConfig, *, num_splits=1, block_table=None, sums=None, left_out=None
 ) -> Launch:
-    """The launch that fills `out` [S, B, Hq, Lq, Dv] and `lse` [S, B, Hq, Lq], S = num_splits; with several `left_out`
-    [B, Hq, Lq] (int32) as well, if there are features."""
+    """The launch that fills `out` [S, B, Hq, Lq, Dv] and `lse` [S, B, Hq, Lq], S = num_splits; with several as the
+    kernel says, `sums` [S, B, Hq, Lq] as well and, if there are features, `left_out` [B, Hq, Lq] (int32)."""
     kv_heads, state = call.key.shape[1], call.state
     rows = call.group * call.seq_q
     block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
@@ -277,7 +282,7 @@ def decode_launch(
     state_heads = max(state.num_heads // kv_heads, 1)
     prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
     args = (
-        call.query, call.key, call.value, block_table, state, call.sequences, out, lse, left_out,
+        call.query, call.key, call.value, block_table, state, call.sequences, out, lse, sums, left_out,
         *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
         out.stride()[:4], lse[0].numel(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
         call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
@@ -298,11 +303,11 @@ def decode_launch(
     return Launch(_decode_kernel, grid, args, constants, options_of(config))
 
 
-def merge_launch(call: Call, part_out, part_lse, left_out, out, lse, config: configs.TileConfig) -> Launch:
+def merge_launch(call: Call, parts, maxima, sums, left_out, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq] from what `decode_launch` made."""
-    num_splits, num_queries = part_out.shape[0], lse.numel()
+    num_splits, num_queries = parts.shape[0], lse.numel()
     args = (
-        call.query, call.state, part_out, part_lse, left_out, out, lse, strides(call.query), strides(out), num_splits,
+        call.query, call.state, parts, maxima, sums, left_out, out, lse, strides(call.query), strides(out), num_splits,
         num_queries, call.heads, call.seq_q, call.scale * LOG2_E, call.feature_scale,
     )  # fmt: skip
     constants = call.prefix | call.sizes
@@ -368,10 +373,12 @@ def run_ntk_decode(
 
 def _run(call: Call, out, lse, block_table, num_splits: int, config: configs.TileConfig) -> None:
     if num_splits == 1:
-        decode_launch(call, out[None], lse[None], None, config, block_table=block_table)()
+        decode_launch(call, out[None], lse[None], config, block_table=block_table)()
         return
-    part_out = out.new_empty(num_splits, *out.shape, dtype=torch.float32)
-    part_lse = lse.new_empty(num_splits, *lse.shape)
+    parts = out.new_empty(num_splits, *out.shape, dtype=torch.float32)
+    maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
     left_out = None if call.feature_map is None else lse.new_empty(lse.shape, dtype=torch.int32)
-    decode_launch(call, part_out, part_lse, left_out, config, num_splits=num_splits, block_table=block_table)()
-    merge_launch(call, part_out, part_lse, left_out, out, lse, call.candidates("merge")[0])()
+    decode_launch(
+        call, parts, maxima, config, num_splits=num_splits, block_table=block_table, sums=sums, left_out=left_out
+    )()
+    merge_launch(call, parts, maxima, sums, left_out, out, lse, call.candidates("merge")[0])()
