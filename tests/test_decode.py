@@ -171,6 +171,48 @@ def test_other_numbers_of_splits(name, splits):
     check(name, call, run(decode_by("triton", num_splits=splits), *call), call[0].dtype)
 
 
+@triton_only
+@pytest.mark.parametrize("recipe", [None, {}, {"mass": "none"}], ids=["plain", "elu", "no_mass"])
+@pytest.mark.parametrize("splits", [None, 17, 40])
+def test_many_splits_with_keys(splits, recipe, monkeypatch):
+    """More than are merged at once, and most of them with keys: 41 tiles and a part of one."""
+    from ntk_kernels.kernels import configs, decode
+
+    merged, merge_launch = [], decode.merge_launch
+
+    def recording(call, parts, *rest):
+        merged.append(len(parts))
+        return merge_launch(call, parts, *rest)
+
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 1000)  # what the default splits for
+    monkeypatch.setattr(decode, "merge_launch", recording)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((2, 2), (1, 1320), (1, 1320))
+    )
+    state = None if recipe is None else make_state(generator, heads=1, head_dim=8, value_dim=8, **recipe)
+    call = query, key, value, state, {"cache_seqlens": torch.tensor([1319, 1003])}
+    check("many splits", call, run(decode_by("triton", num_splits=splits), *call), F32)
+    assert merged == [splits or 18]
+
+
+@triton_only
+@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("mass", [1e-37, 1e-36])
+def test_a_prefix_with_next_to_no_mass(mass, splits):
+    """N / M exceeds float32, what it adds to the softmax does not; also where its split has no keys."""
+    query, key, value = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 150, 16), torch.randn(1, 1, 150, 16)
+    state = PrefixState(torch.full((1, 16, 16), 1e3), torch.full((1, 16), mass), "elu")
+    out, lse = ntk_attention_decode(
+        query, key, value, None, state, num_splits=splits, return_lse=True, backend="triton"
+    )  # fmt: skip
+    expected, expected_lse = reference.ntk_attention_decode(
+        *(tensor.double() for tensor in (query, key, value)), None, state.to(F64), return_lse=True
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     "name, backend", [case for case in SERVED if case[0] in ("elu", "all_parts", "window", "plain")]
 )
