@@ -57,7 +57,7 @@ def choose_backend(
         _warned.add((first, lacks))
         cost = ", which is slower and takes O(Lq·Lk) memory" if backend == "reference" else ""
         warnings.warn(
-            f"ntk_attention: the {first!r} backend does not support {lacks}; this call, and later ones like it, go to "
+            f"ntk_kernels: the {first!r} backend does not support {lacks}; this call, and later ones like it, go to "
             f"{backend!r}{cost}",
             stacklevel=3,
         )
