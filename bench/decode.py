@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = record.results_folder(arguments)
     record.save(folder / "decode.json", arguments.device, **figures)
     plot(folder / "decode.png", figures)
-    console.print(time_table(figures))
+    Console(width=max(console.width, 110)).print(time_table(figures))
     for m in left_out:
         console.print(f"an exact prefix of {m:,} rows for each of {arguments.batch} sequences does not fit into memory")
     console.print(f"figures: {folder / 'decode.json'}\nplot: {folder / 'decode.png'}", soft_wrap=True)

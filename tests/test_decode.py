@@ -254,12 +254,12 @@ def test_pages_are_the_same_bit_for_bit(name, page_size, backend):
     query, key_cache, value_cache, state, options = make_call(name)
     contiguous = run(decode_by(backend, num_splits=3), query, key_cache, value_cache, state, options)
     *caches, table = in_pages(key_cache, value_cache, options["cache_seqlens"], page_size)
-    for index_dtype in (torch.int32, torch.int64):
-        for pages in (caches, [p.transpose(1, 2).contiguous().transpose(1, 2) for p in caches]):  # [P, page, Hkv, D]
-            paged = run(decode_by(backend, num_splits=3, block_table=table.to(index_dtype)), query, *pages, state,
-                        options)  # fmt: skip
-            for result in contiguous:
-                assert torch.equal(paged[result], contiguous[result]), result
+    as_flash_attention = [pages.transpose(1, 2).contiguous().transpose(1, 2) for pages in caches]  # [P, page, Hkv, D]
+    for index_dtype, pages in ((torch.int32, caches), (torch.int64, as_flash_attention)):
+        decode = decode_by(backend, num_splits=3, block_table=table.to(index_dtype))
+        paged = run(decode, query, *pages, state, options)
+        for result in contiguous:
+            assert torch.equal(paged[result], contiguous[result]), result
 
 
 @all_backends
