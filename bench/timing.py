@@ -1,5 +1,6 @@
 """Times side by side: what is compared is run in turns, so that a noisy machine is noisy for all."""
 
+import functools
 import random
 import statistics
 import time
@@ -7,33 +8,77 @@ from collections.abc import Callable
 
 import torch
 
+_FLUSHED_BYTES = 2**30  # written before each timed call on a GPU: many times its L2 cache
+
 
 def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_rounds: int = 5) -> dict[str, dict]:
     """Calls every function once a round, for about `seconds` in all (not counting one warm-up round).
 
-    The order changes from round to round: who comes after a large function finds cold caches.
+    The order changes from round to round: who comes after a large function finds cold caches. On a GPU this is the time
+    between two events around the call, with a cold L2 cache; the launches of a call are queued meanwhile, so that
+    Python's time does not count unless it exceeds that of flushing the cache (`host_time` measures it).
 
     Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
     """
-    # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before, every
-    # call pays for fresh ones.
-    torch.zeros(30 * 2**20, dtype=torch.uint8)
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    on_gpu = torch.device(device).type == "cuda"
+    if not on_gpu:
+        # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before, every
+        # call pays for fresh ones.
+        torch.zeros(30 * 2**20, dtype=torch.uint8)
     for function in functions.values():
         function()
-    synchronize()
+    time_of = functools.partial(_gpu_time, device) if on_gpu else _cpu_time
     times = {name: [] for name in functions}
     order, shuffler = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < min_rounds:
         shuffler.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            functions[name]()
-            synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    results = {}
-    for name, samples in times.items():
-        low, median, high = statistics.quantiles(samples, n=4)
-        results[name] = {"ms": median, "low": low, "high": high, "rounds": len(samples)}
-    return results
+        for name, elapsed in [(name, time_of(functions[name])) for name in order]:
+            times[name].append(elapsed())
+    return {name: _summary(samples) for name, samples in times.items()}
+
+
+def host_time(function: Callable, device: str, calls: int = 50, repeats: int = 9) -> float:
+    """Microseconds that a call keeps Python busy: of calls queued one after the other."""
+    samples = []
+    for _ in range(repeats):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize(device)
+    return statistics.median(samples)
+
+
+def _cpu_time(function: Callable) -> Callable[[], float]:
+    start = time.perf_counter()
+    function()
+    elapsed = (time.perf_counter() - start) * 1e3
+    return lambda: elapsed
+
+
+def _gpu_time(device: str, function: Callable) -> Callable[[], float]:
+    """Queues a call; what is returned waits for it and gives its milliseconds."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        _flushed(device).zero_()
+        start.record()
+        function()
+        end.record()
+
+    def elapsed():
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return elapsed
+
+
+@functools.cache
+def _flushed(device: str) -> torch.Tensor:
+    return torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+
+def _summary(samples: list[float]) -> dict:
+    low, median, high = statistics.quantiles(samples, n=4)
+    return {"ms": median, "low": low, "high": high, "rounds": len(samples)}

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import CASES, make_inputs, served_by
+from cases import BF16, CASES, CAUSAL, F32, HALF, Case, make_inputs, served_by
 from oracle import check_case, run
 from test_decode import CALLS, check, decode_by, in_pages, make_call, served
 
-from ntk_kernels import ntk_attention, ntk_attention_decode
+from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, reference
+from ntk_kernels.kernels import configs
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "triton"]
@@ -92,3 +93,95 @@ def test_decode_in_a_cuda_graph(splits):
         index.copy_(index.roll(1))
         graph.replay()
         assert torch.equal(out, decode())
+
+
+MAPS = (None, "elu", "taylor1", "taylor2")
+FOR_TILES = [
+    Case(f"{name}-d{dim}-{feature_map or 'plain'}", "longer than two tiles of any size", batch=1, seq_q=300, seq_k=333,
+         dtype=dtype, head_dim=dim, state=None if feature_map is None else {"feature_map": feature_map}, options=CAUSAL)
+    for name, dtype in (("bf16", BF16), ("f16", HALF), ("f32", F32))
+    for dim in (64, 128, 256)
+    for feature_map in MAPS
+    if dtype != F32 or dim < 256
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOR_TILES, ids=lambda case: case.id)
+def test_every_tile_that_the_autotuner_may_take(case, monkeypatch):
+    """The defaults first, then the second candidate of each kernel, then the third, and so on."""
+    candidates, most = configs.candidates, 1
+
+    def at(position):
+        def one(*args):
+            nonlocal most
+            found = candidates(*args)
+            most = max(most, len(found))
+            return (found[min(position, len(found) - 1)],)
+
+        return one
+
+    position = 0
+    while position < most:
+        monkeypatch.setattr(configs, "candidates", at(position))
+        check_case(make_inputs(case), case.dtype, backend="triton", backward=True, device="cuda")
+        position += 1
+    assert most > 1 or case.dtype == F32
+
+
+@pytest.mark.parametrize("name", [name for name in DECODED if served(name, "triton")])
+def test_every_tile_of_decode(name, monkeypatch):
+    candidates = configs.candidates
+    call = make_call(name)
+    for position in range(4):
+        monkeypatch.setattr(
+            configs, "candidates", lambda *args, i=position: (candidates(*args)[min(i, len(candidates(*args)) - 1)],)
+        )
+        check(name, call, run(decode_by("triton", num_splits=3), *call, device="cuda"), call[0].dtype)
+
+
+def test_tensors_of_more_elements_than_int32_counts():
+    """2.2e9 elements a tensor; the last batch row alone must give the same bits."""
+    shape, dim = (270, 32, 4096), 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [torch.randn(*shape, dim, device="cuda", dtype=BF16, generator=generator) for _ in range(4)]
+    state = PrefixState(torch.randn(32, dim, dim, device="cuda"), torch.rand(32, dim, device="cuda"), "elu")
+
+    def results(query, key, value, grad):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out, lse = ntk_attention(*leaves, state, window=(128, 0), return_lse=True, backend="triton")
+        return out, lse, *torch.autograd.grad(out, leaves, grad)
+
+    for whole, last in zip(results(*inputs), results(*(tensor[-1:] for tensor in inputs)), strict=True):
+        assert torch.equal(whole[-1:], last)
+    del whole, last
+    rows = [tensor[-1:, -1:].double() for tensor in inputs[:3]]
+    one = PrefixState(state.z[-1:].double(), state.k[-1:].double(), "elu")
+    expected = reference.ntk_attention(*rows, one, window=(128, 0))
+    ours = ntk_attention(*inputs[:3], state, window=(128, 0), backend="triton")[-1:, -1:]
+    assert (ours - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_one_head_of_more_elements_than_int32_counts():
+    """The offset of a row, not only of a head, is beyond int32."""
+    length, dim = 2**25 + 64, 64
+    query, key, value = (torch.randn(1, 1, length, dim, device="cuda", dtype=BF16) for _ in range(3))
+    state = PrefixState(torch.randn(1, dim, dim, device="cuda"), torch.rand(1, dim, device="cuda"), "elu")
+    out = ntk_attention(query, key, value, state, window=(64, 0), backend="triton")
+    end = [tensor[:, :, -512:] for tensor in (query, key, value)]
+    expected = reference.ntk_attention(*(t.double() for t in end), state.to(torch.float64), window=(64, 0))[:, :, 128:]
+    assert (out[:, :, -384:] - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_under_torch_compile():
+    query, key, value = (torch.randn(2, 4, 130, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3))
+    state = PrefixState(torch.randn(4, 64, 64, device="cuda"), torch.rand(4, 64, device="cuda"), "elu")
+
+    def call(query, key, value):
+        return ntk_attention(query * 2, key, value, state, is_causal=True, backend="triton") + 1
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        out = function(query, key, value)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() < 1e-2 * eager.norm()

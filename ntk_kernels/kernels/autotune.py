@@ -49,7 +49,7 @@ def fastest(
     times = {}
     for config in candidates:
         try:
-            times[config] = (measure or _median_time)(lambda config=config: launch_with(config))
+            times[config] = (measure or median_time)(lambda config=config: launch_with(config))
         except (RuntimeError, triton.TritonError):  # too much shared memory, too many registers
             continue
     if not times:
@@ -65,7 +65,7 @@ def cache_file(device_name: str) -> Path:
     return Path(folder) / f"{name}-triton-{triton.__version__}.json"
 
 
-def _median_time(function: Callable) -> float:
+def median_time(function: Callable) -> float:
     return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
 
 

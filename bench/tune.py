@@ -1,0 +1,219 @@
+"""Measures the tiles that the kernels may run with, shape class by shape class, and checks each against the default.
+
+Every candidate of the tables in ntk_kernels/kernels/configs.py (--search: a grid of tiles beyond them too) is compiled,
+in as many processes as there are cores; its results must agree with those of the default; then it is timed. What is
+fastest is for the tables, where a person puts it; figures go to tune.json.
+"""
+
+import argparse
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, ntk_attention_decode
+from ntk_kernels.kernels import autotune
+from ntk_kernels.kernels.configs import TileConfig
+
+from . import record
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
+_GRID = [
+    TileConfig(m, n, warps, stages, use_descriptors=tma)
+    for (m, n, warps), all_stages in {
+        (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3),
+        (64, 128, 8): (2, 3), (64, 64, 4): (2, 3, 4), (64, 64, 8): (2, 3),
+    }.items()
+    for stages in all_stages
+    for tma in (False, True)
+]  # fmt: skip
+_PARTS = 4  # of the candidates for one kernel and shape, compiled by a process each
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of call."""
+
+    dtype: str
+    head_dim: int
+    feature_map: str | None
+    causal: bool
+    length: int
+    decode: bool = False
+
+    def __str__(self) -> str:
+        name = self.feature_map or "plain"
+        kind = "decode" if self.decode else "causal" if self.causal else "full"
+        return f"{self.dtype} D={self.head_dim} {name} {kind} L={self.length}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    record.add_arguments(parser)
+    parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["bfloat16"], help="default: %(default)s")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256], help="default: %(default)s")
+    parser.add_argument(
+        "--feature-map", choices=("plain", *FEATURE_MAPS), nargs="+", default=["plain", *FEATURE_MAPS],
+        help="plain: no state (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--length", type=int, nargs="+", default=[4096], help="tokens (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="also without causality")
+    parser.add_argument("--kernel", choices=(*_TRAINING, "decode"), nargs="+", default=[*_TRAINING, "decode"],
+                        help="default: all")  # fmt: skip
+    parser.add_argument("--search", action="store_true", help="also tiles that are in no table")
+    parser.add_argument("--heads", type=record.positive(int), default=16, help="default: %(default)s")
+    parser.add_argument("--tokens", type=record.positive(int), default=16384,
+                        help="in a batch, however long its sequences (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=record.positive(int), default=os.cpu_count(), help="processes that compile")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    console = Console()
+    shapes = [
+        Shape(dtype, dim, None if name == "plain" else name, causal, length)
+        for dtype, dim, name, length, causal in itertools.product(
+            arguments.dtype, arguments.head_dim, arguments.feature_map, arguments.length,
+            (True, False) if arguments.full else (True,),
+        )
+    ]  # fmt: skip
+    jobs = [(shape, kernel) for shape in shapes for kernel in arguments.kernel if kernel in _TRAINING]
+    if "decode" in arguments.kernel:
+        decodes = {Shape(s.dtype, s.head_dim, s.feature_map, True, s.length, decode=True) for s in shapes}
+        jobs += [(shape, "decode") for shape in sorted(decodes, key=str)]
+    wrong, results = {}, []
+    with Progress(console=console) as progress:
+        task = progress.add_task("compiling and checking", total=len(jobs))
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            futures = {
+                pool.submit(check, *job, arguments.device, arguments.search, part): job
+                for job in jobs
+                for part in range(_PARTS)
+            }
+            for future in as_completed(futures):
+                wrong.setdefault(futures[future], {}).update(future.result())
+                progress.advance(task, 1 / _PARTS)
+        task = progress.add_task("timing", total=len(jobs))
+        for shape, kernel in jobs:
+            results += time(shape, kernel, wrong[shape, kernel], arguments)
+            progress.advance(task)
+    for result in results:
+        console.print(table_of(result))
+    path = record.results_folder(arguments) / "tune.json"
+    record.save(path, arguments.device, results=results)
+    console.print(f"figures: {path}", soft_wrap=True)
+
+
+def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) -> tuple[TileConfig, ...]:
+    if not search:
+        return default
+    grid = [config for config in _GRID if kernel == "forward" or not config.use_descriptors]
+    return tuple(dict.fromkeys([*default, *grid]))
+
+
+def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> dict[str, str]:
+    """Runs a part of the candidates of a kernel on a small batch; what is wrong with those that fail, by name."""
+    call, found = maker(shape, device, heads=16, tokens=shape.length), []
+
+    def look(key, candidates, launch_with, device_name):
+        if key.split()[0] == kernel:
+            found.append(candidates_of(kernel, candidates, search))
+        return candidates[0]
+
+    expected = _with(look, call)
+    problems = {}
+    for config in found[0][part::_PARTS] if found else ():
+
+        def take(key, candidates, launch_with, device_name, config=config):
+            return config if key.split()[0] == kernel else candidates[0]
+
+        try:
+            results = _with(take, call)
+            torch.cuda.synchronize()
+        except Exception as error:  # of the compiler, of the launcher: what kind is not known beforehand
+            problems[str(config)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            continue
+        for name, result in results.items():
+            difference = (result.double() - expected[name].double()).norm() / expected[name].double().norm()
+            if not difference < 2 * torch.finfo(_DTYPES[shape.dtype]).eps:
+                problems[str(config)] = f"wrong: {name} differs by {difference:.2g} from the default's"
+    return problems
+
+
+def time(shape: Shape, kernel: str, wrong: dict[str, str], arguments: argparse.Namespace) -> list[dict]:
+    """Milliseconds of every candidate that works."""
+    results = []
+
+    def measure(key, candidates, launch_with, device_name):
+        if key.split()[0] == kernel:
+            times = {}
+            for config in candidates_of(kernel, candidates, arguments.search):
+                if str(config) not in wrong:
+                    times[str(config)] = autotune.median_time(lambda config=config: launch_with(config))
+            results.append(
+                {"shape": asdict(shape), "kernel": kernel, "class": key, "default": str(candidates[0]), "ms": times,
+                 "wrong": wrong}
+            )  # fmt: skip
+        return candidates[0]
+
+    tokens = max(arguments.tokens, shape.length)
+    _with(measure, maker(shape, arguments.device, arguments.heads, tokens))
+    return results
+
+
+def _with(choose, call):
+    """A call in which `choose` stands for the autotuner."""
+    with mock.patch.dict(os.environ, NTK_KERNELS_AUTOTUNE="1"), mock.patch.object(autotune, "fastest", choose):
+        return call()
+
+
+def maker(shape: Shape, device: str, heads: int, tokens: int):
+    """A call of that shape, forward and backward, that gives its results by name."""
+    torch.manual_seed(0)
+    dtype, dim = _DTYPES[shape.dtype], shape.head_dim
+    batch = max(1, tokens // shape.length)
+    if shape.decode:
+        batch = max(8, batch)
+        query = torch.randn(batch, 4 * heads, 1, dim, device=device).to(dtype)
+        key, value = torch.randn(2, batch, heads, shape.length, dim, device=device).to(dtype)
+        lengths = torch.full((batch,), shape.length, dtype=torch.int32, device=device)
+        state = _state(shape, heads, device)
+        return lambda: {"out": ntk_attention_decode(query, key, value, lengths, state, backend="triton")}
+    query, key, value, grad = torch.randn(4, batch, heads, shape.length, dim, device=device).to(dtype)
+    inputs = {"query": query, "key": key, "value": value}
+    state = _state(shape, heads, device)
+    if state is not None:
+        inputs |= {"z": state.z, "k": state.k}
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+
+    def call():
+        out = ntk_attention(query, key, value, state, is_causal=shape.causal, backend="triton")
+        grads = torch.autograd.grad(out, leaves, grad)
+        return {"out": out.detach()} | {f"gradient of {name}": g for name, g in zip(inputs, grads, strict=True)}
+
+    return call
+
+
+def _state(shape: Shape, heads: int, device: str) -> PrefixState | None:
+    if shape.feature_map is None:
+        return None
+    r = feature_dim(shape.feature_map, shape.head_dim)
+    z, k = torch.randn(heads, r, shape.head_dim, device=device), torch.rand(heads, r, device=device)
+    return PrefixState(z, k, shape.feature_map)
+
+
+def table_of(result: dict) -> Table:
+    table = Table(title=f"{result['kernel']}: {Shape(**result['shape'])} ({result['class']})")
+    table.add_column("tile")
+    table.add_column("ms", justify="right")
+    for name, ms in sorted(result["ms"].items(), key=lambda item: item[1]):
+        table.add_row(name + (" (default)" if name == result["default"] else ""), f"{ms:.4f}")
+    for name, problem in result["wrong"].items():
+        table.add_row(name, problem)
+    return table
