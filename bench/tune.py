@@ -26,15 +26,11 @@ from . import record
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
-_GRID = [
-    TileConfig(m, n, warps, stages, use_descriptors=tma)
-    for (m, n, warps), all_stages in {
-        (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3),
-        (64, 128, 8): (2, 3), (64, 64, 4): (2, 3, 4), (64, 64, 8): (2, 3),
-    }.items()
-    for stages in all_stages
-    for tma in (False, True)
-]  # fmt: skip
+# Rows, keys and warps of more tiles, and stages for each.
+_GRID = {
+    (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3), (64, 128, 8): (2, 3),
+    (64, 64, 4): (2, 3, 4), (64, 64, 8): (2, 3, 4),
+}  # fmt: skip
 _PARTS = 4  # of the candidates for one kernel and shape, compiled by a process each
 
 
@@ -113,7 +109,13 @@ def run(arguments: argparse.Namespace) -> None:
 def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) -> tuple[TileConfig, ...]:
     if not search:
         return default
-    grid = [config for config in _GRID if kernel == "forward" or not config.use_descriptors]
+    grid = [
+        TileConfig(m, n, warps, stages, use_descriptors=tma)
+        for (m, n, warps), all_stages in _GRID.items()
+        for stages in all_stages
+        for tma in ((False, True) if kernel == "forward" else (False,))
+        if kernel != "decode" or m == 64
+    ]
     return tuple(dict.fromkeys([*default, *grid]))
 
 

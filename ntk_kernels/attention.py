@@ -85,7 +85,13 @@ def ntk_attention(
     check_state(state, query, key, value, state_index, query.shape[0])
 
     query, key, value = autocast(query, key, value)
-    backend = choose_backend(backend, query, key, value, state, attn_mask, softcap)
+    left, right = window or (-1, -1)
+    offset = key.shape[2] - query.shape[2] if causal_offset is None else causal_offset
+    is_square = (
+        attn_mask is None and key_start is None and key_stop is None and left < 0 and right < 0
+        and not (is_causal and (offset != 0 or key.shape[2] != query.shape[2]))
+    )  # fmt: skip
+    backend = choose_backend(backend, query, key, value, state, attn_mask, softcap, is_square=is_square)
     if backend == "reference":
         if state_index is not None and not torch.compiler.is_compiling():
             checks.check_values(query, key, state_index, state.num_states)
@@ -95,7 +101,6 @@ def ntk_attention(
             state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
 
-    left, right = window or (-1, -1)
     out, lse = ops.attention(
         query,
         key,
@@ -115,7 +120,7 @@ def ntk_attention(
         softcap or 0.0,
         left,
         0 if is_causal else right,
-        key.shape[2] - query.shape[2] if causal_offset is None else causal_offset,
+        offset,
         backend,
     )
     return (out, lse) if return_lse else out

@@ -17,6 +17,9 @@ from . import checks
 BACKENDS = ("triton", "torch", "reference")
 _MAX_TRITON_HEAD_DIM = 256
 _MAX_TRITON_FLOAT32_HEAD_DIM = 128  # its tiles would go to memory and back (but in the interpreter)
+# From so many query rows and keys on, by head dimension, PyTorch's attention (cuDNN's) and the prefix added to it take
+# less time on Hopper than the fused kernel (bench/NOTES.md).
+_CUDNN_FROM = {64: 2048, 128: 1024}
 _warned: set[tuple[str, str]] = set()
 _devices: dict[tuple[str, int | None], str | None] = {}
 
@@ -29,8 +32,11 @@ def choose_backend(
     state=None,
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
+    *,
+    is_square: bool = False,
 ) -> str:
-    """The backend that serves the call.
+    """The backend that serves the call. `is_square`: nothing is hidden, or all that lies right of the diagonal of as
+    many rows as keys.
 
     Raises:
         ValueError: if `requested`, or the environment variable, is no backend.
@@ -40,7 +46,7 @@ def choose_backend(
     if requested is not None:
         first = requested
     else:
-        first = os.environ.get("NTK_KERNELS_BACKEND") or ("triton" if query.device.type == "cuda" else "torch")
+        first = os.environ.get("NTK_KERNELS_BACKEND") or _fastest(query, key, value, is_square and softcap is None)
         checks.check_one_of("NTK_KERNELS_BACKEND", first, BACKENDS)
     served = {
         backend: _lacks(backend, query, key, value, state, attn_mask, softcap)
@@ -64,6 +70,30 @@ def choose_backend(
     return backend
 
 
+def _fastest(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> str:
+    if query.device.type != "cuda":
+        return "torch"
+    least = _CUDNN_FROM.get(query.shape[-1])
+    if (
+        is_square
+        and least is not None
+        and value.shape[-1] == query.shape[-1]
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and min(query.shape[2], key.shape[2]) >= least
+        and not torch.are_deterministic_algorithms_enabled()  # cuDNN's backward is not
+        and _has_fast_cudnn(query.device.index)
+    ):
+        return "torch"
+    return "triton"
+
+
+@torch.compiler.assume_constant_result
+def _has_fast_cudnn(index: int | None) -> bool:
+    if torch.version.hip is not None or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
 def _lacks(backend, query, key, value, state, attn_mask, softcap) -> str | None:
     """What keeps a backend from serving a call; None if nothing does."""
     if backend == "reference":
@@ -79,6 +109,12 @@ def _lacks(backend, query, key, value, state, attn_mask, softcap) -> str | None:
         if device.type == "cuda" and query.dtype == torch.float64:
             return "float64 on a GPU"
         return None
+    return kernels_lack(query, value)
+
+
+def kernels_lack(query: Tensor, value: Tensor) -> str | None:
+    """What keeps the Triton kernels from taking such tensors; None if nothing does."""
+    device = query.device
     if query.dtype == torch.float64:
         return "float64"
     head_dim = max(query.shape[-1], value.shape[-1])

@@ -4,7 +4,8 @@ Runs wherever PyTorch has a fused attention, forward and backward, in O(L) memor
 
 1. *Keys.* The query rows are cut into tiles of which each sees a few ranges of keys (`tiles.py`); each range is one
    fused call (`fused.py`), and ranges merge by lse. Most calls are one tile with one range.
-2. *Prefix.* The state's own rows and its linear-attention term join (out, lse), in chunks of rows (`prefix.py`).
+2. *Prefix.* The state's own rows and its linear-attention term join (out, lse), on GPUs by the Triton kernels, if they
+   take such tensors, else in chunks of rows (`prefix.py`).
 
 The backward gives the *combined* out and lse to the fused backward, which makes its dQ, dK and dV exact, and adds the
 prefix's own gradients (formulas in `reference/attention.py`).
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..dispatch import kernels_lack
 from . import cached, fused, packed
 from .inputs import DecodeInputs, Inputs
 from .layout import empty_grad, empty_out, in_layout, lse_dtype
@@ -33,8 +35,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
     out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, band)
     if inputs.has_state and query.numel():
-        prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
-        merge_prefix(prefix, query, out, lse)
+        if kernels := _kernels_for(inputs):
+            kernels.add_prefix(inputs, out, lse)
+        else:
+            prefix = Prefix(query, *_state_of(inputs), inputs.state_index, lse.dtype, _prefix_options(inputs))
+            merge_prefix(prefix, query, out, lse)
     return out, lse
 
 
@@ -63,34 +68,48 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
     query, key, value = inputs[:3]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = [query.new_empty(0) for _ in needs_grad]
-    grad_q = None
-    if inputs.has_state:
-        delta = (grad_out.to(lse.dtype) * out).sum(-1)
-        if grad_lse is not None:
-            delta.sub_(grad_lse)
-            delta.masked_fill_(lse == -torch.inf, 0)  # of rows that see nothing, whatever the gradient of their lse
-        state = _state_of(inputs)
-        prefix = Prefix(query, *state, inputs.state_index, lse.dtype, _prefix_options(inputs))
-        needs_z = needs_grad[3] or needs_grad[4]
-        grad_q, grad_z, *state_grads = prefix_backward(
-            prefix, grad_out, query, lse, delta, state, (needs_grad[0], needs_z, *needs_grad[5:])
-        )
-        state_grads = [*low_rank_grads(inputs, grad_z), *state_grads]
-        for i, grad in enumerate(state_grads, start=3):
-            if needs_grad[i]:
-                grads[i] = grad
+    grads: list[Tensor | None] = [None] * len(needs_grad)
+    kernels = _kernels_for(inputs) if inputs.has_state and query.numel() else None
+    grad_query = None
+    if inputs.has_state and not kernels:
+        grad_query, *grads[3:] = _prefix_grads(grad_out, grad_lse, inputs, out, lse, needs_grad)
     if any(needs_grad[:3]):
         band = (inputs.window_left, inputs.window_right, inputs.causal_offset)
         key_grads = _keys_backward(
             grad_out, grad_lse, query, key, value, inputs.attn_mask, inputs.scale, band, out, lse
         )
-        if grad_q is not None:
-            key_grads[0] = grad_q.add_(key_grads[0])
+        if grad_query is not None:
+            key_grads[0] = grad_query.add_(key_grads[0])
         for i, tensor in enumerate((query, key, value)):
             if needs_grad[i]:
                 grads[i] = in_layout(key_grads[i], partial(empty_grad, tensor))
-    return tuple(grads)
+    if kernels and (needs_grad[0] or any(needs_grad[3:])):
+        grads[3:] = kernels.add_prefix_backward(grad_out, grad_lse, inputs, out, lse, grads[0], needs_grad)
+    return tuple(grad if needed else query.new_empty(0) for grad, needed in zip(grads, needs_grad, strict=True))
+
+
+def _prefix_grads(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> list[Tensor | None]:
+    """Gradients of the query, through the prefix, and of the state's eight tensors, by PyTorch's operations."""
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
+    if grad_lse is not None:
+        delta.sub_(grad_lse)
+        delta.masked_fill_(lse == -torch.inf, 0)  # of rows that see nothing, whatever the gradient of their lse
+    state = _state_of(inputs)
+    prefix = Prefix(inputs.query, *state, inputs.state_index, lse.dtype, _prefix_options(inputs))
+    needs_z = needs_grad[3] or needs_grad[4]
+    grad_query, grad_z, *others = prefix_backward(
+        prefix, grad_out, inputs.query, lse, delta, state, (needs_grad[0], needs_z, *needs_grad[5:])
+    )
+    return [grad_query, *low_rank_grads(inputs, grad_z), *others]
+
+
+def _kernels_for(inputs: Inputs):
+    """The module of the Triton kernels, if they take the tensors of the call and are faster there; else None."""
+    if not inputs.query.is_cuda or kernels_lack(inputs.query, inputs.value) is not None:
+        return None
+    from . import triton as kernels  # not at import: the package works without triton
+
+    return kernels
 
 
 def _state_of(inputs: Inputs | DecodeInputs) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels.backward import run_ntk_bwd
 from ..kernels.decode import run_ntk_decode
 from ..kernels.forward import run_ntk_fwd
-from ..kernels.launch import addressable
+from ..kernels.launch import addressable, made_addressable
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
 from .layout import empty_grad, empty_out, lse_dtype
 from .low_rank import full_state, low_rank_grads
@@ -55,23 +55,54 @@ def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad) -> tuple[
     query = inputs.query
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    # Rows of no packed sequence get no gradient from the kernels.
+    empty = empty_grad if inputs.cu_seqlens_q is None else lambda tensor: empty_grad(tensor).zero_()
+    grads = [empty(tensor) if needed else None for tensor, needed in zip(inputs[:3], needs_grad, strict=False)]
+    state_grads = _run_backward(grad_out, grad_lse, inputs, out, lse, grads, needs_grad)
+    grads = zip([*grads, *state_grads], needs_grad, strict=True)
+    return tuple(grad if needed else query.new_empty(0) for grad, needed in grads)
+
+
+def add_prefix(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    """Makes `out` and `lse`, attention over the keys alone, attention over keys and prefix."""
+    inputs = _without_keys(inputs)
+    kernel_out = made_addressable(out)
+    with _device_of(out):
+        run_ntk_fwd(*inputs[:3], kernel_out, lse, **_arguments(inputs))
+    _in_place(out, kernel_out)
+
+
+def add_prefix_backward(grad_out, grad_lse, inputs: Inputs, out, lse, grad_query, needs_grad) -> list[Tensor | None]:
+    """Adds the gradient through the prefix to `grad_query` (may be None); gives those of the state's eight tensors.
+
+    `out` and `lse` are of keys and prefix.
+    """
+    return _run_backward(grad_out, grad_lse, _without_keys(inputs), out, lse, [grad_query, None, None], needs_grad)
+
+
+def _run_backward(grad_out, grad_lse, inputs: Inputs, out, lse, grads, needs_grad) -> list[Tensor | None]:
+    """Fills `grads` of query, key and value; gives those of the state's eight tensors."""
     z, z_b, *rest = full_state(inputs)
     state = dict(zip(Inputs._fields[3:NUM_DIFFERENTIABLE], (z, z_b, *rest), strict=True))
     wanted = {name: tensor for (name, tensor), needed in zip(state.items(), needs_grad[3:], strict=True) if needed}
     if needs_grad[3] or needs_grad[4]:
         wanted["z"] = z
         wanted.pop("z_b", None)
-    # Rows of no packed sequence get no gradient from the kernels.
-    empty = empty_grad if inputs.cu_seqlens_q is None else lambda tensor: empty_grad(tensor).zero_()
-    grads = [empty(tensor) if needed else None for tensor, needed in zip(inputs[:3], needs_grad, strict=False)]
-    with _device_of(query):
+    with _device_of(inputs.query):
         state_grads = run_ntk_bwd(
             *inputs[:3], out, lse, grad_out, grad_lse, *grads, wanted, **_arguments(inputs._replace(**state))
         )
     grad_z, grad_z_b = low_rank_grads(inputs, state_grads.pop("z", None))
     state_grads |= {"z": grad_z, "z_b": grad_z_b}
-    grads += [state_grads.get(name) for name in state]
-    return tuple(grad if needed else query.new_empty(0) for grad, needed in zip(grads, needs_grad, strict=True))
+    return [state_grads.get(name) for name in state]
+
+
+def _without_keys(inputs: Inputs) -> Inputs:
+    """The prefix alone; the value tells its head dimension."""
+    return inputs._replace(
+        key=None, attn_mask=None, key_start=None, key_stop=None, softcap=0.0, window_left=-1, window_right=-1,
+        causal_offset=0,
+    )  # fmt: skip
 
 
 def _arguments(inputs: Inputs) -> dict:

@@ -28,7 +28,8 @@ from .launch import Call, contiguous, made_addressable, prepare, run_with_best_t
 def run_ntk_bwd(
     query, key, value, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, wanted, **arguments
 ) -> dict[str, torch.Tensor]:
-    """Fills `grad_query`, `grad_key` and `grad_value`, each may be None, but for rows of no packed sequence.
+    """Fills `grad_query`, `grad_key` and `grad_value`, each may be None, but for rows of no packed sequence. Without
+    keys (`key` None, `grad_key` and `grad_value` too) the prefix's gradient is added to `grad_query`.
 
     Args:
         out, lse, grad_out, grad_lse: results of the forward and their gradients; `grad_lse` may be None.

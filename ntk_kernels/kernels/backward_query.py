@@ -5,7 +5,8 @@
     dlogw_ic = u_ic φ_i·(Z_c dO_i - Δ'_i k_c)
     dQ_i    = scale · Σ_j dS_ij k_j + feature_scale · φ'(x_i)ᵀ dφ_i + scale · Σ_c dlogw_ic μ_c
 
-dlogw is stored as well where gradients of centres or log_scale are wanted.
+dlogw is stored as well where gradients of centres or log_scale are wanted. Without keys the prefix's dQ is added to
+what is there.
 
 Grid: as that of the forward.
 """
@@ -109,18 +110,19 @@ def _ntk_bwd_dq_kernel(
                 dq, q_rows, do_rows, row_mask, lse, delta, state, state_head, num_rows, scale, q.dtype,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, CHUNK, PREFIX_PRECISION, LOGIT_PRECISION,
             )  # fmt: skip
-        first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
-        start_n, middle_start, middle_stop, stop_n = keys_of_rows(
-            start_m, tl.minimum(start_m + BLOCK_M, seq_q), start_n, stop_n, lower, upper, BLOCK_N, HAS_LOWER, HAS_UPPER,
-            mask_ptr is not None,
-        )  # fmt: skip
-        head_k = head // group
-        k_ptr += tensor_batch * stride_k[0] + head_k * stride_k[1] + first_k * stride_k[2]
-        v_ptr += tensor_batch * stride_v[0] + head_k * stride_v[1] + first_k * stride_v[2]
-        if mask_ptr is not None:
-            mask_ptr += batch * stride_mask[0] + head * stride_mask[1]
+        if k_ptr is not None:
+            first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
+            start_n, middle_start, middle_stop, stop_n = keys_of_rows(
+                start_m, tl.minimum(start_m + BLOCK_M, seq_q), start_n, stop_n, lower, upper, BLOCK_N, HAS_LOWER,
+                HAS_UPPER, mask_ptr is not None,
+            )  # fmt: skip
+            head_k = head // group
+            k_ptr += tensor_batch * stride_k[0] + head_k * stride_k[1] + first_k * stride_k[2]
+            v_ptr += tensor_batch * stride_v[0] + head_k * stride_v[1] + first_k * stride_v[2]
+            if mask_ptr is not None:
+                mask_ptr += batch * stride_mask[0] + head * stride_mask[1]
         # Tiles that need masks (at the lower edge), tiles that need none, tiles at the upper edge (with a mask all).
-        for part in tl.static_range(3):
+        for part in tl.static_range(0 if k_ptr is None else 3):
             if part == 0:
                 part_start, part_stop = start_n, tl.minimum(middle_start, stop_n)
             elif part == 1:
@@ -138,14 +140,16 @@ def _ntk_bwd_dq_kernel(
         # + 0, which the compiler does not know, so that no address is held through the loops
         rows = start_m + tl.program_id(1) + tl.arange(0, BLOCK_M)
         dq_ptr += tensor_batch * stride_dq[0] + head * stride_dq[1] + first_q * stride_dq[2]
+        if k_ptr is None:
+            dq += load_tile(dq_ptr, start_m, seq_q, stride_dq[2], BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
         store_tile(dq_ptr, dq, rows, seq_q, stride_dq[2], 0, HEAD_DIM, BLOCK_D)
 
 
 def dq_launch(
     call: Call, grad_out, row_terms: RowTerms, grad_query, grad_log_weights, config: configs.TileConfig
 ) -> Launch:
-    """The launch that fills `grad_query` and `grad_log_weights` [B, Hq, C, Lq] (each may be None), but for rows of no
-    packed sequence or state."""
+    """The launch that fills `grad_query` (adds to it, without keys) and `grad_log_weights` [B, Hq, C, Lq] (each may be
+    None), but for rows of no packed sequence or state."""
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     args = (
         call.query, call.key, call.value, grad_out, call.state, call.attn_mask, call.sequences, row_terms, grad_query,

@@ -112,10 +112,10 @@ def can_describe(tensor: torch.Tensor) -> bool:
 
 
 _T = TileConfig
-# Of each kernel, by class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state;
-# float32), by the padded head dimension: what may be fastest, the default first. A kernel to which the state makes no
-# difference has the first and the last kind only. Defaults in half precision spill no registers, and on sm90 no product
-# has a dimension below 64 (see `blocks`); bench/static.py checks both.
+# Of each kernel, by class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state,
+# with one in float16; float32), by the padded head dimension: what may be fastest, the default first. A kernel to which
+# the state makes no difference has the first and the last kind only. Defaults in half precision spill no registers, and
+# on sm90 no product has a dimension below 64 (see `blocks`); bench/static.py checks both.
 _FORWARD = {
     "sm90": {
         "plain": {
@@ -239,6 +239,8 @@ _DQ = {
     "sm90": {
         "plain": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 64, 8, 2),)},
         "taylor2": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 64, 8, 2),)},
+        # Z may exceed float16: more tiles in shared memory
+        "taylor2 float16": {64: (_T(128, 64, 8, 3),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 2),)},
         "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
     },
     "sm80": {
@@ -377,7 +379,8 @@ def candidates(
     else:
         kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
     table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
-    entries = table.get(kind, table["plain"])[max(64, blocks.block_d, blocks.block_dv)]
+    kinds = (f"{kind} float16", kind, "plain") if dtype == torch.float16 else (kind, "plain")
+    entries = next(table[name] for name in kinds if name in table)[max(64, blocks.block_d, blocks.block_dv)]
     if arch == "sm86":
         limit = SHARED_BYTES[arch]
         entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype, kind) <= limit)

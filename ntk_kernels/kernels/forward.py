@@ -2,6 +2,7 @@
 
 Each program owns BLOCK_M rows of queries of one head. It starts with the prefix's linear-attention term as accumulator,
 mass and maximum (`prefix.py`), walks the state's own rows, then the keys that some of its rows see, and normalises.
+Without keys it adds the prefix to the result of another attention over them, which `out` and `lse` then hold.
 The formula is that of `reference/attention.py`, the conventions are those of `tiles.py`.
 
 Grid: one program for each tile of BLOCK_M queries, head and batch row (or packed sequence), those of a head side by
@@ -23,6 +24,7 @@ from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_so
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -66,6 +68,19 @@ def _attend_keys(
     return acc, m_i, l_i
 
 
+@triton.jit
+def _results_of_rows(
+    out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Where the out [M, Dv] (with a mask) and the lse [M] of a tile's rows lie."""
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1] + first_q * stride_out[2]
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out[2] + columns
+    lse_ptr += tensor_batch * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first_q
+    return out_ptrs, (offs_m < seq_q)[:, None] & (columns < VALUE_DIM), lse_ptr + offs_m
+
+
 # Integers that change from call to call; specialised on their values they would recompile the kernel.
 _VARYING = ["stride_lse_b", "stride_lse_h", "seq_q", "seq_k", "num_tiles", "lower", "upper"]
 
@@ -91,18 +106,21 @@ def _ntk_fwd_kernel(
     start_m = tile * BLOCK_M
 
     tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
-    first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
+    if k_ptr is not None:
+        first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
     if start_m >= seq_q:
         return
-    start_n, middle_start, middle_stop, stop_n = keys_of_rows(
-        start_m, tl.minimum(start_m + BLOCK_M, seq_q), start_n, stop_n, lower, upper, BLOCK_N, HAS_LOWER, HAS_UPPER,
-        mask_ptr is not None,
-    )  # fmt: skip
+    if k_ptr is not None:
+        start_n, middle_start, middle_stop, stop_n = keys_of_rows(
+            start_m, tl.minimum(start_m + BLOCK_M, seq_q), start_n, stop_n, lower, upper, BLOCK_N, HAS_LOWER, HAS_UPPER,
+            mask_ptr is not None,
+        )  # fmt: skip
 
     q_ptr += tensor_batch * stride_q[0] + tl.cast(head, tl.int64) * stride_q[1] + first_q * stride_q[2]
-    head_k = head // group
-    k_ptr += tensor_batch * stride_k[0] + tl.cast(head_k, tl.int64) * stride_k[1] + first_k * stride_k[2]
-    v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
+    if k_ptr is not None:
+        head_k = head // group
+        k_ptr += tensor_batch * stride_k[0] + tl.cast(head_k, tl.int64) * stride_k[1] + first_k * stride_k[2]
+        v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
     offs_m = start_m + tl.arange(0, BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
 
@@ -127,7 +145,7 @@ def _ntk_fwd_kernel(
 
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
-    for part in tl.static_range(3):
+    for part in tl.static_range(0 if k_ptr is None else 3):
         if part == 0:
             part_start, part_stop = start_n, tl.minimum(middle_start, stop_n)
         elif part == 1:
@@ -148,6 +166,19 @@ def _ntk_fwd_kernel(
     offs_m = start_m + zero + tl.arange(0, BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
     first_q += zero
+    if k_ptr is None:
+        out_ptrs, out_mask, lse_ptrs = _results_of_rows(
+            out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+            VALUE_DIM, BLOCK_DV,
+        )  # fmt: skip
+        out = tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
+        lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf")) * _LOG2_E
+        m_new = tl.maximum(m_i, lse)
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)
+        acc = acc * alpha[:, None] + out * weight[:, None]
+        l_i = l_i * alpha + weight
+        m_i = m_new
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
     acc = acc * inverse[:, None]
     if FEATURE_MAP is not None:
@@ -161,21 +192,20 @@ def _ntk_fwd_kernel(
             )  # fmt: skip
 
     lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2)
-    lse_ptr += tensor_batch * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first_q
-    tl.store(lse_ptr + offs_m, lse, mask=offs_m < seq_q)
-    columns = tl.arange(0, BLOCK_DV)[None, :]
-    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1]
-    out_ptr += (first_q + start_m) * stride_out[2]
-    out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_out[2] + columns
-    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=row_mask & (columns < VALUE_DIM))
+    out_ptrs, out_mask, lse_ptrs = _results_of_rows(
+        out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+        VALUE_DIM, BLOCK_DV,
+    )  # fmt: skip
+    tl.store(lse_ptrs, lse, mask=offs_m < seq_q)
+    tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
-    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+    """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq], or adds the prefix to them (without keys)."""
     query, key, value = call.query, call.key, call.value
     num_tiles = triton.cdiv(call.seq_q, config.block_m)
     descriptors = (None, None)
-    if config.use_descriptors and configs.can_describe(key) and configs.can_describe(value):
+    if key is not None and config.use_descriptors and configs.can_describe(key) and configs.can_describe(value):
         descriptors = tuple(
             TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, config.block_n, block])
             for tensor, block in ((key, call.blocks.block_d), (value, call.blocks.block_dv))
@@ -199,6 +229,6 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
 
 
 def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
-    """Fills `out` and `lse`."""
+    """Fills `out` and `lse`; without keys (None, as values) adds the prefix to the attention that they hold."""
     call = prepare(query, key, value, **arguments)
     run_with_best_tiles(call, "forward", partial(fwd_launch, call, out, lse))

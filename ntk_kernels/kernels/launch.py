@@ -60,8 +60,8 @@ class Call:
     arch: str
     blocks: configs.Blocks
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
     state: State
     attn_mask: torch.Tensor | None
     mask_strides: tuple
@@ -87,7 +87,7 @@ class Call:
     @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
-        return self.query.shape[1] // self.key.shape[1]
+        return 1 if self.key is None else self.query.shape[1] // self.key.shape[1]
 
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
         """Tiles that a kernel may run with, the default first."""
@@ -110,6 +110,7 @@ class Call:
             "rows": self.state.row_keys is not None,
             "mask": self.attn_mask is not None,
             "softcap": self.flags["SOFTCAP"],
+            "no keys": self.key is None,
             "packed": self.sequences.cu_seqlens_q is not None,
         }
         return " ".join(parts + [name for name, present in traits.items() if present])
@@ -119,22 +120,24 @@ def prepare(
     query, key, value, *, z=None, z_b=None, k=None, centers=None, log_scale=None, row_keys=None,
     row_values=None, row_bias=None, state_index=None, attn_mask=None, key_start=None, key_stop=None,
     cu_seqlens_q=None, cu_seqlens_k=None, feature_map=None, feature_scale=1.0, scale=1.0, softcap=0.0,
-    window_left=-1, window_right=-1, causal_offset=None, max_seqlen_q=None, max_seqlen_k=None, cache_size=None,
+    window_left=-1, window_right=-1, causal_offset=0, max_seqlen_q=None, max_seqlen_k=None, cache_size=None,
     arch=None,
 ) -> Call:  # fmt: skip
-    """Arguments as in `ops.py`. `arch` defaults to that of the device (`configs.py`).
+    """Arguments as in `ops.py`. `arch` defaults to that of the device (`configs.py`). Without keys (`key` None, `value`
+    for its head dimension) only the prefix is looked at.
 
     `key` and `value` may be a cache for up to `cache_size` keys a batch row, of which `key_stop` are there.
     """
     arch = configs.arch_of(query.device) if arch is None else arch
     batch, num_heads, seq_q, head_dim = query.shape
-    seq_k, value_dim = value.shape[2:]
+    seq_k, value_dim = (0 if key is None else value.shape[2]), value.shape[3]
     packed = cu_seqlens_q is not None
     if packed:
         batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
     if cache_size is not None:
         seq_k = cache_size
-    query, key, value = map(made_addressable, (query, key, value))
+    query = made_addressable(query)
+    key, value = (None, None) if key is None else map(made_addressable, (key, value))
 
     rank = 1 if z_b is None else z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
