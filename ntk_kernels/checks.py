@@ -55,7 +55,7 @@ def check_int(name: str, value, *, minimum: int = -(2**62), maximum: int = 2**62
 
 
 def check_finite(name: str, value, *, positive: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat)):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # NaN included; math.isfinite would break a graph
         raise ValueError(f"`{name}` must be finite, got {value}")

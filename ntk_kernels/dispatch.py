@@ -48,14 +48,14 @@ def choose_backend(
     else:
         first = os.environ.get("NTK_KERNELS_BACKEND") or _fastest(query, key, value, is_square and softcap is None)
         checks.check_one_of("NTK_KERNELS_BACKEND", first, BACKENDS)
+    lacks = _lacks(first, query, key, value, state, attn_mask, softcap)
+    if lacks is None:
+        return first
     served = {
         backend: _lacks(backend, query, key, value, state, attn_mask, softcap)
         for backend in BACKENDS[BACKENDS.index(first) :]
     }
-    backend = next(backend for backend, lacks in served.items() if lacks is None)
-    if backend == first:
-        return backend
-    lacks = served[first]
+    backend = next(backend for backend, missing in served.items() if missing is None)
     if requested is not None:
         others = " or ".join(repr(other) for other, missing in served.items() if missing is None)
         raise NotImplementedError(f"backend={requested!r} does not support {lacks}; use backend=None or {others}")

@@ -57,7 +57,11 @@ def _call(op, function, inputs):
 
 
 def _needs_grad(inputs) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 # Autograd --------------------------------------------------------------------------------------------------------

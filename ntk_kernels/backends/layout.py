@@ -19,7 +19,12 @@ def empty_out(query: Tensor, value: Tensor, device=None) -> Tensor:
 
 
 def empty_grad(tensor: Tensor, dtype: torch.dtype | None = None, device=None) -> Tensor:
-    """Gradient of query, key or value: in memory as [B, L, H, D], which is what PyTorch's fused backwards write."""
+    """Gradient of query, key or value, in memory as PyTorch's fused backwards write it: like the tensor itself on GPUs
+    (where elements of a row lie side by side), as [B, L, H, D] on the CPU."""
+    if tensor.device.type == "cuda" and tensor.stride(3) == 1:
+        grad = torch.empty_like(tensor, dtype=dtype, device=device)
+        if grad.stride(3) == 1:
+            return grad
     batch, heads, length, dim = tensor.shape
     return tensor.new_empty(batch, length, heads, dim, dtype=dtype, device=device).transpose(1, 2)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .features import elu_mass, taylor_mass
-from .launch import Call, Launch, options_of, strides
+from .launch import Call, Launch, strides
 from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
 from .tiles import LOG2_E, load_tile
 from .visibility import locate_rows
@@ -124,14 +124,19 @@ def _ntk_bwd_delta_kernel(
 
 def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms, config: configs.TileConfig) -> Launch:
     """The launch that fills `delta`, and `mass_delta` and `weights` if there are any."""
-    num_tiles = triton.cdiv(call.seq_q, config.block_m)
-    args = (
-        call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms,
-        *map(strides, (call.query, out, grad_out)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
-        call.scale * LOG2_E, call.feature_scale,
-    )  # fmt: skip
-    constants = {"FEATURE_MAP": call.feature_map if row_terms.weights is not None else None}
-    constants |= {name: call.prefix[name] for name in ("NUM_FEATURES", "LOGIT_PRECISION", "CHUNK")}
-    constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
-    constants |= {"BLOCK_M": config.block_m}
-    return Launch(_ntk_bwd_delta_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))
+    tensors = (call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms)
+    details = strides(out), strides(grad_out), grad_lse is None, row_terms.weights is None
+
+    def describe():
+        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        scalars = (
+            *map(strides, (call.query, out, grad_out)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
+            call.scale * LOG2_E, call.feature_scale,
+        )  # fmt: skip
+        constants = {"FEATURE_MAP": call.feature_map if row_terms.weights is not None else None}
+        constants |= {name: call.prefix[name] for name in ("NUM_FEATURES", "LOGIT_PRECISION", "CHUNK")}
+        constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
+        constants |= {"BLOCK_M": config.block_m}
+        return (num_tiles * call.heads * call.batch,), scalars, constants
+
+    return call.launch(_ntk_bwd_delta_kernel, tensors, config, describe, *details)

@@ -19,7 +19,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import load_columns
-from .launch import Call, Launch, options_of, run_with_best_tiles, strides
+from .launch import Call, Launch, run_with_best_tiles, strides
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
 from .visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
 
@@ -152,22 +152,31 @@ def _ntk_bwd_dkdv_kernel(
 
 def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value, config: configs.TileConfig) -> Launch:
     """The launch that fills `grad_key` and `grad_value` (one may be None), but for rows of no packed sequence."""
-    num_tiles = triton.cdiv(call.seq_k, config.block_n)
-    heads = call.key.shape[1]
-    args = (
-        call.query, call.key, call.value, grad_out, call.attn_mask, call.sequences, row_terms, grad_key, grad_value,
-        *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides,
-        strides(grad_key), strides(grad_value), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, heads,
-        call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap,
+    tensors = (
+        call.query, call.key, call.value, grad_out, call.attn_mask, call.sequences, row_terms, grad_key, grad_value
     )  # fmt: skip
-    constants = call.flags | call.sizes
-    widths = [(call.blocks.block_d, grad_key), (call.blocks.block_dv, grad_value)]
-    narrowest = min(width for width, grad in widths if grad is not None)
-    parts = max(1, min(config.parts, narrowest // configs.least_dimension(call.arch)))
-    constants |= {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PARTS": parts, "STAGES": config.num_stages,
-    }  # fmt: skip
-    return Launch(_ntk_bwd_dkdv_kernel, (num_tiles * heads * call.batch, parts), args, constants, options_of(config))
+    details = strides(grad_out), strides(grad_key), strides(grad_value), grad_key is None, grad_value is None
+
+    def describe():
+        num_tiles, heads = triton.cdiv(call.seq_k, config.block_n), call.key.shape[1]
+        scalars = (
+            *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides, strides(grad_key),
+            strides(grad_value), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, heads, call.group,
+            call.lower, call.upper, call.scale * LOG2_E, call.softcap,
+        )  # fmt: skip
+        widths = [(call.blocks.block_d, grad_key), (call.blocks.block_dv, grad_value)]
+        narrowest = min(width for width, grad in widths if grad is not None)
+        parts = max(1, min(config.parts, narrowest // configs.least_dimension(call.arch)))
+        constants = call.flags | call.sizes
+        constants |= {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "PARTS": parts,
+            "STAGES": config.num_stages,
+        }
+        return (num_tiles * heads * call.batch, parts), scalars, constants
+
+    return call.launch(_ntk_bwd_dkdv_kernel, tensors, config, describe, *details)
 
 
 def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .launch import Call, Launch, options_of, strides
+from .launch import Call, Launch, strides
 from .prefix import locate_state
 from .prefix_backward import add_own_rows, linear_term_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
@@ -150,15 +150,26 @@ def dq_launch(
 ) -> Launch:
     """The launch that fills `grad_query` (adds to it, without keys) and `grad_log_weights` [B, Hq, C, Lq] (each may be
     None), but for rows of no packed sequence or state."""
-    num_tiles = triton.cdiv(call.seq_q, config.block_m)
-    args = (
+    tensors = (
         call.query, call.key, call.value, grad_out, call.state, call.attn_mask, call.sequences, row_terms, grad_query,
-        grad_log_weights, *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides,
-        strides(grad_query), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, call.heads, call.group,
-        call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
+        grad_log_weights,
     )  # fmt: skip
-    constants = call.flags | call.prefix | call.sizes
-    constants |= {
-        "HAS_SCALE": call.scale != 0, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages,
-    }  # fmt: skip
-    return Launch(_ntk_bwd_dq_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))
+    details = strides(grad_out), strides(grad_query), grad_query is None, grad_log_weights is None
+
+    def describe():
+        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        scalars = (
+            *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides, strides(grad_query),
+            row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper,
+            call.scale * LOG2_E, call.softcap, call.feature_scale,
+        )  # fmt: skip
+        constants = call.flags | call.prefix | call.sizes
+        constants |= {
+            "HAS_SCALE": call.scale != 0,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        }
+        return (num_tiles * call.heads * call.batch,), scalars, constants
+
+    return call.launch(_ntk_bwd_dq_kernel, tensors, config, describe, *details)

@@ -24,7 +24,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import elu_of, load_columns, pair_start, square_start
-from .launch import Call, Launch, options_of, strides
+from .launch import Call, Launch, strides
 from .prefix_backward import own_rows_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
 from .visibility import locate_rows
@@ -245,19 +245,24 @@ def state_launch(
     config: configs.TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
-    num_state_heads = call.state.k.shape[0] * call.state.num_heads
     if section not in ("elu", "linear"):
         grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
-    args = (
-        call.query, grad_out, call.state, call.sequences, row_terms, grad_log_weights, grads, strides(call.query),
-        strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, num_state_heads, splits,
-        call.scale * LOG2_E, call.feature_scale,
-    )  # fmt: skip
-    constants = {name: call.prefix[name] for name in ("NUM_FEATURES", "OPERAND", "PREFIX_PRECISION", "CHUNK")}
-    constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
-    constants |= {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
-    grid = (blocks_of(call, section) * call.state.num_centers * num_state_heads, splits)
-    return Launch(_ntk_bwd_state_kernel, grid, args, constants, options_of(config))
+    tensors = (call.query, grad_out, call.state, call.sequences, row_terms, grad_log_weights, grads)
+
+    def describe():
+        num_state_heads = call.state.k.shape[0] * call.state.num_heads
+        scalars = (
+            strides(call.query), strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads,
+            num_state_heads, splits, call.scale * LOG2_E, call.feature_scale,
+        )  # fmt: skip
+        constants = {name: call.prefix[name] for name in ("NUM_FEATURES", "OPERAND", "PREFIX_PRECISION", "CHUNK")}
+        constants |= {name: call.sizes[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_DV")}
+        constants |= {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
+        grid = (blocks_of(call, section) * call.state.num_centers * num_state_heads, splits)
+        return grid, scalars, constants
+
+    details = section, splits, strides(grad_out), grad_log_weights is None, _present(grads)
+    return call.launch(_ntk_bwd_state_kernel, tensors, config, describe, *details)
 
 
 def rows_launch(
@@ -266,17 +271,27 @@ def rows_launch(
 ) -> Launch:  # fmt: skip
     """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
     grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
-    num_state_heads = call.state.row_keys.shape[0] * call.state.num_heads
-    args = (
-        call.query, grad_out, call.state, call.sequences, row_terms, grads, strides(call.query), strides(grad_out),
-        row_terms.lse.shape[2], call.seq_q, call.batch, call.heads, num_state_heads, splits,
-        call.scale * LOG2_E,
+    tensors = (call.query, grad_out, call.state, call.sequences, row_terms, grads)
+
+    def describe():
+        num_state_heads = call.state.row_keys.shape[0] * call.state.num_heads
+        scalars = (
+            strides(call.query), strides(grad_out), row_terms.lse.shape[2], call.seq_q, call.batch, call.heads,
+            num_state_heads, splits, call.scale * LOG2_E,
+        )  # fmt: skip
+        constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION", "CHUNK")}
+        constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        grid = (triton.cdiv(call.state.num_rows, config.block_n) * num_state_heads, splits)
+        return grid, scalars, constants
+
+    return call.launch(
+        _ntk_bwd_rows_kernel, tensors, config, describe, splits, strides(grad_out), _present(grads)
     )  # fmt: skip
-    constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION", "CHUNK")}
-    constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    grid = (triton.cdiv(call.state.num_rows, config.block_n) * num_state_heads, splits)
-    return Launch(_ntk_bwd_rows_kernel, grid, args, constants, options_of(config))
+
+
+def _present(tensors: tuple) -> tuple[bool, ...]:
+    return tuple(tensor is not None for tensor in tensors)
 
 
 def run_state_backward(

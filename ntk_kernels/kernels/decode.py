@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import Call, Launch, options_of, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
 from .visibility import locate_keys, masked, soft_capped
@@ -275,48 +275,58 @@ def decode_launch(
 ) -> Launch:
     """The launch that fills `out` [S, B, Hq, Lq, Dv] and `lse` [S, B, Hq, Lq], S = num_splits; with several as the
     kernel says, `sums` [S, B, Hq, Lq] as well and, if there are features, `left_out` [B, Hq, Lq] (int32)."""
-    kv_heads, state = call.key.shape[1], call.state
-    rows = call.group * call.seq_q
-    block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
-    num_tiles = triton.cdiv(rows, block_m)
-    state_heads = max(state.num_heads // kv_heads, 1)
-    prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
-    args = (
-        call.query, call.key, call.value, block_table, state, call.sequences, out, lse, sums, left_out,
-        *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
-        out.stride()[:4], lse[0].numel(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
-        call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
-    )  # fmt: skip
-    constants = call.flags | call.prefix | call.sizes
-    constants |= {
-        "RANK": 1 if state.z_b is None else state.z_b.shape[3],
-        "STATE_HEADS": state_heads,
-        "PAGE_SIZE": 1 if block_table is None else call.key.shape[2],
-        "SPLIT": num_splits > 1,
-        "BLOCK_M": block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_RANK": call.blocks.block_rank,
-        # As many tiles in flight although the numbers of the pages have to be fetched before what is on them.
-        "STAGES": config.num_stages if block_table is None else 2 * config.num_stages - 1,
-    }
-    grid = (num_tiles * num_splits * kv_heads * call.batch,)
-    return Launch(_decode_kernel, grid, args, constants, options_of(config))
+    tensors = (call.query, call.key, call.value, block_table, call.state, call.sequences, out, lse, sums, left_out)
+    stride_table = None if block_table is None else block_table.stride(0)
+
+    def describe():
+        kv_heads, state = call.key.shape[1], call.state
+        rows = call.group * call.seq_q
+        block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
+        num_tiles = triton.cdiv(rows, block_m)
+        state_heads = max(state.num_heads // kv_heads, 1)
+        prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
+        scalars = (
+            *map(strides, (call.query, call.key, call.value)), stride_table or 0, out.stride()[:4], lse[0].numel(),
+            call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads, call.group, call.lower, call.upper,
+            call.scale * LOG2_E, call.softcap, call.feature_scale,
+        )  # fmt: skip
+        constants = call.flags | call.prefix | call.sizes
+        constants |= {
+            "RANK": 1 if state.z_b is None else state.z_b.shape[3],
+            "STATE_HEADS": state_heads,
+            "PAGE_SIZE": 1 if block_table is None else call.key.shape[2],
+            "SPLIT": num_splits > 1,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_RANK": call.blocks.block_rank,
+            # As many tiles in flight although the numbers of the pages have to be fetched before what is on them.
+            "STAGES": config.num_stages if block_table is None else 2 * config.num_stages - 1,
+        }
+        return (num_tiles * num_splits * kv_heads * call.batch,), scalars, constants
+
+    details = num_splits, stride_table, out.stride(), out.dtype
+    return call.launch(_decode_kernel, tensors, config, describe, *details)
 
 
 def merge_launch(call: Call, parts, maxima, sums, left_out, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq] from what `decode_launch` made."""
-    num_splits, num_queries = parts.shape[0], lse.numel()
-    args = (
-        call.query, call.state, parts, maxima, sums, left_out, out, lse, strides(call.query), strides(out), num_splits,
-        num_queries, call.heads, call.seq_q, call.scale * LOG2_E, call.feature_scale,
-    )  # fmt: skip
-    constants = call.prefix | call.sizes
-    constants |= {
-        "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
-        "BLOCK_S": config.block_n,
-        "BLOCK_RANK": call.blocks.block_rank,
-    }
-    return Launch(_merge_kernel, (num_queries,), args, constants, options_of(config))
+    tensors = (call.query, call.state, parts, maxima, sums, left_out, out, lse)
+
+    def describe():
+        num_splits, num_queries = parts.shape[0], lse.numel()
+        scalars = (
+            strides(call.query), strides(out), num_splits, num_queries, call.heads, call.seq_q, call.scale * LOG2_E,
+            call.feature_scale,
+        )  # fmt: skip
+        constants = call.prefix | call.sizes
+        constants |= {
+            "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
+            "BLOCK_S": config.block_n,
+            "BLOCK_RANK": call.blocks.block_rank,
+        }
+        return (num_queries,), scalars, constants
+
+    return call.launch(_merge_kernel, tensors, config, describe, parts.shape[0], strides(out))
 
 
 def _bytes_of_head(state) -> int:

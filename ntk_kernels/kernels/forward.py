@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .launch import Call, Launch, options_of, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
@@ -202,30 +202,35 @@ def _ntk_fwd_kernel(
 
 def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq], or adds the prefix to them (without keys)."""
-    query, key, value = call.query, call.key, call.value
-    num_tiles = triton.cdiv(call.seq_q, config.block_m)
+    key, value = call.key, call.value
     descriptors = (None, None)
     if key is not None and config.use_descriptors and configs.can_describe(key) and configs.can_describe(value):
         descriptors = tuple(
             TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, config.block_n, block])
             for tensor, block in ((key, call.blocks.block_d), (value, call.blocks.block_dv))
         )
-    args = (
-        query, key, value, *descriptors, call.state, call.attn_mask, call.sequences, out, lse,
-        *map(strides, (query, key, value)), call.mask_strides, strides(out), lse.stride(0), lse.stride(1), call.seq_q,
-        call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper, call.scale * LOG2_E,
-        call.softcap, call.feature_scale,
-    )  # fmt: skip
-    constants = call.flags | call.prefix | call.sizes
-    constants |= {
-        "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
-        "POSITIVE_SCALE": call.scale > 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_RANK": call.blocks.block_rank,
-        "STAGES": config.num_stages,
-    }
-    return Launch(_ntk_fwd_kernel, (num_tiles * call.heads * call.batch,), args, constants, options_of(config))
+    tensors = (call.query, key, value, *descriptors, call.state, call.attn_mask, call.sequences, out, lse)
+    details = strides(out), strides(lse), descriptors[0] is None
+
+    def describe():
+        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        scalars = (
+            *map(strides, (call.query, key, value)), call.mask_strides, strides(out), lse.stride(0), lse.stride(1),
+            call.seq_q, call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper, call.scale * LOG2_E,
+            call.softcap, call.feature_scale,
+        )  # fmt: skip
+        constants = call.flags | call.prefix | call.sizes
+        constants |= {
+            "RANK": 1 if call.state.z_b is None else call.state.z_b.shape[3],
+            "POSITIVE_SCALE": call.scale > 0,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_RANK": call.blocks.block_rank,
+            "STAGES": config.num_stages,
+        }
+        return (num_tiles * call.heads * call.batch,), scalars, constants
+
+    return call.launch(_ntk_fwd_kernel, tensors, config, describe, *details)
 
 
 def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:

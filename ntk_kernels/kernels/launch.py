@@ -1,10 +1,11 @@
 """What the launchers of all passes have in common: the arguments of a call, brought into the form that kernels take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from . import autotune, configs
@@ -12,19 +13,57 @@ from .prefix import State
 from .tiles import LOG2_E
 from .visibility import Sequences
 
+_MAX_REMEMBERED = 1024  # kinds of calls
+_remembered: dict[tuple, "Call"] = {}
+
+
+class Plan:
+    """What launches of a kernel for one kind of call have in common: all but the tensors."""
+
+    def __init__(self, kernel, grid: tuple, scalars: tuple, constants: dict, options: dict):
+        self.kernel, self.grid, self.scalars = kernel, grid, scalars
+        self.constants, self.options = constants, options
+        self.run = None  # the compiled kernel, for tensors at multiples of 16 bytes
+
 
 class Launch(NamedTuple):
-    """A kernel with everything that it is called with."""
+    """A kernel with everything that it is called with: first tensors (and tuples of them), then scalars."""
 
-    kernel: object
-    grid: tuple
-    args: tuple
-    constants: dict
-    options: dict
+    plan: Plan
+    tensors: tuple
+
+    kernel, grid = property(lambda self: self.plan.kernel), property(lambda self: self.plan.grid)
+    args = property(lambda self: self.tensors + self.plan.scalars)
+    constants, options = property(lambda self: self.plan.constants), property(lambda self: self.plan.options)
 
     def __call__(self) -> None:
-        if all(self.grid):
-            self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        plan = self.plan
+        if plan.run is not None and _addresses(self.tensors) % 16 == 0:
+            plan.run(*self.tensors, *plan.scalars, *plan.constants.values())
+        elif all(plan.grid):
+            self._compile_and_run()
+
+    def _compile_and_run(self) -> None:
+        """Through Triton's own launcher, which takes longer to look at the arguments than most kernels run."""
+        plan = self.plan
+        compiled = plan.kernel[plan.grid](*self.args, **plan.constants, **plan.options)
+        if isinstance(compiled, triton.compiler.CompiledKernel) and _addresses(self.tensors) % 16 == 0:
+            names = plan.kernel.arg_names[len(self.args) :]
+            plan.constants = {name: plan.constants[name] for name in names}  # in the order of the arguments
+            plan.run = compiled[(*plan.grid, 1, 1)[:3]]
+
+
+def _addresses(tensors: tuple) -> int:
+    """All addresses in one number, a multiple of 16 if each is."""
+    bits = 0
+    for item in tensors:
+        if item is None:
+            continue
+        if isinstance(item, torch.Tensor):
+            bits |= item.data_ptr()
+        elif isinstance(item, tuple):
+            bits |= _addresses(item)
+    return bits
 
 
 def options_of(config: configs.TileConfig) -> dict:
@@ -79,6 +118,7 @@ class Call:
     flags: dict  # constants of the kernels that walk keys
     prefix: dict  # constants of the kernels that evaluate the linear-attention term
     sizes: dict  # constants of both: dimensions, padded and not
+    plans: dict = field(default_factory=dict)  # of the launches of such calls
 
     @property
     def heads(self) -> int:
@@ -88,6 +128,19 @@ class Call:
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return 1 if self.key is None else self.query.shape[1] // self.key.shape[1]
+
+    def copy(self) -> "Call":
+        call = object.__new__(Call)
+        call.__dict__.update(self.__dict__)
+        return call
+
+    def launch(self, kernel, tensors: tuple, config: configs.TileConfig, describe: Callable, *details) -> Launch:
+        """A launch of `kernel`. `describe()` gives grid, scalars and constants; they depend on the kind of call, the
+        tiles, and `details`."""
+        key = (kernel.__name__, config, *details)
+        if key not in self.plans:
+            self.plans[key] = Plan(kernel, *describe(), options_of(config))
+        return Launch(self.plans[key], tensors)
 
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
         """Tiles that a kernel may run with, the default first."""
@@ -129,23 +182,49 @@ def prepare(
     `key` and `value` may be a cache for up to `cache_size` keys a batch row, of which `key_stop` are there.
     """
     arch = configs.arch_of(query.device) if arch is None else arch
+    of_state = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
+    of_sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_stop)
+    options = (
+        feature_map, feature_scale, scale, softcap, window_left, window_right, causal_offset, max_seqlen_q,
+        max_seqlen_k, cache_size, arch,
+    )  # fmt: skip
+    kind = (query.device, *map(_look, (query, key, value, attn_mask, *of_state, *of_sequences)), options)
+    if kind not in _remembered:
+        if len(_remembered) >= _MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered[kind] = _describe(query, key, value, of_state, attn_mask, of_sequences, *options)
+    call = _remembered[kind].copy()
+    if feature_map == "taylor2" and query.dtype == torch.bfloat16 and cache_size is None:
+        z = z.to(torch.bfloat16)  # many programs will read it, and it is so large that its traffic counts
+    call.query = made_addressable(query)
+    call.key, call.value = (None, None) if key is None else map(made_addressable, (key, value))
+    call.attn_mask = attn_mask
+    call.state = State(*map(contiguous, (z, *of_state[1:])), *call.state[len(of_state) :])
+    call.sequences = Sequences(*map(contiguous, of_sequences))
+    return call
+
+
+def _look(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _describe(
+    query, key, value, of_state, attn_mask, of_sequences, feature_map, feature_scale, scale, softcap, window_left,
+    window_right, causal_offset, max_seqlen_q, max_seqlen_k, cache_size, arch,
+) -> Call:  # fmt: skip
+    """A kind of call, without its tensors."""
+    z_b, k, row_keys = of_state[1], of_state[2], of_state[5]
     batch, num_heads, seq_q, head_dim = query.shape
     seq_k, value_dim = (0 if key is None else value.shape[2]), value.shape[3]
-    packed = cu_seqlens_q is not None
+    packed = of_sequences[0] is not None
     if packed:
-        batch, seq_q, seq_k = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
+        batch, seq_q, seq_k = of_sequences[0].shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
     if cache_size is not None:
         seq_k = cache_size
-    query = made_addressable(query)
-    key, value = (None, None) if key is None else map(made_addressable, (key, value))
-
     rank = 1 if z_b is None else z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     precision = configs.precisions(arch, query.dtype)
-    if feature_map == "taylor2" and query.dtype == torch.bfloat16 and cache_size is None:
-        z = z.to(torch.bfloat16)  # many programs will read it, and it is so large that its traffic counts
-    tensors = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
-    state = State(*map(contiguous, tensors), query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0)
+    state = State(*[None] * len(of_state), query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0)
     any_of_state = k if row_keys is None else row_keys
     if any_of_state is not None:
         state = state._replace(
@@ -166,9 +245,7 @@ def prepare(
             stride if size > 1 else 0 for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
     return Call(
-        arch, blocks, query, key, value, state, attn_mask, mask_strides,
-        Sequences(*map(contiguous, (cu_seqlens_q, cu_seqlens_k, key_start, key_stop))),
-        batch, seq_q, seq_k,
+        arch, blocks, None, None, None, state, None, mask_strides, None, batch, seq_q, seq_k,
         lower=min(max(offset - window_left, nearest), farthest),
         upper=min(max(offset + window_right, nearest), farthest),
         scale=scale, softcap=softcap * LOG2_E, feature_scale=feature_scale, feature_map=feature_map,
