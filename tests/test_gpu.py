@@ -23,7 +23,8 @@ BACKENDS = ["torch", "triton"]
     ],
 )
 def test_forward_and_backward(backend, case):
-    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda")
+    roundings = 2 if backend == "torch" else 1  # there by PyTorch's attention, and once more with the prefix
+    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda", roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -322,11 +322,11 @@ def run_state_backward(
 
 
 def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileConfig) -> tuple[StateGrads, int]:
-    """Uninitialised sums, and their number: so many splits that every multiprocessor has two programs, if it can."""
+    """Uninitialised sums, and their number: so many splits that no multiprocessor has more than two programs."""
     num_states = next(iter(tensors.values())).shape[0]  # used or not: their sums take memory
     programs = max(1, blocks * num_states * call.state.num_heads)
     tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, config.block_m)
-    splits = max(1, min(triton.cdiv(2 * configs.multiprocessors(call.query.device), programs), tiles))
+    splits = max(1, min(2 * configs.multiprocessors(call.query.device) // programs, tiles))
     sums = {
         name: torch.empty(splits, *tensor.shape, dtype=torch.float32, device=tensor.device)
         for name, tensor in tensors.items()

@@ -104,13 +104,14 @@ def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DI
             COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
             OPERAND: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z and mass + u · φ(x) · k, each feature computed once."""
+    PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 else 2
     # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
         x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
         phi = u[:, None] * elu_of(x)
         columns = start + tl.arange(0, CHUNK)
         mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, 2)
+        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)
     return acc, mass
 
 
@@ -153,7 +154,8 @@ def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.c
                COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
                PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z, [M, BLOCK]."""
-    PARTS: tl.constexpr = 1 if FEATURE_MAP == "taylor2" else 2  # most of z of taylor2 are the pairs, rounded too
+    # Most of z of taylor2 are the pairs, which are rounded under any model.
+    PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 or FEATURE_MAP == "taylor2" else 2
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,

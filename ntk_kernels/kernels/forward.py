@@ -125,6 +125,13 @@ def _ntk_fwd_kernel(
     row_mask = (offs_m < seq_q)[:, None]
 
     state_head, num_centers, num_rows = locate_state(state, head, batch)
+    if k_ptr is None:
+        out_ptrs, out_mask, lse_ptrs = _results_of_rows(
+            out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+            VALUE_DIM, BLOCK_DV,
+        )  # fmt: skip
+        out = tl.load(out_ptrs, mask=out_mask, other=0.0)
+        lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf"))
     q_rows = q_ptr + start_m * tl.cast(stride_q[2], tl.int64) + tl.arange(0, BLOCK_M)[:, None] * stride_q[2]
     if FEATURE_MAP is None:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -167,12 +174,7 @@ def _ntk_fwd_kernel(
     row_mask = (offs_m < seq_q)[:, None]
     first_q += zero
     if k_ptr is None:
-        out_ptrs, out_mask, lse_ptrs = _results_of_rows(
-            out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
-            VALUE_DIM, BLOCK_DV,
-        )  # fmt: skip
-        out = tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
-        lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf")) * _LOG2_E
+        out, lse = out.to(tl.float32), lse * _LOG2_E
         m_new = tl.maximum(m_i, lse)
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)
@@ -228,6 +230,8 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
             "BLOCK_RANK": call.blocks.block_rank,
             "STAGES": config.num_stages,
         }
+        if call.feature_map == "elu" and call.arch == "sm90" and not call.crowded:
+            constants["CHUNK"] = min(call.blocks.block_d, 128)  # all of Z is fetched at once: programs wait for it less
         return (num_tiles * call.heads * call.batch,), scalars, constants
 
     return call.launch(_ntk_fwd_kernel, tensors, config, describe, *details)

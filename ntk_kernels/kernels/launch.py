@@ -194,8 +194,8 @@ def prepare(
             _remembered.clear()
         _remembered[kind] = _describe(query, key, value, of_state, attn_mask, of_sequences, *options)
     call = _remembered[kind].copy()
-    if feature_map == "taylor2" and query.dtype == torch.bfloat16 and cache_size is None:
-        z = z.to(torch.bfloat16)  # many programs will read it, and it is so large that its traffic counts
+    if z is not None and query.dtype == torch.bfloat16 and cache_size is None:
+        z = z.to(torch.bfloat16)  # as keys and values are; here, as many programs will read it
     call.query = made_addressable(query)
     call.key, call.value = (None, None) if key is None else map(made_addressable, (key, value))
     call.attn_mask = attn_mask

@@ -99,7 +99,9 @@ def add_center(
     if state.z_b is not None:
         z_b_ptr = state.z_b + center * RANK * VALUE_DIM
         z_b = load_tile(z_b_ptr, 0, RANK, VALUE_DIM, BLOCK_RANK, VALUE_DIM, BLOCK_DV, True)
-        product = state_dot(product, z_b, acc, OPERAND, 2, PRECISION)
+        if OPERAND == tl.float32:  # what it is multiplied with is a sum, for which float16 has too few bits
+            z_b = z_b.to(tl.float32)
+        product = state_dot(product, z_b, acc, OPERAND, 1 if OPERAND == tl.bfloat16 else 2, PRECISION)
     return product, mass
 
 

@@ -34,7 +34,8 @@ def add_features_grad(
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """grad [M, BLOCK_D] + Z_f·dO_i - k_f Δ'_i for the HEAD_DIM features f whose rows of z and k begin there."""
-    grad = dot_rows(grad, do_rows, row_mask, z_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, OPERAND, 2, PRECISION)
+    PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 else 2
+    grad = dot_rows(grad, do_rows, row_mask, z_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, OPERAND, PARTS, PRECISION)
     features = tl.arange(0, BLOCK_D)
     k = tl.load(k_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
     return grad - mass_delta[:, None] * k[None, :]
