@@ -3,11 +3,14 @@
 import argparse
 
 try:
-    from . import attention, decode, demo, report, static, tune
+    from . import attention, ceilings, decode, demo, report, static, tune
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
-BENCHMARKS = {"demo": demo, "attention": attention, "decode": decode, "static": static, "tune": tune, "report": report}
+BENCHMARKS = {
+    "demo": demo, "attention": attention, "decode": decode, "ceilings": ceilings, "static": static, "tune": tune,
+    "report": report,
+}  # fmt: skip
 
 
 def main(argv=None) -> None:

@@ -16,11 +16,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
 
-from . import record, timing
+from . import ceilings, record, timing
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "SDPA, no prefix"
 _LARGE = ("naive formula", "reference")  # keep L×L scores; timed in turns of their own
+EXACT = "SDPA over a prefix of"
 _SDPA_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="also time exact attention over a real prefix of M rows (and copying it in front of the keys)",
     )
+    parser.add_argument("--name", default="attention", help="of the file of figures (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="every token sees every other, instead of causal")
     parser.add_argument(
         "--seconds",
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device, dtype, causal = arguments.device, _DTYPES[arguments.dtype], not arguments.full
+    on_gpu = torch.device(device).type == "cuda"
     shape = (arguments.batch, arguments.heads, arguments.length, arguments.head_dim)
     query, key, value, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     r = feature_dim(arguments.feature_map, arguments.head_dim)
@@ -77,25 +80,55 @@ def run(arguments: argparse.Namespace) -> None:
                 times = timing.measure({label: passes[label] for label in turns}, device, seconds=arguments.seconds)
                 for label in turns:
                     times[label]["ratio"] = times[label]["ms"] / times[PLAIN]["ms"]
+                    if on_gpu and label not in _LARGE:
+                        times[label]["host_us"] = timing.host_time(passes[label], device)
                 figures[name] = times | figures[name]
+            figures[name] = {label: figures[name][label] for label in functions}
             progress.advance(task)
 
-    table = Table(title=f"B={shape[0]}, H={shape[1]}, L={shape[2]}, D={shape[3]}, {arguments.dtype}, "
-                        f"{arguments.feature_map}, {'causal' if causal else 'full'}, {device}")  # fmt: skip
-    table.add_column("median ms, times SDPA", no_wrap=True)
+    rate = ceilings.matmul_rate(device, dtype)
+    for backward, times in enumerate(figures.values()):
+        for label, result in times.items():
+            work = flops(shape, causal, r, label, arguments.prefix_rows) * (3.5 if backward else 1)
+            result["tflop_per_s"] = work / result["ms"] / 1e9
+    names = ("dtype", "batch", "heads", "length", "head_dim", "feature_map", "prefix_rows")
+    settings = {name: getattr(arguments, name) for name in names} | {"causal": causal}
+    Console(width=max(console.width, 100)).print(table_of(settings, figures, rate))
+    path = record.results_folder(arguments) / f"{arguments.name}.json"
+    record.save(path, device, settings=settings, milliseconds=figures, matmul_tflop_per_s=rate)
+    console.print(f"figures: {path}", soft_wrap=True)
+
+
+def flops(shape: tuple, causal: bool, r: int, label: str, prefix_rows: int | None) -> int:
+    """Of the matrix products of a forward, over what is visible; a backward takes 2.5 times as many."""
+    batch, heads, length, dim = shape
+    keys = length * (length + 1) // 2 if causal else length**2
+    if label.startswith(EXACT):
+        keys += length * prefix_rows
+    features = 0 if "no prefix" in label or label.startswith(EXACT) else r
+    return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
+
+
+def table_of(settings: dict, figures: dict, matmul_rate: float) -> Table:
+    """Median times, as multiples of SDPA's, and arithmetic as a share of what a matrix product reaches."""
+    table = Table(
+        title=f"B={settings['batch']}, H={settings['heads']}, L={settings['length']}, D={settings['head_dim']}, "
+        f"{settings['dtype']}, {settings['feature_map']}, {'causal' if settings['causal'] else 'full'}"
+    )
+    table.add_column("median ms, times SDPA, share of a matrix product", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right")
-    for label in functions:
-        cells = []
-        for times in figures.values():
-            cells.append(f"{times[label]['ms']:.2f}   {times[label]['ratio']:.2f}×")
+    for label in next(iter(figures.values())):
+        cells = (cell_of(times[label], matmul_rate) for times in figures.values())
         table.add_row(label, *cells)
-    console.print(table)
-    settings = {name: getattr(arguments, name) for name in ("dtype", "batch", "heads", "length", "head_dim",
-                                                            "feature_map")} | {"causal": causal}  # fmt: skip
-    path = record.results_folder(arguments) / "attention.json"
-    record.save(path, device, settings=settings, milliseconds=figures)
-    console.print(f"figures: {path}", soft_wrap=True)
+    table.add_section()
+    table.add_row("matrix product", f"{matmul_rate:,.3g} TFLOP/s", "")
+    return table
+
+
+def cell_of(result: dict, matmul_rate: float) -> str:
+    digits = 2 if result["ms"] >= 1 else 3
+    return f"{result['ms']:.{digits}f} ms, {result['ratio']:.2f}×, {100 * result['tflop_per_s'] / matmul_rate:.0f}%"
 
 
 def contestants(device: str, causal: bool, prefix_rows: int | None, shape: tuple) -> dict:
@@ -117,6 +150,9 @@ def contestants(device: str, causal: bool, prefix_rows: int | None, shape: tuple
                     return sdpa(q, k, v, is_causal=causal)
 
             functions[f"SDPA by {name}, no prefix"] = by_backend
+        functions["ours, triton backend, no prefix"] = lambda q, k, v, state: ntk_attention(
+            q, k, v, is_causal=causal, backend="triton"
+        )
         functions["ours, triton backend"] = ours("triton")
     functions["ours, torch backend"] = ours("torch")
     functions["naive formula"] = lambda q, k, v, state: naive(q, k, v, state, causal=causal)
@@ -133,7 +169,7 @@ def contestants(device: str, causal: bool, prefix_rows: int | None, shape: tuple
             )
             return sdpa(q, k, v, attn_mask=bias)
 
-        functions[f"SDPA over a prefix of {prefix_rows:,} rows"] = exact
+        functions[f"{EXACT} {prefix_rows:,} rows"] = exact
     return functions
 
 
@@ -187,7 +223,7 @@ def _check(functions, leaves, feature_map, causal, grad) -> None:
         expected = _with_gradients(exact, [tensor.double() for tensor in inputs], feature_map, grad.double())
         plain = errors(exact, expected)
         for name, function in functions.items():
-            if name.startswith("SDPA over a prefix") or has_prefix == ("no prefix" in name):
+            if name.startswith(EXACT) or has_prefix == ("no prefix" in name):
                 continue  # PyTorch's own, of another prefix; or compared with the other reference
             for what, error in errors(function, expected).items():
                 if not error < 8 * torch.finfo(qkv[0].dtype).eps + 2 * plain[what]:

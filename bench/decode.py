@@ -24,14 +24,13 @@ from ntk_kernels import (
     reference,
 )
 
-from . import record, timing
+from . import ceilings, record, timing
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN, OURS_PLAIN = "SDPA, no prefix", "ours, no prefix"
 ONE_TASK, MANY_TASKS = "ours, one state", "ours, a state per row"
 EXACT, CASCADE = "exact", "exact, shared"
 CONTESTANTS = (PLAIN, OURS_PLAIN, ONE_TASK, MANY_TASKS, EXACT, CASCADE)
-_COPIED_BYTES = 2**28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         "milliseconds": {name: [at_m[name] for at_m in times] for name in CONTESTANTS},
         "bytes": {PLAIN: step.cache_bytes, OURS_PLAIN: step.cache_bytes, ONE_TASK: step.cache_bytes + step.state_bytes,
                   MANY_TASKS: step.cache_bytes + arguments.batch * step.state_bytes},
-        "copy_gb_per_s": copy_bandwidth(arguments.device),
+        "copy_gb_per_s": ceilings.copy_bandwidth(arguments.device),
     }  # fmt: skip
     folder = record.results_folder(arguments)
     record.save(folder / "decode.json", arguments.device, **figures)
@@ -183,14 +182,6 @@ def _free_bytes(device: str) -> float:
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
         return math.inf  # not Linux: whoever asks for more than there is finds out
-
-
-def copy_bandwidth(device: str) -> float:
-    """GB/s read and written by copying a large tensor: what memory can do here."""
-    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = timing.measure({"copy": lambda: target.copy_(source)}, device, seconds=0.5)
-    return 2 * _COPIED_BYTES / times["copy"]["ms"] / 1e6
 
 
 def time_table(figures: dict) -> Table:

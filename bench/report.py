@@ -43,10 +43,9 @@ def with_figures(text: str) -> str:
 
 
 def attention_table(figures: dict) -> str:
-    passes = figures["milliseconds"]
+    passes, rate = figures["milliseconds"], figures["matmul_tflop_per_s"]
     lines = ["| | " + " | ".join(passes) + " |", "|---|" + "---:|" * len(passes)]
-    contestants = attention.contestants("cpu", causal=True, prefix_rows=None, shape=())
-    for name in (name for name in contestants if name in passes["forward"]):
-        cells = (f"{t[name]['ms']:.2f} ms, {t[name]['ratio']:.2f}×" for t in passes.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in passes["forward"]:
+        lines.append(f"| {name} | " + " | ".join(attention.cell_of(t[name], rate) for t in passes.values()) + " |")
+    lines.append(f"| a matrix product | {rate:,.3g} TFLOP/s |" + " |" * (len(passes) - 1))
     return "\n".join(lines) + "\n"

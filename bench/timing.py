@@ -38,7 +38,7 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
     return {name: _summary(samples) for name, samples in times.items()}
 
 
-def host_time(function: Callable, device: str, calls: int = 50, repeats: int = 9) -> float:
+def host_time(function: Callable, device: str, calls: int = 10, repeats: int = 9) -> float:
     """Microseconds that a call keeps Python busy: of calls queued one after the other."""
     samples = []
     for _ in range(repeats):

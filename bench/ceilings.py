@@ -1,0 +1,49 @@
+"""What this machine can do at most: bytes copied and matrix products, each in a second."""
+
+import argparse
+
+import torch
+from rich.console import Console
+
+from . import record, timing
+
+_SECONDS = 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    record.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    console = Console()
+    dtypes = (torch.bfloat16, torch.float32)
+    figures = {
+        "copy_gb_per_s": copy_bandwidth(arguments.device),
+        "matmul_tflop_per_s": {str(dtype)[6:]: matmul_rate(arguments.device, dtype) for dtype in dtypes},
+    }
+    console.print(f"copying: {figures['copy_gb_per_s']:,.0f} GB/s, read and written")
+    for name, rate in figures["matmul_tflop_per_s"].items():
+        console.print(f"matrix products of {name}: {rate:,.3g} TFLOP/s")
+    path = record.results_folder(arguments) / "ceilings.json"
+    record.save(path, arguments.device, **figures)
+    console.print(f"figures: {path}", soft_wrap=True)
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s read and written by copying a tensor many times the size of any cache."""
+    source = torch.randn(2**28 if _on_gpu(device) else 2**26, device=device)
+    target = torch.empty_like(source)
+    ms = timing.measure({"copy": lambda: target.copy_(source)}, device, seconds=_SECONDS)["copy"]["ms"]
+    return 2 * source.numel() * source.element_size() / ms / 1e6
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a product of two square matrices with random entries."""
+    size = 8192 if _on_gpu(device) else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    ms = timing.measure({"product": lambda: a @ b}, device, seconds=_SECONDS)["product"]["ms"]
+    return 2 * size**3 / ms / 1e9
+
+
+def _on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
