@@ -50,8 +50,10 @@ def _call(op, function, inputs):
         return op(*inputs)
     # What the op's autograd kernel would do, without the way through the dispatcher. (torch.func wants to see the
     # autograd.Function itself, not an op with one behind it.)
-    if torch._C._are_functorch_transforms_active() or _needs_grad(inputs):
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
+    if _needs_grad(inputs):
+        return _WITH_CTX.get(function, function).apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
 
@@ -91,6 +93,21 @@ class _Attention(torch.autograd.Function):
         inputs = (grad_out, grad_lse, *tensors, *ctx.options, out, lse, needs_grad)
         grads = _call(_attention_backward, _AttentionBackward, inputs)
         return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)) + no_grads
+
+
+class _AttentionWithCtx(torch.autograd.Function):
+    """The same in the form that torch.func does not take; PyTorch calls it without looking at its signature each time."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _Attention.forward(*inputs)
+        _Attention.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Attention.backward
+
+
+_WITH_CTX = {_Attention: _AttentionWithCtx}
 
 
 def _without_backward(op, message: str):
