@@ -96,7 +96,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionWithCtx(torch.autograd.Function):
-    """The same in the form that torch.func does not take; PyTorch calls it without looking at its signature each time."""
+    """The same in the form that torch.func does not take, whose signature PyTorch does not look at in each call."""
 
     @staticmethod
     def forward(ctx, *inputs):
