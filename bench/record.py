@@ -91,6 +91,7 @@ def environment(device: str) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(device) if torch.device(device).type == "cuda" else _processor(),
+        "driver": _driver() if torch.device(device).type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -99,6 +100,14 @@ def environment(device: str) -> dict:
         "commit": git("rev-parse", "--short=10", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "ntk_kernels", "reference", "bench/*.py")),
     }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _processor() -> str:

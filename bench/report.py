@@ -1,4 +1,4 @@
-"""For maintainers: writes the recorded figures of the CPU into README.md, between its markers."""
+"""For maintainers: writes the recorded figures into README.md, between its markers."""
 
 import argparse
 import json
@@ -22,24 +22,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def with_figures(text: str) -> str:
-    """README with every part between <!-- name --> and <!-- end name --> taken from the records."""
-    folder = record.ROOT / "bench" / "results" / "cpu"
+    """README with every part between <!-- benchmark: device/record --> and <!-- end --> taken from that record."""
+    return re.sub(
+        r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", lambda m: m[1] + part(m[2], m[3]) + m[4], text, flags=re.S
+    )
 
-    def figures(name):
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
-    parts = {
-        "demo": (folder / "demo.md").read_text(encoding="utf-8"),
-        "attention": attention_table(figures("attention")),
-        "decode": demo.markdown(decode.time_table(figures("decode"))),
-    }
-    for name, part in parts.items():
-        text, count = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m, part=part: m[1] + part + m[2], text, flags=re.S
-        )
-        if count != 1:
-            raise ValueError(f"README.md must have one part <!-- {name} --> ... <!-- end {name} -->, got {count}")
-    return text
+def part(benchmark: str, name: str) -> str:
+    """Markdown for a record below bench/results/."""
+    path = record.ROOT / "bench" / "results" / name
+    if benchmark == "demo":
+        return path.with_suffix(".md").read_text(encoding="utf-8")
+    figures = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if benchmark == "attention":
+        return attention_table(figures)
+    if benchmark == "decode":
+        return demo.markdown(decode.time_table(figures))
+    raise ValueError(f"README.md asks for the figures of {benchmark!r}, must be demo, attention or decode")
 
 
 def attention_table(figures: dict) -> str:
