@@ -13,6 +13,7 @@ Memory beyond inputs and outputs: `lse`.
 
 from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -230,7 +231,8 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
             "BLOCK_RANK": call.blocks.block_rank,
             "STAGES": config.num_stages,
         }
-        if call.feature_map == "elu" and call.arch == "sm90" and not call.crowded:
+        in_half = call.query.dtype != torch.float32
+        if call.feature_map == "elu" and call.arch == "sm90" and in_half and not call.crowded:
             constants["CHUNK"] = min(call.blocks.block_d, 128)  # all of Z is fetched at once: programs wait for it less
         return (num_tiles * call.heads * call.batch,), scalars, constants
 
