@@ -98,6 +98,9 @@ class Shape:
         kernel, _, section = self.kernel.partition(" ")
         if kernel in ("decode", "merge"):
             return self._decode_launch(query, key, value, arguments, meta)
+        if section == WITHOUT_KEYS:
+            key, section = None, ""
+            arguments["window_right"] = -1
         call = prepare(query, key, value, arch=self.arch, **arguments)
         terms = RowTerms(lse, lse, None, None)
         dlogw = None
@@ -154,6 +157,7 @@ class Shape:
         return self.candidates()[self.candidate]
 
 
+WITHOUT_KEYS = "without keys"  # the prefix, added to another attention
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
 OPTIONS = ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window", "key range", "packed")
 
@@ -165,6 +169,9 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
     for arch in archs:
         for dim in (64, 128, 256):
             listed += _every_kernel(arch, dim)
+            if arch == "sm90":
+                listed += [Shape(arch, dim, name, kernel=f"{kernel} {WITHOUT_KEYS}")
+                           for kernel in ("forward", "dq") for name in FEATURE_MAPS[1:]]  # fmt: skip
         if quick and arch != "sm90":
             continue
         for dim in (64,) if quick else (64, 128):
@@ -180,7 +187,12 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             listed += [Shape(arch, dim, "elu", option, kernel="state elu") for option in ("state index", "packed")]
             listed += [shape for dtype in ("float16", "float32") for shape in _every_kernel(arch, dim, dtype)]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
-        if not quick:
+        if quick:  # the largest there are in shared memory
+            listed += [
+                Shape(arch, 128, "taylor2", dtype="float16", kernel="dq"),
+                Shape(arch, 128, "elu", dtype="float32"),
+            ]
+        else:
             listed += _every_kernel(arch, 32)
             listed += [Shape(arch, 256, "taylor2", "low rank"), Shape(arch, 256, "elu", "rows")]
     return listed

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +128,28 @@ def test_a_named_backend_serves_or_raises(arguments, what):
 def test_other_devices_go_to_the_reference():
     with pytest.warns(UserWarning, match="does not support the device 'meta'"):
         assert dispatch.choose_backend(None, *(tensor.to("meta") for tensor in (query, key, value))) == "reference"
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "torch"),
+        ({"length": 512}, "triton"),  # shorter than where it pays
+        ({"head_dim": 96}, "triton"),  # not measured
+        ({"dtype": torch.float32}, "triton"),
+        ({"is_square": False}, "triton"),
+        ({"deterministic": True}, "triton"),
+        ({"hopper": False}, "triton"),
+    ],
+    ids=str,
+)
+def test_default_on_a_hopper_gpu(changes, expected, monkeypatch):
+    """PyTorch's attention over the keys of long inputs, the kernels for all else."""
+    call = {"length": 4096, "head_dim": 128, "dtype": torch.bfloat16, "is_square": True, "deterministic": False,
+            "hopper": True} | changes  # fmt: skip
+    tensor = SimpleNamespace(
+        device=torch.device("cuda", 0), shape=(1, 8, call["length"], call["head_dim"]), dtype=call["dtype"]
+    )
+    monkeypatch.setattr(dispatch, "_has_fast_cudnn", lambda index: call["hopper"])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: call["deterministic"])
+    assert dispatch._fastest(tensor, tensor, tensor, call["is_square"]) == expected

@@ -11,6 +11,9 @@ from ntk_kernels.kernels import configs
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "triton"]
+# The kernels multiply float32 as three products of TensorFloat-32, which keep 22 bits. Gradients of half precision go
+# through a rounded `out`, and PyTorch's attention is rounded once more when the prefix is added to it.
+TOLERANCE = {"float32_bits": 22, "roundings": 2}
 
 
 def served_on_gpu(backend):
@@ -28,15 +31,15 @@ def served_on_gpu(backend):
     [pytest.param(backend, case, id=f"{backend}-{case.id}") for backend in BACKENDS for case in served_on_gpu(backend)],
 )
 def test_forward_and_backward(backend, case):
-    roundings = 2 if backend == "torch" else 1  # there by PyTorch's attention, and once more with the prefix
-    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda", roundings=roundings)
+    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, device="cuda", **TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in ("elu", "all_parts", "bf16")],
                          ids=lambda case: case.id)  # fmt: skip
 def test_backward_through_lse(case, backend):
-    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True, device="cuda")
+    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True, device="cuda",
+               **TOLERANCE)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", served_on_gpu("triton"), ids=lambda case: case.id)
@@ -128,7 +131,7 @@ def test_every_tile_that_the_autotuner_may_take(case, monkeypatch):
     position = 0
     while position < most:
         monkeypatch.setattr(configs, "candidates", at(position))
-        check_case(make_inputs(case), case.dtype, backend="triton", backward=True, device="cuda")
+        check_case(make_inputs(case), case.dtype, backend="triton", backward=True, device="cuda", **TOLERANCE)
         position += 1
     assert most > 1 or case.dtype == F32
 

@@ -13,6 +13,8 @@ from ntk_kernels import PrefixState, ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
+from ntk_kernels.backends import torch as torch_backend
+from ntk_kernels.backends import triton as triton_backend
 from ntk_kernels.kernels import autotune, backward_state, configs, forward, launch
 from ntk_kernels.kernels.backward_delta import RowTerms
 from ntk_kernels.kernels.backward_state import StateGrads
@@ -299,3 +301,35 @@ def test_stacks_of_more_heads_than_a_grid_has_rows():
     sums = StateGrads(z[None], k[None], *[None] * 5)
     config = call.candidates("state")[0]
     assert max(backward_state.state_launch(call, query, terms, None, sums, 1, "elu", config).grid[1:]) < 65536
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["elu", "taylor2", "all_parts", "index_none", "no_mass", "rows_only", "mask_bool", "window_causal_cache", "bhdl",
+     "value_wider", "low_rank_taylor2", "fewer_keys", "bf16"],
+)  # fmt: skip
+def test_prefix_added_to_another_attention(name, monkeypatch):
+    """What the torch backend does on a GPU: PyTorch's attention over the keys, the kernels for the prefix."""
+    monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
+    case = case_named(name)
+    check_case(make_inputs(case), case.dtype, backend="torch", backward=True, grad_lse=name in ("elu", "all_parts"))
+
+
+def test_launches_are_remembered_by_the_kind_of_call():
+    """The same for other tensors of the same kind; another for what is compiled or counted differently."""
+    query, key, value, state, _ = make_inputs(case_named("elu"))
+
+    def call(query, **options):
+        arguments = {"z": state.z[None, :, None], "k": state.k[None, :, None], "feature_map": "elu"} | options
+        return launch.prepare(query, key, value, **arguments)
+
+    first = call(query)
+    assert call(query.clone()).plans is first.plans
+    assert call(query.clone()).query is not first.query
+    for other in (
+        call(query[:, :, 1:]),
+        call(query, scale=2.0),
+        call(query.to(torch.bfloat16)),
+        call(query, window_right=0),
+    ):
+        assert other.plans is not first.plans
