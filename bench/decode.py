@@ -216,6 +216,7 @@ def plot(path, figures: dict) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     settings, lengths = figures["settings"], figures["prefix_rows"]
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
@@ -233,7 +234,10 @@ def plot(path, figures: dict) -> None:
         f"{settings['kv_heads']}, D={settings['head_dim']}, {settings['dtype']}, {settings['feature_map']}",
     )  # fmt: skip
     axes.set_xticks(lengths, [f"{m // 1024}k" if m % 1024 == 0 else f"{m:,}" for m in lengths])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

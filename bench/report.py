@@ -1,4 +1,4 @@
-"""For maintainers: writes the recorded figures into README.md, between its markers."""
+"""For maintainers: writes the recorded figures into README.md, between its markers, and draws their plots anew."""
 
 import argparse
 import json
@@ -18,6 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.check and updated != text:
         raise SystemExit("README.md does not show the recorded figures; run: python -m bench report")
     path.write_text(updated, encoding="utf-8")
+    for figures in sorted((record.ROOT / "bench" / "results").glob("*/decode.json")):
+        decode.plot(figures.with_suffix(".png"), json.loads(figures.read_text(encoding="utf-8")))
     print(f"README.md {'now shows' if updated != text else 'already shows'} the recorded figures")
 
 

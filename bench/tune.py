@@ -31,6 +31,7 @@ _GRID = {
     (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3), (64, 128, 8): (2, 3),
     (64, 64, 4): (2, 3, 4), (64, 64, 8): (2, 3, 4),
 }  # fmt: skip
+_CHECKED_HEADS = 16
 _PARTS = 4  # of the candidates for one kernel and shape, compiled by a process each
 
 
@@ -71,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if torch.device(arguments.device).type != "cuda":
+        raise SystemExit(
+            f"bench tune needs a GPU: what tiles cost elsewhere says nothing, got --device {arguments.device}"
+        )
     console = Console()
     shapes = [
         Shape(dtype, dim, None if name == "plain" else name, causal, length)
@@ -121,7 +126,7 @@ def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) ->
 
 def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> dict[str, str]:
     """Runs a part of the candidates of a kernel on a small batch; what is wrong with those that fail, by name."""
-    call, found = maker(shape, device, heads=16, tokens=shape.length), []
+    call, found = maker(shape, device, _CHECKED_HEADS, tokens=shape.length), []
 
     def look(key, candidates, launch_with, device_name):
         if key.split()[0] == kernel:
@@ -137,7 +142,8 @@ def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> di
 
         try:
             results = _with(take, call)
-            torch.cuda.synchronize()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
         except Exception as error:  # of the compiler, of the launcher: what kind is not known beforehand
             problems[str(config)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             continue

@@ -155,8 +155,42 @@ def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("demo", "attention", "decode", "static", "report"):
+    for name in ("demo", "attention", "decode", "ceilings", "static", "tune", "report"):
         assert name in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_tune_checks_and_times_every_candidate(monkeypatch):
+    from bench import tune
+    from ntk_kernels.kernels import autotune
+    from ntk_kernels.kernels.configs import TileConfig
+
+    tiles = TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1), TileConfig(0, 16, 4, 1)
+    monkeypatch.setattr(tune, "candidates_of", lambda *args: tiles)
+    monkeypatch.setattr(tune, "_PARTS", 1)
+    monkeypatch.setattr(tune, "_CHECKED_HEADS", 1)
+    monkeypatch.setattr(autotune, "median_time", lambda function: function() or 1.0)
+    for shape, kernel in (
+        (tune.Shape("float32", 16, "elu", True, 40), "dq"),
+        (tune.Shape("float32", 16, "elu", True, 40, decode=True), "decode"),
+    ):
+        wrong = tune.check(shape, kernel, "cpu", search=True, part=0)
+        assert list(wrong) == [str(tiles[2])]
+        (result,) = tune.time(shape, kernel, wrong, argparse.Namespace(search=True, tokens=40, heads=2, device="cpu"))
+        assert result["ms"] == {str(tile): 1.0 for tile in tiles[:2]}
+        assert str(tiles[0]) in tune.table_of(result).columns[0]._cells[0]
+
+
+def test_tune_without_a_gpu():
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        main(["tune", "--device", "cpu"])
+
+
+def test_ceilings(tmp_path):
+    main(["ceilings", "--device", "cpu", "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "ceilings.json").read_text())
+    assert figures["copy_gb_per_s"] > 0
+    assert set(figures["matmul_tflop_per_s"]) == {"bfloat16", "float32"}
 
 
 def test_timing_takes_turns():
