@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
+import test_decode
 import torch
-from cases import CASES, make_inputs
+from cases import CASES, make_inputs, served_by
 from oracle import check_case
+from test_decode import CALLS
 
 from ntk_kernels import PrefixState, ntk_attention
 
@@ -333,3 +335,48 @@ def test_launches_are_remembered_by_the_kind_of_call():
         call(query, window_right=0),
     ):
         assert other.plans is not first.plans
+
+
+def kinds(tensors):
+    """Of tensors and tuples of them: what a kernel is compiled for."""
+    if isinstance(tensors, tuple):
+        return tuple(map(kinds, tensors))
+    return tensors.dtype if isinstance(tensors, torch.Tensor) else tensors
+
+
+def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
+    """For every call of the option tables, whatever gradients are asked for: grid, scalars, constants, and what of each
+    tensor a kernel is compiled for."""
+    of_plan = {}
+    original = launch.Call.launch
+
+    def checked(self, kernel, tensors, config, describe, *details):
+        result = original(self, kernel, tensors, config, describe, *details)
+        assert (result.grid, result.plan.scalars, result.constants) == describe(), kernel
+        plan, seen = of_plan.setdefault(id(result.plan), (result.plan, kinds(tensors)))
+        assert plan is result.plan and seen == kinds(tensors), kernel
+        return result
+
+    monkeypatch.setattr(launch.Call, "launch", checked)
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self: None)
+    for case in served_by("triton"):
+        query, key, value, state, options = make_inputs(case)
+        inputs = {"query": query, "key": key, "value": value} | ({} if state is None else state.tensors())
+        for asked in ("everything", *inputs):
+            for name, tensor in inputs.items():
+                tensor.requires_grad_(asked in ("everything", name))
+            wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+            out, lse = ntk_attention(query, key, value, state, **options, return_lse=True, backend="triton")
+            for results in ([out], [out, lse], [lse]):
+                grads = [torch.ones_like(result) for result in results]
+                torch.autograd.grad(results, wanted, grads, retain_graph=True, allow_unused=True)
+    for name in CALLS:
+        if test_decode.served(name, "triton"):
+            query, *caches, state, options = test_decode.make_call(name)
+            *pages, table = test_decode.in_pages(*caches, options["cache_seqlens"], 16)
+            for splits in (None, 1, 5):
+                test_decode.decode_by("triton", num_splits=splits)(query, *caches, state, **options)
+                for of_dtype in (torch.int32, torch.int64):
+                    decode = test_decode.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
+                    decode(query, *pages, state, **options)
+    assert len(of_plan) > 500

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .features import elu_mass, taylor_mass
-from .launch import Call, Launch, strides
+from .launch import Call, Launch, layout, strides
 from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
 from .tiles import LOG2_E, load_tile
 from .visibility import locate_rows
@@ -125,7 +125,7 @@ def _ntk_bwd_delta_kernel(
 def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms, config: configs.TileConfig) -> Launch:
     """The launch that fills `delta`, and `mass_delta` and `weights` if there are any."""
     tensors = (call.query, out, grad_out, grad_lse, call.state, call.sequences, row_terms)
-    details = strides(out), strides(grad_out), grad_lse is None, row_terms.weights is None
+    details = layout(out), layout(grad_out), layout(grad_lse), row_terms.weights is None
 
     def describe():
         num_tiles = triton.cdiv(call.seq_q, config.block_m)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .launch import Call, Launch, strides
+from .launch import Call, Launch, layout, strides
 from .prefix import locate_state
 from .prefix_backward import add_own_rows, linear_term_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
@@ -154,7 +154,7 @@ def dq_launch(
         call.query, call.key, call.value, grad_out, call.state, call.attn_mask, call.sequences, row_terms, grad_query,
         grad_log_weights,
     )  # fmt: skip
-    details = strides(grad_out), strides(grad_query), grad_query is None, grad_log_weights is None
+    details = layout(grad_out), layout(grad_query), grad_log_weights is None, row_terms.weights is None
 
     def describe():
         num_tiles = triton.cdiv(call.seq_q, config.block_m)

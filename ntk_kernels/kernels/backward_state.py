@@ -24,7 +24,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import elu_of, load_columns, pair_start, square_start
-from .launch import Call, Launch, strides
+from .launch import Call, Launch, layout, strides
 from .prefix_backward import own_rows_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
 from .visibility import locate_rows
@@ -261,7 +261,7 @@ def state_launch(
         grid = (blocks_of(call, section) * call.state.num_centers * num_state_heads, splits)
         return grid, scalars, constants
 
-    details = section, splits, strides(grad_out), grad_log_weights is None, _present(grads)
+    details = section, splits, layout(grad_out), grad_log_weights is None, _present(grads)
     return call.launch(_ntk_bwd_state_kernel, tensors, config, describe, *details)
 
 
@@ -285,9 +285,8 @@ def rows_launch(
         grid = (triton.cdiv(call.state.num_rows, config.block_n) * num_state_heads, splits)
         return grid, scalars, constants
 
-    return call.launch(
-        _ntk_bwd_rows_kernel, tensors, config, describe, splits, strides(grad_out), _present(grads)
-    )  # fmt: skip
+    details = section, splits, layout(grad_out), row_terms.weights is None, _present(grads)
+    return call.launch(_ntk_bwd_rows_kernel, tensors, config, describe, *details)
 
 
 def _present(tensors: tuple) -> tuple[bool, ...]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import Call, Launch, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
 from .visibility import locate_keys, masked, soft_capped
@@ -276,7 +276,6 @@ def decode_launch(
     """The launch that fills `out` [S, B, Hq, Lq, Dv] and `lse` [S, B, Hq, Lq], S = num_splits; with several as the
     kernel says, `sums` [S, B, Hq, Lq] as well and, if there are features, `left_out` [B, Hq, Lq] (int32)."""
     tensors = (call.query, call.key, call.value, block_table, call.state, call.sequences, out, lse, sums, left_out)
-    stride_table = None if block_table is None else block_table.stride(0)
 
     def describe():
         kv_heads, state = call.key.shape[1], call.state
@@ -286,9 +285,9 @@ def decode_launch(
         state_heads = max(state.num_heads // kv_heads, 1)
         prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
         scalars = (
-            *map(strides, (call.query, call.key, call.value)), stride_table or 0, out.stride()[:4], lse[0].numel(),
-            call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads, call.group, call.lower, call.upper,
-            call.scale * LOG2_E, call.softcap, call.feature_scale,
+            *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
+            out.stride()[:4], lse[0].numel(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
+            call.group, call.lower, call.upper, call.scale * LOG2_E, call.softcap, call.feature_scale,
         )  # fmt: skip
         constants = call.flags | call.prefix | call.sizes
         constants |= {
@@ -304,7 +303,7 @@ def decode_launch(
         }
         return (num_tiles * num_splits * kv_heads * call.batch,), scalars, constants
 
-    details = num_splits, stride_table, out.stride(), out.dtype
+    details = num_splits, layout(block_table), layout(out), left_out is None
     return call.launch(_decode_kernel, tensors, config, describe, *details)
 
 
@@ -326,7 +325,7 @@ def merge_launch(call: Call, parts, maxima, sums, left_out, out, lse, config: co
         }
         return (num_queries,), scalars, constants
 
-    return call.launch(_merge_kernel, tensors, config, describe, parts.shape[0], strides(out))
+    return call.launch(_merge_kernel, tensors, config, describe, parts.shape[0], layout(out))
 
 
 def _bytes_of_head(state) -> int:

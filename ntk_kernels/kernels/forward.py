@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .launch import Call, Launch, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
@@ -213,7 +213,7 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
             for tensor, block in ((key, call.blocks.block_d), (value, call.blocks.block_dv))
         )
     tensors = (call.query, key, value, *descriptors, call.state, call.attn_mask, call.sequences, out, lse)
-    details = strides(out), strides(lse), descriptors[0] is None
+    details = layout(out), layout(lse), descriptors[0] is None
 
     def describe():
         num_tiles = triton.cdiv(call.seq_q, config.block_m)

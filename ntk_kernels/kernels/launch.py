@@ -208,6 +208,11 @@ def _look(tensor: torch.Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
 
+def layout(tensor: torch.Tensor | None) -> tuple | None:
+    """What a kernel is compiled for, of a tensor whose shape the kind of call tells."""
+    return None if tensor is None else (tensor.dtype, tensor.stride())
+
+
 def _describe(
     query, key, value, of_state, attn_mask, of_sequences, feature_map, feature_scale, scale, softcap, window_left,
     window_right, causal_offset, max_seqlen_q, max_seqlen_k, cache_size, arch,
