@@ -8,6 +8,8 @@ from rich.console import Console
 from . import record, timing
 
 _SECONDS = 0.3
+_COPIED = {"cuda": 2**28, "cpu": 2**26}  # float32 numbers, many times what caches hold
+_SIZE = {"cuda": 8192, "cpu": 1024}  # of square matrices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s read and written by copying a tensor many times the size of any cache."""
-    source = torch.randn(2**28 if _on_gpu(device) else 2**26, device=device)
+    """GB/s read and written by copying a large tensor."""
+    source = torch.randn(_COPIED[torch.device(device).type], device=device)
     target = torch.empty_like(source)
     ms = timing.measure({"copy": lambda: target.copy_(source)}, device, seconds=_SECONDS)["copy"]["ms"]
     return 2 * source.numel() * source.element_size() / ms / 1e6
@@ -39,11 +41,7 @@ def copy_bandwidth(device: str) -> float:
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """TFLOP/s of a product of two square matrices with random entries."""
-    size = 8192 if _on_gpu(device) else 1024
+    size = _SIZE[torch.device(device).type]
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
     ms = timing.measure({"product": lambda: a @ b}, device, seconds=_SECONDS)["product"]["ms"]
     return 2 * size**3 / ms / 1e9
-
-
-def _on_gpu(device: str) -> bool:
-    return torch.device(device).type == "cuda"

@@ -1,5 +1,5 @@
-"""Accuracy judged against float64: ours may err twice as much as the plain formula in float32, plus one eps of the
-dtype (half precisions are thus allowed the rounding of their result, and little more)."""
+"""Accuracy judged against float64: ours may err twice as much as the plain formula in float32 (the largest entry three
+times), plus one eps of the dtype (half precisions are thus allowed the rounding of their result, and little more)."""
 
 import torch
 
@@ -64,7 +64,8 @@ def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse
 
 
 def assert_as_accurate(name, ours, eager, exact, dtype, *, lse_size=0.0, roundings=1, float32_bits=24):
-    """|ours - exact| <= 2 |eager - exact| + band, for the largest entry and in the root mean square.
+    """|ours - exact| <= 2 |eager - exact| + band in the root mean square, and 3 |eager - exact| + band for the largest
+    entry: which one that is, and by how much, is luck, and differs from processor to processor.
 
     Where products of float32 keep `float32_bits`, it is as many times more.
 
@@ -83,11 +84,11 @@ def assert_as_accurate(name, ours, eager, exact, dtype, *, lse_size=0.0, roundin
     allowed = (eager - exact).abs().masked_fill(~finite, 0)
     size = exact.abs().masked_fill(~finite, 0)
     eps, lse_eps = torch.finfo(dtype).eps, torch.finfo(F64 if dtype == F64 else torch.float32).eps
-    factor = 3.0 * eps / torch.finfo(torch.float32).eps if dtype == F64 else 2.0
+    scale, of_rms = (eps / torch.finfo(torch.float32).eps, 3) if dtype == F64 else (1.0, 2)
     if dtype == torch.float32:
-        factor *= 2 ** (24 - float32_bits)
-    for kind, norm in (("max", lambda t: t.max()), ("rms", lambda t: t.square().mean().sqrt())):
-        bound = factor * norm(allowed) + (roundings * eps + lse_eps * lse_size) * norm(size)
+        scale *= 2 ** (24 - float32_bits)
+    for kind, factor, norm in (("max", 3, lambda t: t.max()), ("rms", of_rms, lambda t: t.square().mean().sqrt())):
+        bound = scale * factor * norm(allowed) + (roundings * eps + lse_eps * lse_size) * norm(size)
         worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         assert norm(error) <= bound, (
             f"{name}: {kind} error {norm(error):.3g} exceeds {bound:.3g} (plain PyTorch: {norm(allowed):.3g}); "

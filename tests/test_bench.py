@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import decode, demo, encoder, record, timing
+from bench import ceilings, decode, demo, encoder, record, timing
 from bench.__main__ import main
 from ntk_kernels import ntk_attention, prefix_to_state, reference
 
@@ -121,7 +121,7 @@ DECODE = ["decode", "--device", "cpu", "--batch", "2", "--length", "64", "--head
 
 def test_decode(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(decode, "_COPIED_BYTES", 2**16)
+    monkeypatch.setitem(ceilings._COPIED, "cpu", 2**14)
     main([*DECODE, "--prefix-rows", "128", "32", "128", "--out", str(tmp_path)])
     assert "ours, a state per row" in capsys.readouterr().out
     assert (tmp_path / "decode.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -135,7 +135,7 @@ def test_decode(tmp_path, capsys, monkeypatch):
 
 def test_decode_without_the_memory_for_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(decode, "_COPIED_BYTES", 2**16)
+    monkeypatch.setitem(ceilings._COPIED, "cpu", 2**14)
     monkeypatch.setattr(decode, "_free_bytes", lambda device: 2**17)
     main([*DECODE, "--prefix-rows", "32", "4096", "--out", str(tmp_path)])
     assert "an exact prefix of 4,096 rows for each of 2 sequences does not fit" in capsys.readouterr().out
