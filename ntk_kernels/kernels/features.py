@@ -154,8 +154,8 @@ def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.c
                COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
                PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc + u · φ(x) @ z, [M, BLOCK]."""
-    # Most of z of taylor2 are the pairs, which are rounded under any model.
-    PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 or FEATURE_MAP == "taylor2" else 2
+    # Most of z of taylor2 are the pairs, which are rounded under any model. In one part wide heads would spill.
+    PARTS: tl.constexpr = 1 if (OPERAND == tl.bfloat16 and BLOCK_D <= 128) or FEATURE_MAP == "taylor2" else 2
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,

@@ -71,13 +71,14 @@ def _attend_keys(
 
 @triton.jit
 def _results_of_rows(
-    out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    out_ptr, lse_ptr, tensor_batch, head, first_q, start_m, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Where the out [M, Dv] (with a mask) and the lse [M] of a tile's rows lie."""
     columns = tl.arange(0, BLOCK_DV)[None, :]
-    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1] + first_q * stride_out[2]
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out[2] + columns
+    out_ptr += tensor_batch * stride_out[0] + tl.cast(head, tl.int64) * stride_out[1]
+    out_ptr += (first_q + start_m) * stride_out[2]
+    out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_out[2] + columns
     lse_ptr += tensor_batch * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first_q
     return out_ptrs, (offs_m < seq_q)[:, None] & (columns < VALUE_DIM), lse_ptr + offs_m
 
@@ -128,8 +129,8 @@ def _ntk_fwd_kernel(
     state_head, num_centers, num_rows = locate_state(state, head, batch)
     if k_ptr is None:
         out_ptrs, out_mask, lse_ptrs = _results_of_rows(
-            out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
-            VALUE_DIM, BLOCK_DV,
+            out_ptr, lse_ptr, tensor_batch, head, first_q, start_m, offs_m, seq_q, stride_out, stride_lse_b,
+            stride_lse_h, VALUE_DIM, BLOCK_M, BLOCK_DV,
         )  # fmt: skip
         out = tl.load(out_ptrs, mask=out_mask, other=0.0)
         lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf"))
@@ -196,8 +197,8 @@ def _ntk_fwd_kernel(
 
     lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2)
     out_ptrs, out_mask, lse_ptrs = _results_of_rows(
-        out_ptr, lse_ptr, tensor_batch, head, first_q, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
-        VALUE_DIM, BLOCK_DV,
+        out_ptr, lse_ptr, tensor_batch, head, first_q, start_m, offs_m, seq_q, stride_out, stride_lse_b, stride_lse_h,
+        VALUE_DIM, BLOCK_M, BLOCK_DV,
     )  # fmt: skip
     tl.store(lse_ptrs, lse, mask=offs_m < seq_q)
     tl.store(out_ptrs, rounded_to(acc, out_ptr.dtype.element_ty), mask=out_mask)

@@ -195,7 +195,8 @@ def prepare(
         _remembered[kind] = _describe(query, key, value, of_state, attn_mask, of_sequences, *options)
     call = _remembered[kind].copy()
     if z is not None and query.dtype == torch.bfloat16 and cache_size is None:
-        z = z.to(torch.bfloat16)  # as keys and values are; here, as many programs will read it
+        if feature_map != "taylor1" or call.blocks.block_d <= 128:  # see add_taylor
+            z = z.to(torch.bfloat16)  # as keys and values are; here, as many programs will read it
     call.query = made_addressable(query)
     call.key, call.value = (None, None) if key is None else map(made_addressable, (key, value))
     call.attn_mask = attn_mask
