@@ -40,6 +40,8 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "dkdv", 128): 8,
     ("3.6", "sm90", "decode", 64): 8,
     ("3.6", "sm90", "decode", 256): 8,
+    ("3.7", "sm90", "forward without keys", 128): 32,  # taylor2
+    ("3.7", "sm90", "forward without keys", 256): 8,  # taylor2
 }
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
 
