@@ -18,7 +18,6 @@ from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, r
 
 from . import ceilings, record, timing
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "SDPA, no prefix"
 _LARGE = ("naive formula", "reference")  # keep L×L scores; timed in turns of their own
 EXACT = "SDPA over a prefix of"
@@ -28,7 +27,7 @@ _SDPA_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="of query, key, value (default: %(default)s)"
+        "--dtype", choices=record.DTYPES, default="float32", help="of query, key, value (default: %(default)s)"
     )
     parser.add_argument("--batch", type=record.positive(int), default=1, help="default: %(default)s")
     parser.add_argument("--heads", type=record.positive(int), default=8, help="default: %(default)s")
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    device, dtype, causal = arguments.device, _DTYPES[arguments.dtype], not arguments.full
+    device, dtype, causal = arguments.device, record.DTYPES[arguments.dtype], not arguments.full
     on_gpu = torch.device(device).type == "cuda"
     shape = (arguments.batch, arguments.heads, arguments.length, arguments.head_dim)
     query, key, value, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(4))

@@ -26,7 +26,6 @@ from ntk_kernels import (
 
 from . import ceilings, record, timing
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN, OURS_PLAIN = "SDPA, no prefix", "ours, no prefix"
 ONE_TASK, MANY_TASKS = "ours, one state", "ours, a state per row"
 EXACT, CASCADE = "exact", "exact, shared"
@@ -36,7 +35,7 @@ CONTESTANTS = (PLAIN, OURS_PLAIN, ONE_TASK, MANY_TASKS, EXACT, CASCADE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="of queries and caches (default: %(default)s)"
+        "--dtype", choices=record.DTYPES, default="float32", help="of queries and caches (default: %(default)s)"
     )
     for name, default, text in (
         ("batch", 4, "sequences"), ("heads", 8, "query heads"), ("kv-heads", 2, "key/value heads"),
@@ -100,7 +99,7 @@ class Step:
 
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
-        self.device, self.dtype = arguments.device, _DTYPES[arguments.dtype]
+        self.device, self.dtype = arguments.device, record.DTYPES[arguments.dtype]
         self.batch, self.heads, self.kv_heads = arguments.batch, arguments.heads, arguments.kv_heads
         self.length, self.head_dim = arguments.length, arguments.head_dim
         self.query = self._rand(self.batch, self.heads, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by name on command lines
 ROOT = Path(__file__).resolve().parent.parent
 
 

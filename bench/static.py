@@ -31,7 +31,6 @@ from ntk_kernels.kernels.tiles import INTERPRETED
 
 from . import aot, record
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # With these the tables are free of spills; with newer versions, and on sm86, a few kernels at D=256 spill some bytes.
 _SPILL_FREE = {"sm80", "sm90", "sm100", "gfx942"} if triton.__version__.startswith(("3.6.", "3.7.")) else set()
 # Bytes that spill all the same, and may not become more: (triton, class of GPU, kernel, D).
@@ -60,7 +59,7 @@ class Shape:
 
     def launch(self):
         """The launch for a batch of 2, 8 heads and 4,096 tokens, on the meta device."""
-        batch, heads, length, dim, dtype = 2, 8, 4096, self.head_dim, DTYPES[self.dtype]
+        batch, heads, length, dim, dtype = 2, 8, 4096, self.head_dim, record.DTYPES[self.dtype]
 
         def meta(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -153,7 +152,9 @@ class Shape:
         feature_map = None if self.feature_map == "none" else self.feature_map
         blocks = configs.blocks(self.arch, self.head_dim, self.head_dim)
         crowded = self.option in ("centres", "rows", "bool mask", "additive mask")
-        return configs.candidates(self.kernel.split()[0], self.arch, blocks, DTYPES[self.dtype], feature_map, crowded)
+        return configs.candidates(
+            self.kernel.split()[0], self.arch, blocks, record.DTYPES[self.dtype], feature_map, crowded
+        )
 
     def config(self) -> configs.TileConfig:
         return self.candidates()[self.candidate]

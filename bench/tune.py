@@ -24,7 +24,6 @@ from ntk_kernels.kernels.configs import TileConfig
 
 from . import record
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
 # Rows, keys and warps of more tiles, and stages for each.
 _GRID = {
@@ -54,7 +53,7 @@ class Shape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["bfloat16"], help="default: %(default)s")
+    parser.add_argument("--dtype", choices=record.DTYPES, nargs="+", default=["bfloat16"], help="default: %(default)s")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256], help="default: %(default)s")
     parser.add_argument(
         "--feature-map", choices=("plain", *FEATURE_MAPS), nargs="+", default=["plain", *FEATURE_MAPS],
@@ -149,7 +148,7 @@ def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> di
             continue
         for name, result in results.items():
             difference = (result.double() - expected[name].double()).norm() / expected[name].double().norm()
-            if not difference < 2 * torch.finfo(_DTYPES[shape.dtype]).eps:
+            if not difference < 2 * torch.finfo(record.DTYPES[shape.dtype]).eps:
                 problems[str(config)] = f"wrong: {name} differs by {difference:.2g} from the default's"
     return problems
 
@@ -184,7 +183,7 @@ def _with(choose, call):
 def maker(shape: Shape, device: str, heads: int, tokens: int):
     """A call of that shape, forward and backward, that gives its results by name."""
     torch.manual_seed(0)
-    dtype, dim = _DTYPES[shape.dtype], shape.head_dim
+    dtype, dim = record.DTYPES[shape.dtype], shape.head_dim
     batch = max(1, tokens // shape.length)
     if shape.decode:
         batch = max(8, batch)

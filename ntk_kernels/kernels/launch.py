@@ -48,8 +48,6 @@ class Launch(NamedTuple):
         plan = self.plan
         compiled = plan.kernel[plan.grid](*self.args, **plan.constants, **plan.options)
         if isinstance(compiled, triton.compiler.CompiledKernel) and _addresses(self.tensors) % 16 == 0:
-            names = plan.kernel.arg_names[len(self.args) :]
-            plan.constants = {name: plan.constants[name] for name in names}  # in the order of the arguments
             plan.run = compiled[(*plan.grid, 1, 1)[:3]]
 
 
@@ -139,7 +137,10 @@ class Call:
         tiles, and `details`."""
         key = (kernel.__name__, config, *details)
         if key not in self.plans:
-            self.plans[key] = Plan(kernel, *describe(), options_of(config))
+            grid, scalars, constants = describe()
+            names = kernel.arg_names[len(tensors) + len(scalars) :]
+            constants = {name: constants[name] for name in names}  # in the order of the arguments
+            self.plans[key] = Plan(kernel, grid, scalars, constants, options_of(config))
         return Launch(self.plans[key], tensors)
 
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
