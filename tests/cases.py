@@ -249,6 +249,8 @@ CASES = [
          state={"rows": 3, "centers": 2, "stack": 2} | TAYLOR1, state_index=(1, 0), options=CAUSAL),
     Case("d130_taylor2", "pairs of wide heads", head_dim=130, value_dim=70, batch=1, heads=2, kv_heads=1, seq_q=9, seq_k=5,
          state=TAYLOR2, options=CAUSAL),
+    Case("bf16_d130", "Z of taylor1 in two parts", head_dim=130, batch=1, heads=2, kv_heads=1, seq_q=9, seq_k=5, dtype=BF16,
+         state=TAYLOR1, options=CAUSAL),
     Case("d256", "", head_dim=256, batch=1, state=TAYLOR1, options=CAUSAL),
     Case("blhd", "views of [B, L, H, D]", layout="BLHD", options=CAUSAL),
     Case("blhd_cache", "views of [B, L, H, D], several ranges", layout="BLHD", seq_q=19, seq_k=63, options=CAUSAL),

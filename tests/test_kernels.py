@@ -2,10 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import test_decode
 import torch
+import triton
 from cases import CASES, make_inputs, served_by
 from oracle import check_case
 from test_decode import CALLS
@@ -380,3 +382,58 @@ def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
                     decode = test_decode.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
                     decode(query, *pages, state, **options)
     assert len(of_plan) > 500
+
+
+@pytest.mark.parametrize("asked", ["query", "key", "z", "k", "keys"])
+def test_one_gradient_alone_of_a_prefix_added_to_another_attention(asked, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
+    query, key, value, state, options = make_inputs(replace(case_named("rows"), seq_q=9, seq_k=9))
+
+    def gradient(*names):
+        inputs = {"query": query, "key": key} | state.tensors()
+        inputs = {name: tensor.detach().requires_grad_(name in names) for name, tensor in inputs.items()}
+        q, k = inputs.pop("query"), inputs.pop("key")
+        out = ntk_attention(q, k, value, PrefixState(**inputs, feature_map="taylor1"), **options, backend="torch")
+        leaves = {"query": q, "key": k} | inputs
+        return torch.autograd.grad(out.square().sum(), [leaves[name] for name in names])[0]
+
+    torch.testing.assert_close(gradient(asked), gradient(asked, "query", "key", "z", "k", "keys"), rtol=0, atol=0)
+
+
+def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
+    """A kernel that is compiled is called directly, with its arguments in their order; not for tensors that begin
+    between multiples of 16 bytes, for which it is not compiled."""
+    calls = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("compiled", grid, args))
+
+    class Kernel:
+        __name__ = "kernel"
+        arg_names = ("x", "pair", "n", "A", "B")
+
+        def __getitem__(self, grid):
+            def compile_and_run(*args, **keywords):
+                calls.append(("triton", grid, args, keywords))
+                return Compiled()
+
+            return compile_and_run
+
+    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    query, key, value, *_ = make_inputs(case_named("plain"))
+    call, kernel, config = launch.prepare(query, key, value), Kernel(), TileConfig(32, 32, 4, 1)
+
+    def run(x):
+        call.launch(kernel, (x, (x, None)), config, lambda: ((7, 2), (5,), {"B": 2, "A": 1}), "details")()
+
+    aligned = torch.empty(64)
+    assert aligned.data_ptr() % 16 == 0
+    between, other = aligned[1:], torch.empty(64)
+    for x in (between, aligned, other, between):
+        run(x)
+    names = [name for name, *_ in calls]
+    assert names == ["triton", "triton", "compiled", "triton"]
+    assert calls[1][2:] == ((aligned, (aligned, None), 5), {"A": 1, "B": 2} | launch.options_of(config))
+    assert calls[2][1] == (7, 2, 1)
+    assert calls[2][2][0] is other and calls[2][2][1][0] is other and calls[2][2][2:] == (5, 1, 2)
