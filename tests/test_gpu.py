@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
+from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
 from oracle import check_case, run
-from test_decode import CALLS, check, decode_by, in_pages, make_call, served
 
 from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, reference
 from ntk_kernels.kernels import configs

@@ -4,13 +4,13 @@ import json
 import os
 from dataclasses import replace
 
+import decode_cases
 import pytest
-import test_decode
 import torch
 import triton
 from cases import CASES, make_inputs, served_by
+from decode_cases import CALLS
 from oracle import check_case
-from test_decode import CALLS
 
 from ntk_kernels import PrefixState, ntk_attention
 
@@ -373,13 +373,13 @@ def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
                 grads = [torch.ones_like(result) for result in results]
                 torch.autograd.grad(results, wanted, grads, retain_graph=True, allow_unused=True)
     for name in CALLS:
-        if test_decode.served(name, "triton"):
-            query, *caches, state, options = test_decode.make_call(name)
-            *pages, table = test_decode.in_pages(*caches, options["cache_seqlens"], 16)
+        if decode_cases.served(name, "triton"):
+            query, *caches, state, options = decode_cases.make_call(name)
+            *pages, table = decode_cases.in_pages(*caches, options["cache_seqlens"], 16)
             for splits in (None, 1, 5):
-                test_decode.decode_by("triton", num_splits=splits)(query, *caches, state, **options)
+                decode_cases.decode_by("triton", num_splits=splits)(query, *caches, state, **options)
                 for of_dtype in (torch.int32, torch.int64):
-                    decode = test_decode.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
+                    decode = decode_cases.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
                     decode(query, *pages, state, **options)
     assert len(of_plan) > 500
 
