@@ -94,7 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in names} | {"causal": causal}
     Console(width=max(console.width, 100)).print(table_of(settings, figures, rate))
     path = record.results_folder(arguments) / f"{arguments.name}.json"
-    record.save(path, device, settings=settings, milliseconds=figures, matmul_tflop_per_s=rate)
+    rows = [
+        {"benchmark": "attention", **settings, "pass": passes, "name": label, **result}
+        for passes, times in figures.items()
+        for label, result in times.items()
+    ]
+    record.save(path, device, rows, settings=settings, milliseconds=figures, matmul_tflop_per_s=rate)
     console.print(f"figures: {path}", soft_wrap=True)
 
 

@@ -27,7 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
     for name, rate in figures["matmul_tflop_per_s"].items():
         console.print(f"matrix products of {name}: {rate:,.3g} TFLOP/s")
     path = record.results_folder(arguments) / "ceilings.json"
-    record.save(path, arguments.device, **figures)
+    rows = [{"benchmark": "ceilings", "name": "copy", "gb_per_s": figures["copy_gb_per_s"]}]
+    rows += [
+        {"benchmark": "ceilings", "name": f"matmul {name}", "tflop_per_s": rate}
+        for name, rate in figures["matmul_tflop_per_s"].items()
+    ]
+    record.save(path, arguments.device, rows, **figures)
     console.print(f"figures: {path}", soft_wrap=True)
 
 

@@ -24,7 +24,7 @@ from ntk_kernels import (
     reference,
 )
 
-from . import ceilings, record, timing
+from . import ceilings, plots, record, timing
 
 PLAIN, OURS_PLAIN = "SDPA, no prefix", "ours, no prefix"
 ONE_TASK, MANY_TASKS = "ours, one state", "ours, a state per row"
@@ -86,7 +86,12 @@ def run(arguments: argparse.Namespace) -> None:
         "copy_gb_per_s": ceilings.copy_bandwidth(arguments.device),
     }  # fmt: skip
     folder = record.results_folder(arguments)
-    record.save(folder / "decode.json", arguments.device, **figures)
+    rows = [
+        {"benchmark": "decode", **figures["settings"], "prefix_rows": m, "name": name, **results[i]}
+        for name, results in figures["milliseconds"].items()
+        for i, m in enumerate(lengths)
+    ]
+    record.save(folder / "decode.json", arguments.device, rows, **figures)
     plot(folder / "decode.png", figures)
     Console(width=max(console.width, 110)).print(time_table(figures))
     for m in left_out:
@@ -211,19 +216,12 @@ def time_table(figures: dict) -> Table:
 
 
 def plot(path, figures: dict) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
     settings, lengths = figures["settings"], figures["prefix_rows"]
-    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    colors = plt.get_cmap("tab10").colors
+    figure, (axes,) = plots.canvas(width=8)
     styles = {PLAIN: ":", OURS_PLAIN: ":", ONE_TASK: "-", MANY_TASKS: "-", EXACT: "-", CASCADE: "--"}
     labels = {EXACT: "exact prefix in each cache", CASCADE: "exact prefix shared by the batch (cascade)"}
-    for color, name in zip(colors, CONTESTANTS, strict=False):
-        results = figures["milliseconds"][name]
+    for i, name in enumerate(CONTESTANTS):
+        results, color = figures["milliseconds"][name], f"C{i}"
         axes.plot(lengths, [r["ms"] for r in results], label=labels.get(name, name), color=color, ls=styles[name],
                   marker="s" if name in labels else "o")  # fmt: skip
         axes.fill_between(lengths, [r["low"] for r in results], [r["high"] for r in results], color=color, alpha=0.15)
@@ -232,12 +230,6 @@ def plot(path, figures: dict) -> None:
         title=f"Decode: batch {settings['batch']}, {settings['length']:,} keys, heads {settings['heads']}/"
         f"{settings['kv_heads']}, D={settings['head_dim']}, {settings['dtype']}, {settings['feature_map']}",
     )  # fmt: skip
-    axes.set_xticks(lengths, [f"{m // 1024}k" if m % 1024 == 0 else f"{m:,}" for m in lengths])
-    axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.mark(axes.xaxis, lengths)
+    plots.plain_log(axes.yaxis)
+    plots.save(figure, path)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
 from ntk_kernels.dispatch import choose_backend
 
-from . import encoder, record, timing
+from . import encoder, plots, record, timing
 
 NO_PREFIX = "no prefix"
 # name: arguments of prefix_to_state
@@ -77,8 +77,19 @@ def run(arguments: argparse.Namespace) -> None:
                 "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],
                 "head_dim": layers[0].query.shape[3], "backend": backend}  # fmt: skip
     folder = record.results_folder(arguments)
+    rows = [
+        {"benchmark": "demo", "state": name, "layer": i, "head": head, "relative_error": error}
+        for name, layers_errors in errors.items()
+        for i, per_head in enumerate(layers_errors)
+        for head, error in enumerate(per_head)
+    ]
+    rows += [
+        {"benchmark": "demo", "state": name, "prefix_rows": m, **result}
+        for name, results in times.items()
+        for m, result in zip(lengths, results, strict=True)
+    ]
     record.save(
-        folder / "demo.json", device, settings=settings, relative_error=errors, state_rows=sizes,
+        folder / "demo.json", device, rows, settings=settings, relative_error=errors, state_rows=sizes,
         prefix_lengths=lengths, milliseconds=times, bytes_held=held, break_even=break_even,
     )  # fmt: skip
     tables = [error_table(errors, sizes, settings), time_table(lengths, times, held, break_even, settings)]
@@ -227,13 +238,8 @@ def markdown(table: Table) -> str:
 
 
 def plot(path, errors, lengths, times, held, settings) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), constrained_layout=True)
-    colors = dict(zip([NO_PREFIX, "exact", *STATES], plt.get_cmap("tab10").colors, strict=False))
+    figure, (left, middle, right) = plots.canvas(3, width=5.3)
+    colors = {name: f"C{i}" for i, name in enumerate((NO_PREFIX, "exact", *STATES))}
     for name, per_layer in errors.items():
         means = [sum(heads) / len(heads) for heads in per_layer]
         label = name if min(means) < ERROR_SHOWN else f"{name} (above: {_short(min(means))} to {_short(max(means))})"
@@ -242,7 +248,6 @@ def plot(path, errors, lengths, times, held, settings) -> None:
     left.set(ylim=(0, ERROR_SHOWN), xlabel="layer", ylabel="relative error, mean over heads",
              title=f"Error of the state of a {settings['prefix_rows']:,}-row prefix")  # fmt: skip
     left.set_xticks(range(len(errors[NO_PREFIX])))
-    left.legend(fontsize=8)
     for name, results in times.items():
         ms = [result["ms"] for result in results]
         style = {
@@ -261,8 +266,4 @@ def plot(path, errors, lengths, times, held, settings) -> None:
     for axes in (middle, right):
         axes.set_xticks(lengths, [f"{m / 1000:.0f}k" if m >= 1000 else str(m) for m in lengths])
         axes.minorticks_off()
-        axes.legend(fontsize=8)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)

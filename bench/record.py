@@ -1,6 +1,7 @@
 """Where a run's figures go, and what they were measured on."""
 
 import argparse
+import csv
 import datetime
 import json
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by name on command lines
+_IN_EVERY_ROW = ("date", "commit", "device", "driver", "torch", "triton", "ntk_kernels")  # of a CSV file
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -119,7 +121,22 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def save(path: Path, device: str, **figures) -> None:
-    """Writes a record: the environment and the figures, as JSON."""
-    record = {"environment": environment(device)} | figures
+def save(path: Path, device: str, rows: list[dict], **figures) -> None:
+    """Writes a record: the environment and the figures as JSON, and `rows` as CSV beside it.
+
+    Rows need not have the same columns; each line says on what it was measured.
+    """
+    of_run = environment(device)
+    record = {"environment": of_run} | figures
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    rows = [{name: of_run[name] for name in _IN_EVERY_ROW} | row for row in rows]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load(path: Path) -> dict:
+    """The JSON of a record."""
+    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

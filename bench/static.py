@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     Console(width=max(console.width, 110)).print(table)
     path = record.results_folder(arguments, "static") / f"triton-{triton.__version__}.json"
-    record.save(path, "cpu", kernels=results)
+    record.save(path, "cpu", results, kernels=results)
     console.print(f"figures: {path}", soft_wrap=True)
     faulty = [found for found in results if found["faults"] and found["candidate"] == 0]
     for found in faulty:

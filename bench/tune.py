@@ -106,7 +106,12 @@ def run(arguments: argparse.Namespace) -> None:
     for result in results:
         console.print(table_of(result))
     path = record.results_folder(arguments) / "tune.json"
-    record.save(path, arguments.device, results=results)
+    rows = [
+        {"benchmark": "tune", "kernel": result["kernel"], **result["shape"], "tile": tile, "ms": ms}
+        for result in results
+        for tile, ms in result["ms"].items()
+    ]
+    record.save(path, arguments.device, rows, results=results)
     console.print(f"figures: {path}", soft_wrap=True)
 
 

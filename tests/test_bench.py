@@ -202,6 +202,6 @@ def test_timing_takes_turns():
 
 
 def test_records_say_where_they_come_from(tmp_path):
-    record.save(tmp_path / "x.json", "cpu", figure=1)
+    record.save(tmp_path / "x.json", "cpu", [{"ms": 1.5}, {"name": "a"}], figure=1)
     environment = json.loads((tmp_path / "x.json").read_text())["environment"]
     assert {"date", "device", "torch", "triton", "ntk_kernels", "commit", "uncommitted_changes"} <= set(environment)
