@@ -3,13 +3,13 @@
 import argparse
 
 try:
-    from . import attention, ceilings, decode, demo, report, static, tune
+    from . import accounting, attention, ceilings, convert, decode, demo, report, static, sweep, tune
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
 BENCHMARKS = {
-    "demo": demo, "attention": attention, "decode": decode, "ceilings": ceilings, "static": static, "tune": tune,
-    "report": report,
+    "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert,
+    "accounting": accounting, "ceilings": ceilings, "static": static, "tune": tune, "report": report,
 }  # fmt: skip
 
 

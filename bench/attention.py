@@ -1,8 +1,8 @@
 """Cost of NTK-Attention over plain attention, forward and forward+backward, next to the naive formula.
 
 Every function and its gradients are checked against the float64 reference before they are timed. All get the same
-inputs. Plain attention and ours are run in turns; then plain attention again and what keeps L×L scores in memory, which
-would leave the others cold caches. Ratios are within these turns.
+inputs. What keeps L×L scores in memory is timed apart, beside plain attention once more, as it would leave the others
+cold caches; ratios are within such a group. What is not installed or does not serve the call is named with the reason.
 """
 
 import argparse
@@ -11,17 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
-from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, reference
 
 from . import ceilings, record, timing
+from .peers import EXACT, NO_PREFIX, PLAIN, STATE, Peer, Setting, all_peers, prefix_of
 
-PLAIN = "SDPA, no prefix"
-_LARGE = ("naive formula", "reference")  # keep L×L scores; timed in turns of their own
-EXACT = "SDPA over a prefix of"
-_SDPA_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+PASSES = ("forward", "forward + backward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="also time exact attention over a real prefix of M rows (and copying it in front of the keys)",
     )
-    parser.add_argument("--name", default="attention", help="of the file of figures (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="every token sees every other, instead of causal")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help=f"peers with one of these in their names, and {PLAIN!r} (default: all)",
+    )
+    parser.add_argument("--name", default="attention", help="of the file of figures (default: %(default)s)")
     parser.add_argument(
         "--seconds",
         type=record.positive(float),
@@ -51,144 +54,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    console = Console()
+    with Progress(console=console) as progress:
+        figures = measure(arguments, progress)
+    Console(width=max(console.width, 100)).print(table_of(figures))
+    for name, reasons in figures["left_out"].items():
+        for passes, reason in reasons.items():
+            console.print(f"left out: {name} ({passes}): {reason}", soft_wrap=True)
+    path = record.results_folder(arguments) / f"{arguments.name}.json"
+    rows = [
+        {"benchmark": "attention", **figures["settings"], "pass": passes, "name": name, **result}
+        for passes, times in figures["milliseconds"].items()
+        for name, result in times.items()
+    ]
+    record.save(path, arguments.device, rows, **figures)
+    console.print(f"figures: {path}", soft_wrap=True)
+
+
+def measure(arguments: argparse.Namespace, progress: Progress) -> dict:
+    """What `run` records: settings, times by pass and peer, who was left out and why, the rate of a product."""
     torch.manual_seed(0)
     device, dtype, causal = arguments.device, record.DTYPES[arguments.dtype], not arguments.full
-    on_gpu = torch.device(device).type == "cuda"
     shape = (arguments.batch, arguments.heads, arguments.length, arguments.head_dim)
     query, key, value, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     r = feature_dim(arguments.feature_map, arguments.head_dim)
     z, k = torch.randn(shape[1], r, shape[3], device=device), torch.rand(shape[1], r, device=device)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value, z, k)]
 
-    functions = contestants(device, causal, arguments.prefix_rows, shape)
-    console = Console()
-    figures = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("checking", total=3)
-        _check(functions, leaves, arguments.feature_map, causal, grad)
-        progress.advance(task)
-        for name, backward in (("forward", False), ("forward + backward", True)):
-            progress.update(task, description=f"timing {name}")
-            passes = {
-                label: _pass(function, leaves, arguments.feature_map, grad if backward else None)
-                for label, function in functions.items()
-            }
-            figures[name] = {}
-            large = [label for label in functions if label in _LARGE]
-            for turns in ([label for label in functions if label not in _LARGE], [PLAIN, *large]):
-                times = timing.measure({label: passes[label] for label in turns}, device, seconds=arguments.seconds)
-                for label in turns:
-                    times[label]["ratio"] = times[label]["ms"] / times[PLAIN]["ms"]
-                    if on_gpu and label not in _LARGE:
-                        times[label]["host_us"] = timing.host_time(passes[label], device)
-                figures[name] = times | figures[name]
-            figures[name] = {label: figures[name][label] for label in functions}
-            progress.advance(task)
-
-    rate = ceilings.matmul_rate(device, dtype)
-    for backward, times in enumerate(figures.values()):
-        for label, result in times.items():
-            work = flops(shape, causal, r, label, arguments.prefix_rows) * (3.5 if backward else 1)
-            result["tflop_per_s"] = work / result["ms"] / 1e9
-    names = ("dtype", "batch", "heads", "length", "head_dim", "feature_map", "prefix_rows")
-    settings = {name: getattr(arguments, name) for name in names} | {"causal": causal}
-    Console(width=max(console.width, 100)).print(table_of(settings, figures, rate))
-    path = record.results_folder(arguments) / f"{arguments.name}.json"
-    rows = [
-        {"benchmark": "attention", **settings, "pass": passes, "name": label, **result}
-        for passes, times in figures.items()
-        for label, result in times.items()
+    setting = Setting(device, arguments.length, arguments.heads, arguments.head_dim, causal, arguments.prefix_rows)
+    chosen = [
+        peer
+        for peer in all_peers(setting)
+        if not arguments.only or peer.name == PLAIN or any(text in peer.name for text in arguments.only)
     ]
-    record.save(path, device, rows, settings=settings, milliseconds=figures, matmul_tflop_per_s=rate)
-    console.print(f"figures: {path}", soft_wrap=True)
+    task = progress.add_task("checking", total=3)
+    left_out = _check(chosen, setting, leaves, arguments.feature_map, grad)
+    progress.advance(task)
+    figures = {}
+    for name in PASSES:
+        progress.update(task, description=f"timing {name}")
+        present = [peer for peer in chosen if name not in left_out.get(peer.name, ())]
+        backward = grad if name == PASSES[1] else None
+        calls = {peer.name: _pass(peer.function, leaves, arguments.feature_map, backward) for peer in present}
+        figures[name] = _time(present, calls, device, arguments.seconds)
+        for peer in present:
+            work = flops(shape, causal, r, peer, arguments.prefix_rows) * (3.5 if backward is not None else 1)
+            figures[name][peer.name]["tflop_per_s"] = work / figures[name][peer.name]["ms"] / 1e9
+        progress.advance(task)
+    names = ("dtype", "batch", "heads", "length", "head_dim", "feature_map", "prefix_rows")
+    return {
+        "settings": {name: getattr(arguments, name) for name in names} | {"causal": causal},
+        "milliseconds": figures,
+        "left_out": left_out,
+        "matmul_tflop_per_s": ceilings.matmul_rate(device, dtype),
+    }
 
 
-def flops(shape: tuple, causal: bool, r: int, label: str, prefix_rows: int | None) -> int:
+def _time(present: list[Peer], calls: dict, device: str, seconds: float) -> dict[str, dict]:
+    """Times of one pass, by name; ratios to PLAIN's in the same turns; bytes allocated at most during a call."""
+    found = {}
+    large = [peer.name for peer in present if peer.large]
+    for group in ([peer.name for peer in present if not peer.large], [PLAIN, *large] if large else []):
+        if not group:
+            continue
+        times = timing.measure({name: calls[name] for name in group}, device, seconds=seconds)
+        for name in group:
+            times[name]["ratio"] = times[name]["ms"] / times[PLAIN]["ms"]
+            times[name]["peak_bytes"] = timing.peak_bytes(calls[name], device)
+            if torch.device(device).type == "cuda" and name not in large:
+                times[name]["host_us"] = timing.host_time(calls[name], device)
+        found = times | found
+    return {peer.name: found[peer.name] for peer in present}
+
+
+def flops(shape: tuple, causal: bool, r: int, peer: Peer, prefix_rows: int | None) -> int:
     """Of the matrix products of a forward, over what is visible; a backward takes 2.5 times as many."""
     batch, heads, length, dim = shape
     keys = length * (length + 1) // 2 if causal else length**2
-    if label.startswith(EXACT):
+    if peer.prefix == EXACT:
         keys += length * prefix_rows
-    features = 0 if "no prefix" in label or label.startswith(EXACT) else r
+    features = r if peer.prefix == STATE else 0
     return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
 
 
-def table_of(settings: dict, figures: dict, matmul_rate: float) -> Table:
-    """Median times, as multiples of SDPA's, and arithmetic as a share of what a matrix product reaches."""
+def table_of(figures: dict) -> Table:
+    """Median times, as multiples of SDPA's, arithmetic as a share of what a matrix product reaches, memory."""
+    settings, passes, rate = figures["settings"], figures["milliseconds"], figures["matmul_tflop_per_s"]
     table = Table(
         title=f"B={settings['batch']}, H={settings['heads']}, L={settings['length']}, D={settings['head_dim']}, "
         f"{settings['dtype']}, {settings['feature_map']}, {'causal' if settings['causal'] else 'full'}"
     )
-    table.add_column("median ms, times SDPA, share of a matrix product", no_wrap=True)
-    for name in figures:
-        table.add_column(name, justify="right")
-    for label in next(iter(figures.values())):
-        cells = (cell_of(times[label], matmul_rate) for times in figures.values())
-        table.add_row(label, *cells)
+    table.add_column("median ms, times SDPA, share of a matrix product, memory allocated")
+    for name in passes:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label in dict.fromkeys(label for times in passes.values() for label in times):
+        table.add_row(label, *(cell_of(times.get(label), rate) for times in passes.values()))
     table.add_section()
-    table.add_row("matrix product", f"{matmul_rate:,.3g} TFLOP/s", "")
+    table.add_row("a matrix product", f"{rate:,.3g} TFLOP/s", "")
     return table
 
 
-def cell_of(result: dict, matmul_rate: float) -> str:
+def cell_of(result: dict | None, matmul_rate: float) -> str:
+    if result is None:
+        return "—"
     digits = 2 if result["ms"] >= 1 else 3
-    return f"{result['ms']:.{digits}f} ms, {result['ratio']:.2f}×, {100 * result['tflop_per_s'] / matmul_rate:.0f}%"
-
-
-def contestants(device: str, causal: bool, prefix_rows: int | None, shape: tuple) -> dict:
-    """Functions of query, key, value and state, by name; "no prefix" in the name if it leaves the state out."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-
-    def ours(backend):
-        return lambda q, k, v, state: ntk_attention(q, k, v, state, is_causal=causal, backend=backend)
-
-    functions = {
-        PLAIN: lambda q, k, v, state: sdpa(q, k, v, is_causal=causal),
-        "ours, no prefix": lambda q, k, v, state: ntk_attention(q, k, v, is_causal=causal),
-    }
-    if torch.device(device).type == "cuda":
-        for name, backend in _SDPA_BACKENDS.items():
-
-            def by_backend(q, k, v, state, backend=backend):
-                with sdpa_kernel(backend):
-                    return sdpa(q, k, v, is_causal=causal)
-
-            functions[f"SDPA by {name}, no prefix"] = by_backend
-        functions["ours, triton backend, no prefix"] = lambda q, k, v, state: ntk_attention(
-            q, k, v, is_causal=causal, backend="triton"
-        )
-        functions["ours, triton backend"] = ours("triton")
-    functions["ours, torch backend"] = ours("torch")
-    functions["naive formula"] = lambda q, k, v, state: naive(q, k, v, state, causal=causal)
-    functions["reference"] = ours("reference")
-    if prefix_rows:
-        heads, length, head_dim = shape[1:]
-        rows = torch.randn(2, 1, heads, prefix_rows, head_dim, device=device)
-        bias = causal_lower_right(length, prefix_rows + length) if causal else None
-
-        def exact(q, k, v, state):
-            k, v = (
-                torch.cat([prefix.to(tensor.dtype).expand(shape[0], -1, -1, -1), tensor], dim=2)
-                for prefix, tensor in zip(rows, (k, v), strict=True)
-            )
-            return sdpa(q, k, v, attn_mask=bias)
-
-        functions[f"{EXACT} {prefix_rows:,} rows"] = exact
-    return functions
-
-
-def naive(query, key, value, state, *, causal: bool):
-    """The formula as one would write it down: L×L scores, their exponentials, the features, all in memory."""
-    scale = query.shape[3] ** -0.5
-    scores = scale * query @ key.mT
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    shift = scores.detach().amax(-1, keepdim=True).clamp(min=0)
-    p = (scores - shift).exp()
-    phi = reference.feature_map(query.to(state.z.dtype) * scale**0.5, state.feature_map) * (-shift).exp()
-    numerator = p @ value + phi @ state.z
-    return (numerator / (p.sum(-1, keepdim=True) + (phi @ state.k.unsqueeze(-1)).relu())).to(query.dtype)
+    text = f"{result['ms']:.{digits}f} ms, {result['ratio']:.2f}×, {100 * result['tflop_per_s'] / matmul_rate:.0f}%"
+    if "peak_bytes" in result:  # not in records from before 2026-11-26
+        text += f", {result['peak_bytes'] / 2**20:,.0f} MiB"
+    return text
 
 
 def _pass(function, leaves, feature_map, grad):
@@ -204,41 +177,75 @@ def _pass(function, leaves, feature_map, grad):
     return lambda: torch.autograd.grad(function(*qkv, state), used, grad)
 
 
-def _check(functions, leaves, feature_map, causal, grad) -> None:
-    """Nothing is timed that is wrong: results and gradients of the first batch row against float64.
+def _check(chosen: list[Peer], setting: Setting, leaves, feature_map, grad) -> dict[str, dict[str, str]]:
+    """Nothing is timed that is wrong: results and gradients against float64, of the first row of the batch.
 
-    Relative errors may be 8 eps of the dtype, and twice those of the reference in float32, as some sums cancel.
+    Relative errors may be 8 eps of the dtype, and twice those of the reference in float32, as some sums cancel. Returns
+    {name of a peer: {pass that it is left out of: reason}}; ours are never left out, but raise.
     """
     *qkv, z, k = (leaf.detach() for leaf in leaves)
     inputs, grad = [*(tensor[:1] for tensor in qkv), z, k], grad[:1]
+    eps = torch.finfo(qkv[0].dtype).eps
+    left_out = {}
+    for prefix in (NO_PREFIX, STATE, EXACT):
+        group = [peer for peer in chosen if peer.prefix == prefix]
+        if not group:
+            continue
 
-    def errors(function, expected):
-        ours = _with_gradients(function, inputs, feature_map, grad)
-        return {
-            what: ((result.double() - expected[what]).norm() / expected[what].norm()).item()
-            for what, result in ours.items()
-        }
+        def exact(q, k, v, state, prefix=prefix):
+            if prefix == EXACT:
+                return _over_rows(q, k, v, prefix_of(setting).to(q), setting.causal)
+            return reference.ntk_attention(q, k, v, state if prefix == STATE else None, is_causal=setting.causal)
 
-    for has_prefix in (True, False):
+        doubles = [tensor.double() for tensor in inputs]
+        expected = _results(exact, doubles, feature_map, grad.double(), PASSES[1])
+        plain = _errors(_results(exact, inputs, feature_map, grad, PASSES[1]), expected)
+        for peer in group:
+            for name in PASSES:
+                try:
+                    errors = _errors(_results(peer.function, inputs, feature_map, grad, name), expected)
+                except Exception as error:  # of a library or its compiler: what kind is not known beforehand
+                    if peer.ours:
+                        raise
+                    problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+                    left_out.setdefault(peer.name, {})[name] = problem
+                    continue
+                for what, found in errors.items():
+                    if not found < 8 * eps + 2 * plain[what]:
+                        problem = f"wrong: relative error {found:.2g} of {what} against float64"
+                        if peer.ours:
+                            raise RuntimeError(f"{peer.name} is {problem}")
+                        left_out.setdefault(peer.name, {})[name] = problem
+    return left_out
 
-        def exact(q, k, v, state, has_prefix=has_prefix):
-            return reference.ntk_attention(q, k, v, state if has_prefix else None, is_causal=causal)
 
-        expected = _with_gradients(exact, [tensor.double() for tensor in inputs], feature_map, grad.double())
-        plain = errors(exact, expected)
-        for name, function in functions.items():
-            if name.startswith(EXACT) or has_prefix == ("no prefix" in name):
-                continue  # PyTorch's own, of another prefix; or compared with the other reference
-            for what, error in errors(function, expected).items():
-                if not error < 8 * torch.finfo(qkv[0].dtype).eps + 2 * plain[what]:
-                    raise RuntimeError(f"{name} is wrong: relative error {error:.2g} of {what} against float64")
+def _over_rows(query, key, value, prefix, causal: bool) -> torch.Tensor:
+    """The reference over an exact prefix [2, 1, H, m, D], one head at a time: scores of all would not fit a GPU."""
+
+    def one_head(q, k, v, rows):
+        return reference.prefix_attention(q, k, v, *rows[:, 0], is_causal=causal)
+
+    parts = (tensor.split(1, dim=-3) for tensor in (query, key, value, prefix))
+    heads = [checkpoint(one_head, *head, use_reentrant=False) for head in zip(*parts, strict=True)]
+    return torch.cat(heads, dim=1)
 
 
-def _with_gradients(function, inputs, feature_map, grad) -> dict[str, torch.Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+def _results(function, inputs, feature_map, grad, passes) -> dict[str, torch.Tensor]:
+    """The output, and with both passes the gradients of what it depends on, by name."""
+    backward = passes == PASSES[1]
+    leaves = [tensor.detach().requires_grad_(backward) for tensor in inputs]
     *qkv, z, k = leaves
     out = function(*qkv, PrefixState(z, k, feature_map))
-    gradients = torch.autograd.grad(out, leaves, grad, allow_unused=True)
-    names = ("query", "key", "value", "z", "k")
-    found = {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True) if g is not None}
-    return {"out": out.detach()} | found
+    found = {"out": out.detach()}
+    if backward:
+        gradients = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+        names = ("query", "key", "value", "z", "k")
+        found |= {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True) if g is not None}
+    return found
+
+
+def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {
+        what: ((result.double() - expected[what]).norm() / expected[what].norm()).item()
+        for what, result in found.items()
+    }

@@ -16,6 +16,7 @@ from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
 from ntk_kernels.dispatch import choose_backend
 
 from . import encoder, plots, record, timing
+from .sweep import crossing_text
 
 NO_PREFIX = "no prefix"
 # name: arguments of prefix_to_state
@@ -72,7 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         times, held = measure_times(layers[-1], lengths, device, arguments.seconds, lambda: progress.advance(timed))
 
     backend = choose_backend(None, layers[0].query, layers[0].key, layers[0].value)
-    break_even = {name: crossing(lengths, times, name) for name in TIMED}
+    break_even = {
+        name: timing.crossing(lengths, [e["ms"] - t["ms"] for e, t in zip(times["exact"], times[name], strict=True)])
+        for name in TIMED
+    }
     settings = {"encoder": "all-MiniLM-L6-v2", "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
                 "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],
                 "head_dim": layers[0].query.shape[3], "backend": backend}  # fmt: skip
@@ -165,21 +169,6 @@ def measure_times(layer, lengths, device, seconds, on_length):
     return times, held
 
 
-def crossing(lengths, times, name) -> float | None:
-    """The prefix length from which on the state is faster than exact attention, between two lengths by interpolation.
-
-    0 if it is so at every length measured, None if at none.
-    """
-    gain = [exact["ms"] - ours["ms"] for exact, ours in zip(times["exact"], times[name], strict=True)]
-    slower = [i for i, g in enumerate(gain) if g <= 0]
-    if not slower:
-        return 0
-    i = slower[-1]
-    if i == len(lengths) - 1:
-        return None
-    return lengths[i] + (lengths[i + 1] - lengths[i]) * -gain[i] / (gain[i + 1] - gain[i])
-
-
 def error_table(errors, sizes, settings) -> Table:
     table = Table(
         title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, "
@@ -217,15 +206,9 @@ def time_table(lengths, times, held, break_even, settings) -> Table:
     table.add_row("MiB", "", *(f"{held[name][-1] / 2**20:.2f}" if name else "" for name in states))
     table.add_row(
         "break-even", "",
-        *(_crossing_text(break_even[name], lengths) if name else "" for name in states),
+        *(crossing_text(break_even[name], lengths) if name else "" for name in states),
     )  # fmt: skip
     return table
-
-
-def _crossing_text(m: float | None, lengths) -> str:
-    if m is None:
-        return f"> {lengths[-1]:,}"
-    return f"≤ {lengths[0]:,}" if m == 0 else f"≈ {float(f'{m:.2g}'):,.0f}"
 
 
 def markdown(table: Table) -> str:

@@ -4,15 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def canvas(columns: int = 1, *, width: float = 7, height: float = 5) -> tuple:
-    """A figure and a list of axes side by side; sizes in inches, `width` of each."""
+def canvas(columns: int = 1, rows: int = 1, *, width: float = 7, height: float = 5) -> tuple:
+    """A figure and a list of its axes, row by row, each of that size in inches."""
     import matplotlib  # here, so that benchmarks without a plot start sooner
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout="constrained", squeeze=False)
-    return figure, list(axes[0])
+    size = columns * width, rows * height
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
 
 
 def mark(axis, values: Iterable[int]) -> None:

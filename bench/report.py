@@ -46,7 +46,7 @@ def part(benchmark: str, name: str) -> str:
 def attention_table(figures: dict) -> str:
     passes, rate = figures["milliseconds"], figures["matmul_tflop_per_s"]
     lines = ["| | " + " | ".join(passes) + " |", "|---|" + "---:|" * len(passes)]
-    for name in passes["forward"]:
-        lines.append(f"| {name} | " + " | ".join(attention.cell_of(t[name], rate) for t in passes.values()) + " |")
+    for name in dict.fromkeys(name for times in passes.values() for name in times):
+        lines.append(f"| {name} | " + " | ".join(attention.cell_of(t.get(name), rate) for t in passes.values()) + " |")
     lines.append(f"| a matrix product | {rate:,.3g} TFLOP/s |" + " |" * (len(passes) - 1))
     return "\n".join(lines) + "\n"

@@ -1,12 +1,17 @@
 """Times side by side: what is compared is run in turns, so that a noisy machine is noisy for all."""
 
 import functools
+import json
 import random
 import statistics
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 _FLUSHED_BYTES = 2**30  # written before each timed call on a GPU: many times its L2 cache
 
@@ -49,6 +54,44 @@ def host_time(function: Callable, device: str, calls: int = 10, repeats: int = 9
         samples.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize(device)
     return statistics.median(samples)
+
+
+def peak_bytes(function: Callable, device: str) -> int:
+    """Bytes that a call holds at most beyond what was allocated before it, its results included."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The allocator of the CPU counts nothing, but reports to the profiler. A trace is its public form.
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def crossing(sizes: list[int], gains: list[float]) -> float | None:
+    """The size from which on the gain stays above 0, between two sizes by interpolation.
+
+    0 if it is so at every size measured, None if it is not at the last.
+    """
+    lost = [i for i, gain in enumerate(gains) if gain <= 0]
+    if not lost:
+        return 0
+    i = lost[-1]
+    if i == len(sizes) - 1:
+        return None
+    return sizes[i] + (sizes[i + 1] - sizes[i]) * -gains[i] / (gains[i + 1] - gains[i])
 
 
 def _cpu_time(function: Callable) -> Callable[[], float]:

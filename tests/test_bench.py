@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import sys
+import types
 
 import pytest
 import torch
 
-from bench import ceilings, decode, demo, encoder, record, timing
+from bench import attention, ceilings, convert, decode, demo, encoder, peers, record, sweep, timing
 from bench.__main__ import main
 from ntk_kernels import ntk_attention, prefix_to_state, reference
+
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 class RandomReader:
@@ -41,7 +45,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "served by backend='torch'" in printed
     assert str(tmp_path / "demo.png") in printed.replace("\n", "")
-    assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "demo.png").read_bytes()[:8] == PNG
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert figures["prefix_lengths"] == [64, 256, 512]
     assert figures["state_rows"]["taylor2, mean"] == 1 + 8 + 36
@@ -62,9 +66,8 @@ def test_demo(monkeypatch, tmp_path, capsys):
     "gains, expected", [([-1, 1, 2], 15), ([1, 1, 1], 0), ([-1, -1, -1], None), ([1, -1, 3], 22.5)]
 )
 def test_crossing(gains, expected):
-    """Where exact attention becomes the slower one for good."""
-    times = {"exact": [{"ms": 5 + g} for g in gains], "state": [{"ms": 5}] * 3}
-    assert demo.crossing([10, 20, 30], times, "state") == expected
+    """From where on one stays ahead."""
+    assert timing.crossing([10, 20, 30], gains) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,24 +99,138 @@ def test_figures_go_where_git_does_not_look():
     assert "bench/out/" in (record.ROOT / ".gitignore").read_text()
 
 
+SMALL = ["attention", "--device", "cpu", "--length", "256", "--heads", "2", "--seconds", "0.01"]
+
+
 def test_attention(tmp_path, capsys, monkeypatch):
+    """All peers of a CPU but those that have to be compiled; FlexAttention is, once, and has no backward."""
     monkeypatch.setenv("COLUMNS", "200")
-    main(
-        ["attention", "--device", "cpu", "--length", "64", "--heads", "2", "--seconds", "0.01", "--out", str(tmp_path)]
-    )
-    assert "ours, torch backend" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "attention.json").read_text())["milliseconds"]
-    assert set(figures) == {"forward", "forward + backward"}
-    assert all(times["low"] <= times["ms"] <= times["high"] for passes in figures.values() for times in passes.values())
+    names = ("SDPA", "ours", "naive formula", "reference", "FlexAttention, no")
+    monkeypatch.setattr(attention, "all_peers", lambda s: [p for p in peers.all_peers(s) if "compiled" not in p.name])
+    main([*SMALL, "--prefix-rows", "32", "--only", *names, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "SDPA over a prefix of 32 rows" in printed
+    record = json.loads((tmp_path / "attention.json").read_text())
+    forward, both = (record["milliseconds"][name] for name in attention.PASSES)
+    assert {"SDPA by flash, no prefix", "SDPA by math, no prefix", "ours, torch backend", "reference"} < set(forward)
+    if "FlexAttention, no prefix" in forward:  # where there is a compiler
+        left_out = record["left_out"]["FlexAttention, no prefix"]
+        assert list(left_out) == ["forward + backward"]
+        assert f"left out: FlexAttention, no prefix (forward + backward): {left_out['forward + backward']}" in printed
+    assert "FlexAttention, no prefix" not in both
+    for times in (forward, both):
+        assert all(result["low"] <= result["ms"] <= result["high"] for result in times.values())
+        assert times["ours, torch backend"]["peak_bytes"] < times["naive formula"]["peak_bytes"]
+    (line, *lines) = (tmp_path / "attention.csv").read_text().splitlines()
+    assert {"commit", "torch", "pass", "name", "ms", "ratio", "tflop_per_s", "peak_bytes"} < set(line.split(","))
+    assert len(lines) == len(forward) + len(both)
 
 
 def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
-    from bench import attention
-
-    monkeypatch.setattr(attention, "ntk_attention", lambda q, *args, **kwargs: q)
-    with pytest.raises(RuntimeError, match="is wrong: relative error"):
-        main(["attention", "--device", "cpu", "--length", "64", "--out", str(tmp_path)])
+    """Of ours it is an error; of a peer, a reason to leave it out."""
+    monkeypatch.setattr(peers, "ntk_attention", lambda q, *args, **kwargs: q)
+    with pytest.raises(RuntimeError, match="ours, no prefix is wrong: relative error"):
+        main([*SMALL, "--only", "ours", "--out", str(tmp_path)])
     assert not (tmp_path / "attention.json").exists()
+    monkeypatch.setattr(peers, "naive", lambda q, *args, **kwargs: 1.01 * q)
+    main([*SMALL, "--only", "naive formula", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "attention.json").read_text())
+    assert set(record["milliseconds"]["forward"]) == {peers.PLAIN}
+    for reason in record["left_out"]["naive formula"].values():
+        assert "wrong: relative error" in reason
+
+
+def test_peers_that_only_gpus_have(monkeypatch):
+    """They get [B, L, H, D] and give it back; without their packages they say so."""
+    setting = peers.Setting("cuda", 8, 2, 4)
+    query, key, value = torch.randn(3, 1, 2, 8, 4).unbind()
+    theirs = {peer.name.partition(",")[0]: peer.function for peer in peers.all_peers(setting)}
+
+    def attention_of_theirs(q, k, v, causal=True):
+        assert q.shape == (1, 8, 2, 4)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return peers.sdpa(q, k, v, is_causal=causal).transpose(1, 2)
+
+    modules = {
+        "flash-attn 2": ("flash_attn", "flash_attn_func", attention_of_theirs),
+        "flash-attn 4": ("flash_attn.cute", "flash_attn_func", lambda *a, **k: (attention_of_theirs(*a, **k), None)),
+        "flash-linear-attention's attention": ("fla.ops.attn", "parallel_attn", attention_of_theirs),
+    }
+    for name, (module, function, stand_in) in modules.items():
+        with pytest.raises(ImportError):
+            theirs[name](query, key, value, None)
+        parts = module.split(".")
+        for i in range(len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(parts[i]))
+        setattr(sys.modules[module], function, stand_in)
+        out = theirs[name](query, key, value, None)
+        assert torch.allclose(out, peers.sdpa(query, key, value, is_causal=True), atol=1e-6)
+
+
+def test_peak_bytes():
+    x = torch.randn(256, 256)
+    assert timing.peak_bytes(lambda: (x + x).exp(), "cpu") == 2 * x.nbytes
+    assert timing.peak_bytes(lambda: x[:1], "cpu") == 0
+
+
+def test_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    small = ["--heads", "2", "--head-dim", "8", "--length", "16", "--lengths", "8", "--rows-at-length", "32"]
+    for options in ([], ["--causal", "--backward"]):
+        main(["sweep", "--device", "cpu", "--prefix-rows", "64", "16", "--seconds", "0.01", *small, *options,
+              "--out", str(tmp_path)])  # fmt: skip
+        printed = capsys.readouterr().out
+        assert "by rows of the exact prefix" in printed
+        assert "break-even" in printed
+        name = "sweep-d8-backward" if options else "sweep-d8"
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == PNG
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["prefix_rows"] == [16, 64]
+        assert record["states"]["taylor1, C=16"]["rows_per_head"] == 16 * 9
+        assert record["states"]["taylor2"]["nbytes"] == 4 * 2 * ((1 + 8 + 36) * 9 + 8 + 1)
+        held = [times[sweep.EXACT]["bytes"] for times in record["by_prefix_rows"]]
+        more = 48 * 2 * 2 * 8 * 4  # rows, keys and values, heads, D, bytes; and their gradients
+        assert held[1] - held[0] >= more * (2 if options else 1)
+
+
+def test_sweep_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "_ours", lambda inputs: inputs.query)
+    with pytest.raises(RuntimeError, match="ours, elu is wrong: relative error"):
+        main(["sweep", "--device", "cpu", "--heads", "1", "--head-dim", "8", "--prefix-rows", "8", "--length", "8",
+              "--out", str(tmp_path)])  # fmt: skip
+
+
+def test_accounting(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["accounting", "--model", "LLaMA-3.1-8B", "ViT-B/16", "--out", str(tmp_path)])
+    assert "LLaMA-3.1-8B: 32 layers, 32/8 heads, D=128" in capsys.readouterr().out
+    assert (tmp_path / "accounting.png").read_bytes()[:8] == PNG
+    methods = {(m["model"], m["method"]): m for m in json.loads((tmp_path / "accounting.json").read_text())["methods"]}
+    elu = methods["LLaMA-3.1-8B", "NTK-Attention, elu"]
+    assert elu["per_layer"] == 8 * (128 * 128 + 128)  # d² + d a head, as the paper counts
+    assert elu["parameters"] == 32 * elu["per_layer"]
+    assert elu["bfloat16_mib"] == 2 * elu["parameters"] / 2**20
+    assert methods["LLaMA-3.1-8B", "NTK-Attention, elu, Z of rank 8"]["per_layer"] == 8 * (2 * 128 * 8 + 128)
+    # LLaMA's query projection is 4096 x 4096, its value projection 4096 x 1024
+    assert methods["LLaMA-3.1-8B", "LoRA, rank 8, query and value"]["per_layer"] == 8 * (4096 + 4096 + 4096 + 1024)
+    assert methods["ViT-B/16", "P-Tuning v2, 100 rows"]["per_layer"] == 100 * 2 * 768
+
+
+def test_convert(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(ceilings._COPIED, "cpu", 2**14)
+    command = ["convert", "--device", "cpu", "--heads", "2", "--head-dim", "8", "--seconds", "0.01"]
+    main([*command, "--prefix-rows", "64", "16", "--out", str(tmp_path)])
+    assert "Converting a prefix (H=2, D=8, float32)" in capsys.readouterr().out
+    assert (tmp_path / "convert.png").read_bytes()[:8] == PNG
+    record = json.loads((tmp_path / "convert.json").read_text())
+    assert record["row_bytes"] == 2 * 2 * 8 * 4
+    assert set(record["milliseconds"][1]) == set(convert.KINDS)
+    monkeypatch.setattr(
+        convert, "prefix_to_state", lambda key, value, **options: prefix_to_state(key, -value, **options)
+    )
+    with pytest.raises(RuntimeError, match="elu is wrong: its results differ"):
+        main([*command, "--prefix-rows", "64", "--out", str(tmp_path)])
 
 
 DECODE = ["decode", "--device", "cpu", "--batch", "2", "--length", "64", "--head-dim", "16", "--seconds", "0.01"]
@@ -124,7 +241,7 @@ def test_decode(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(ceilings._COPIED, "cpu", 2**14)
     main([*DECODE, "--prefix-rows", "128", "32", "128", "--out", str(tmp_path)])
     assert "ours, a state per row" in capsys.readouterr().out
-    assert (tmp_path / "decode.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "decode.png").read_bytes()[:8] == PNG
     figures = json.loads((tmp_path / "decode.json").read_text())
     assert figures["prefix_rows"] == [32, 128]
     assert set(figures["milliseconds"]) == set(decode.CONTESTANTS)
