@@ -1,13 +1,15 @@
 """Measures the tiles that the kernels may run with, shape class by shape class, and checks each against the default.
 
 Every candidate of the tables in ntk_kernels/kernels/configs.py (--search: a grid of tiles beyond them too) is compiled,
-in as many processes as there are cores; its results must agree with those of the default; then it is timed. What is
-fastest is for the tables, where a person puts it; figures go to tune.json.
+in as many processes as there are cores; its results must agree with those of the default; then it is timed. With --write
+the fastest become the defaults for GPUs of this class, in ntk_kernels/kernels/tuned/ (run `python -m bench static` after
+that). Without a GPU, TRITON_INTERPRET=1 tries the command out; its times say nothing.
 """
 
 import argparse
 import itertools
 import os
+import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -19,16 +21,21 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, ntk_attention_decode
-from ntk_kernels.kernels import autotune
+from ntk_kernels.kernels import autotune, configs
 from ntk_kernels.kernels.configs import TileConfig
+from ntk_kernels.kernels.tiles import INTERPRETED
 
-from . import record
+from . import record, timing
 
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
 # Rows, keys and warps of more tiles, and stages for each.
 _GRID = {
     (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3), (64, 128, 8): (2, 3),
     (64, 64, 4): (2, 3, 4), (64, 64, 8): (2, 3, 4),
+}  # fmt: skip
+# Maps that share a kind of entry in the tables.
+_MAPS_OF = {
+    "plain": {None}, "state": {"elu", "taylor1"}, "taylor2": {"taylor2"}, "float32": {None, *FEATURE_MAPS},
 }  # fmt: skip
 _CHECKED_HEADS = 16
 _PARTS = 4  # of the candidates for one kernel and shape, compiled by a process each
@@ -64,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", choices=(*_TRAINING, "decode"), nargs="+", default=[*_TRAINING, "decode"],
                         help="default: all")  # fmt: skip
     parser.add_argument("--search", action="store_true", help="also tiles that are in no table")
+    parser.add_argument("--write", action="store_true", help="make the fastest tiles those that the package ships")
     parser.add_argument("--heads", type=record.positive(int), default=16, help="default: %(default)s")
     parser.add_argument("--tokens", type=record.positive(int), default=16384,
                         help="in a batch, however long its sequences (default: %(default)s)")  # fmt: skip
@@ -71,9 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if torch.device(arguments.device).type != "cuda":
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    if not on_gpu and (not INTERPRETED or arguments.write):
         raise SystemExit(
-            f"bench tune needs a GPU: what tiles cost elsewhere says nothing, got --device {arguments.device}"
+            "bench tune needs a GPU, or TRITON_INTERPRET=1 to try it out (without --write): what tiles cost elsewhere "
+            f"says nothing, got --device {arguments.device}"
         )
     console = Console()
     shapes = [
@@ -113,6 +123,41 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     record.save(path, arguments.device, rows, results=results)
     console.print(f"figures: {path}", soft_wrap=True)
+    if arguments.write:
+        arch = configs.arch_of(torch.device(arguments.device))
+        found = best_tiles(results, arch)
+        configs.write_tuned(arch, found)
+        for key, tile in found.items():
+            console.print(f"{key}: {tile}")
+        console.print(f"{len(found)} entries written: {configs.tuned_file(arch)}", soft_wrap=True)
+
+
+def best_tiles(results: list[dict], arch: str) -> dict[str, TileConfig]:
+    """For each entry of the tuned file the tile with the least geometric mean of times, as multiples of the default's.
+
+    Of those that ran for every shape that shares the entry; all maps that share it must have been timed. A tile must
+    gain 2% to replace the default.
+    """
+    groups = {}
+    for result in results:
+        shape = Shape(**result["shape"])
+        kind = configs.kinds_of(record.DTYPES[shape.dtype], shape.feature_map)[0]
+        dim = configs.blocks(arch, shape.head_dim, shape.head_dim).block_d
+        groups.setdefault((result["kernel"], kind, max(64, dim)), []).append(result)
+    found = {}
+    for (kernel, kind, dim), group in groups.items():
+        missing = _MAPS_OF[kind.split()[0]] - {result["shape"]["feature_map"] for result in group}
+        tiles = set.intersection(*({TileConfig(**tile) for tile in result["tiles"]} for result in group))
+        if missing or not tiles:
+            continue
+        cost = {
+            tile: statistics.geometric_mean(r["ms"][str(tile)] / r["ms"][r["default"]] for r in group)
+            for tile in tiles
+        }  # fmt: skip
+        best = min(tiles, key=cost.get)
+        if cost[best] < 0.98:
+            found[configs.tuned_key(kernel, kind, dim)] = best
+    return found
 
 
 def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) -> tuple[TileConfig, ...]:
@@ -164,19 +209,23 @@ def time(shape: Shape, kernel: str, wrong: dict[str, str], arguments: argparse.N
 
     def measure(key, candidates, launch_with, device_name):
         if key.split()[0] == kernel:
-            times = {}
-            for config in candidates_of(kernel, candidates, arguments.search):
-                if str(config) not in wrong:
-                    times[str(config)] = autotune.median_time(lambda config=config: launch_with(config))
+            tiles = [c for c in candidates_of(kernel, candidates, arguments.search) if str(c) not in wrong]
+            times = {str(tile): _median_time(lambda tile=tile: launch_with(tile), arguments.device) for tile in tiles}
             results.append(
                 {"shape": asdict(shape), "kernel": kernel, "class": key, "default": str(candidates[0]), "ms": times,
-                 "wrong": wrong}
+                 "tiles": [asdict(tile) for tile in tiles], "wrong": wrong}
             )  # fmt: skip
         return candidates[0]
 
     tokens = max(arguments.tokens, shape.length)
     _with(measure, maker(shape, arguments.device, arguments.heads, tokens))
     return results
+
+
+def _median_time(function, device: str) -> float:
+    if torch.device(device).type == "cuda":
+        return autotune.median_time(function)
+    return timing.measure({"": function}, device, seconds=0, min_rounds=2)[""]["ms"]
 
 
 def _with(choose, call):

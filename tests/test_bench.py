@@ -279,14 +279,13 @@ def test_help_names_every_benchmark(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
 def test_tune_checks_and_times_every_candidate(monkeypatch):
     from bench import tune
-    from ntk_kernels.kernels import autotune
     from ntk_kernels.kernels.configs import TileConfig
 
     tiles = TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1), TileConfig(0, 16, 4, 1)
     monkeypatch.setattr(tune, "candidates_of", lambda *args: tiles)
     monkeypatch.setattr(tune, "_PARTS", 1)
     monkeypatch.setattr(tune, "_CHECKED_HEADS", 1)
-    monkeypatch.setattr(autotune, "median_time", lambda function: function() or 1.0)
+    monkeypatch.setattr(tune, "_median_time", lambda function, device: function() or 1.0)
     for shape, kernel in (
         (tune.Shape("float32", 16, "elu", True, 40), "dq"),
         (tune.Shape("float32", 16, "elu", True, 40, decode=True), "decode"),
@@ -298,9 +297,50 @@ def test_tune_checks_and_times_every_candidate(monkeypatch):
         assert str(tiles[0]) in tune.table_of(result).columns[0]._cells[0]
 
 
-def test_tune_without_a_gpu():
+def test_tune_without_a_gpu(monkeypatch):
+    from bench import tune
+
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        main(["tune", "--device", "cpu", "--write"])
+    monkeypatch.setattr(tune, "INTERPRETED", False)
     with pytest.raises(SystemExit, match="needs a GPU"):
         main(["tune", "--device", "cpu"])
+
+
+def test_tuned_tiles_become_the_default(monkeypatch, tmp_path):
+    from bench import tune
+    from ntk_kernels.kernels import configs
+
+    slow, fast, odd = (configs.TileConfig(m, 64, 8, 2) for m in (128, 64, 32))
+
+    def result(feature_map, **ms):
+        tiles = {"slow": slow, "fast": fast, "odd": odd}
+        return {
+            "shape": {"dtype": "bfloat16", "head_dim": 48, "feature_map": feature_map, "causal": True, "length": 4096},
+            "kernel": "dq", "default": str(slow), "ms": {str(tiles[name]): time for name, time in ms.items()},
+            "tiles": [vars(tiles[name]) for name in ms],
+        }  # fmt: skip
+
+    of_elu, of_taylor1 = result("elu", slow=2.0, fast=1.5, odd=1.0), result("taylor1", slow=2.0, fast=2.1)
+    assert tune.best_tiles([of_elu], "sm90") == {}  # taylor1 would get it too
+    found = tune.best_tiles([of_elu, of_taylor1, result(None, slow=2.0, fast=1.99)], "sm90")
+    assert found == {"dq, state, 64": fast}  # odd did not run everywhere, 1.99 is no gain
+
+    monkeypatch.setattr(configs, "_TUNED", tmp_path / "tuned")
+    try:
+        configs.write_tuned("sm90", {"dq, taylor2, 128": odd})
+        configs.write_tuned("sm90", found)
+        blocks = configs.blocks("sm90", 48, 48)
+        arguments = "dq", "sm90", blocks, torch.bfloat16
+        assert configs.candidates(*arguments, "taylor1")[0] == fast
+        assert len(configs.candidates(*arguments, "elu")) > 1
+        assert configs.candidates(*arguments, "elu", True)[0] != fast  # crowded
+        assert configs.candidates(*arguments, None)[0] != fast
+        assert configs.candidates("dq", "sm90", configs.blocks("sm90", 128, 128), torch.bfloat16, "taylor2")[0] == odd
+        assert configs.candidates("dq", "sm100", blocks, torch.bfloat16, "elu")[0] != fast
+    finally:
+        configs._read_tuned.cache_clear()
+        configs.candidates.cache_clear()
 
 
 def test_ceilings(tmp_path):

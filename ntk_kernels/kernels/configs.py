@@ -1,7 +1,9 @@
 """Which tiles a kernel runs with: one table per class of GPU, and the rules that make an entry valid."""
 
 import functools
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ import triton
 # Bytes of shared memory that a program may have, for each class of GPU that has a table.
 SHARED_BYTES = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 
+_TUNED = Path(__file__).parent / "tuned"  # see `tuned_file`
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -365,6 +368,46 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
     return numbers * dtype.itemsize
 
 
+def kinds_of(dtype: torch.dtype, feature_map: str | None) -> tuple[str, ...]:
+    """What is computed, as the tables call it, the most special first."""
+    if dtype == torch.float32:
+        return ("float32",)
+    kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
+    return (f"{kind} float16", kind) if dtype == torch.float16 else (kind,)
+
+
+def tuned_file(arch: str) -> Path:
+    """What `python -m bench tune --write` found on GPUs of a class with this version of triton, as versions differ.
+
+    Its entries go before those of the tables, without a mask, rows or several centres.
+    """
+    return _TUNED / f"{arch}-triton-{'.'.join(map(str, _TRITON))}.json"
+
+
+def tuned_key(kernel: str, kind: str, dim: int) -> str:
+    """`dim` is the padded head dimension."""
+    return f"{kernel}, {kind}, {dim}"
+
+
+def write_tuned(arch: str, found: dict[str, TileConfig]) -> None:
+    """Adds to the file of that class, or replaces what is there."""
+    entries = _read_tuned(arch) | found
+    path = tuned_file(arch)
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({key: asdict(entries[key]) for key in sorted(entries)}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    _read_tuned.cache_clear()
+    candidates.cache_clear()
+
+
+@functools.cache
+def _read_tuned(arch: str) -> dict[str, TileConfig]:
+    path = tuned_file(arch)
+    if not path.exists():
+        return {}
+    return {key: TileConfig(**fields) for key, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
 @functools.cache
 def candidates(
     kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
@@ -375,16 +418,15 @@ def candidates(
     """
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
-    if dtype == torch.float32:
-        kind = "float32"
-    else:
-        kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
+    kinds, dim = kinds_of(dtype, feature_map), max(64, blocks.block_d, blocks.block_dv)
     table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
-    kinds = (f"{kind} float16", kind, "plain") if dtype == torch.float16 else (kind, "plain")
-    entries = next(table[name] for name in kinds if name in table)[max(64, blocks.block_d, blocks.block_dv)]
+    entries = next(table[name] for name in (*kinds, "plain") if name in table)[dim]
+    tuned = _read_tuned(arch).get(tuned_key(kernel, kinds[0], dim))
+    if tuned is not None and not crowded:  # it may not fit beside them
+        entries = tuple(dict.fromkeys((tuned, *entries)))
     if arch == "sm86":
         limit = SHARED_BYTES[arch]
-        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype, kind) <= limit)
+        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype, kinds[-1]) <= limit)
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     if kernel == "forward" and arch in ("sm90", "sm100"):
