@@ -26,6 +26,10 @@ _TYPES = {
 }  # fmt: skip
 _TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")
 _VIEW = re.compile(r"(ttg\.convert_layout|tt\.(reshape|trans|split|join|bitcast|expand_dims))\b")
+_INSTRUCTION = {
+    "cuda": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", re.M),
+    "hip": re.compile(r"^\t(?:[sv]_|ds_|buffer_|global_|flat_|scratch_)\w+", re.M),
+}
 _EXP2 = re.compile(r"\bMUFU\.EX2|v_exp_f32")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -55,6 +59,10 @@ class Compiled:
             return 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", self.machine_code).group(1))
         spills = re.findall(r"\b(?:LDL|STL)\b", self.machine_code)
         return int(re.search(r"STACK:(\d+)", self._usage).group(1)) if spills else 0
+
+    @property
+    def instructions(self) -> int:
+        return len(_INSTRUCTION[TARGETS[self.arch].backend].findall(self.machine_code))
 
     @property
     def tensor_core(self) -> str:

@@ -3,13 +3,16 @@
 Compiles the configuration that each head dimension, feature map and option runs with by default (--all: every
 configuration the autotuner may try) and prints a table. Exits with 1 if the default configuration of a head dimension
 and feature map in half precision spills registers (with triton 3.6 or 3.7), or one of any kind has no tensor-core
-instruction, exceeds the shared memory or has a known hazard.
+instruction, exceeds the shared memory or has a known hazard; or if one has grown since the figures in bench/baseline/
+(for each version of triton; --accept makes the new ones the baseline).
 """
 
 import argparse
+import csv
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -42,6 +45,7 @@ _KNOWN_SPILLS = {
     ("3.7", "sm90", "forward without keys", 128): 32,  # taylor2
     ("3.7", "sm90", "forward without keys", 256): 8,  # taylor2
 }
+_MAY_NOT_GROW = {"registers": 0, "spilled": 0, "shared": 0, "instructions": 0.02}  # with the share that it may
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
 
 
@@ -218,8 +222,8 @@ def examine(shape: Shape) -> dict:
     limit = configs.SHARED_BYTES[shape.arch]
     found = {
         "config": str(shape.config()), "registers": compiled.registers, "spilled": compiled.spilled,
-        "shared": compiled.shared, "shared_limit": limit, "tensor_core": compiled.tensor_core,
-        "exp2": compiled.exp2_in_main_loop, "hazards": compiled.hazards,
+        "instructions": compiled.instructions, "shared": compiled.shared, "shared_limit": limit,
+        "tensor_core": compiled.tensor_core, "exp2": compiled.exp2_in_main_loop, "hazards": compiled.hazards,
     }  # fmt: skip
     faults = list(found["hazards"])
     optional = shape.option and not shape.kernel.startswith("rows")
@@ -237,6 +241,43 @@ def examine(shape: Shape) -> dict:
     return asdict(shape) | found | {"faults": faults}
 
 
+def _baseline() -> Path:
+    return record.ROOT / "bench" / "baseline" / f"triton-{triton.__version__}.csv"
+
+
+def read_baseline() -> dict[str, dict[str, str]]:
+    """By name of the kernel; none for a version of triton that has no file."""
+    if not _baseline().exists():
+        return {}
+    with _baseline().open(encoding="utf-8", newline="") as file:
+        return {line["kernel"]: line for line in csv.DictReader(file)}
+
+
+def write_baseline(results: list[dict]) -> None:
+    """Adds these kernels, or replaces what is there."""
+    lines = read_baseline()
+    for found in results:
+        figures = {name: str(found[name]) for name in ("config", *_MAY_NOT_GROW)}
+        lines[_name(found)] = {"kernel": _name(found)} | figures
+    _baseline().parent.mkdir(exist_ok=True)
+    with _baseline().open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ("kernel", "config", *_MAY_NOT_GROW), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines[name] for name in sorted(lines))
+
+
+def grown_since(baseline: dict[str, dict[str, str]], found: dict) -> list[str]:
+    """What a kernel has more of than the baseline says, beyond the slack."""
+    before = baseline.get(_name(found))
+    if before is None:
+        return []
+    return [
+        f"{name} grew from {int(before[name]):,} to {found[name]:,}"
+        for name, slack in _MAY_NOT_GROW.items()
+        if found[name] > int(before[name]) * (1 + slack)
+    ]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_output_arguments(parser)
     parser.add_argument(
@@ -246,6 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="options and dtypes for sm90 at D=64 only, sm86 not at all"
     )
     parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")
+    parser.add_argument("--accept", action="store_true", help="these figures are the baseline from now on")
     parser.add_argument(
         "--jobs", type=record.positive(int), default=os.cpu_count(), help="processes (default: %(default)s)"
     )
@@ -259,23 +301,25 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
     console = Console()
-    results = []
+    results, baseline = [], {} if arguments.accept else read_baseline()
     with Progress(console=console) as progress, ProcessPoolExecutor(arguments.jobs) as pool:
         task = progress.add_task(f"compiling with triton {triton.__version__}", total=len(todo))
         for result in pool.map(examine, todo):
+            if result["candidate"] == 0:
+                result["faults"] += grown_since(baseline, result)
             results.append(result)
             progress.advance(task)
 
     table = Table(title=f"triton {triton.__version__}; registers and spilled bytes of a thread, KiB of shared memory")
     table.add_column("kernel", no_wrap=True)
     table.add_column("tiles", no_wrap=True)
-    for column in ("regs", "spilled", "shared", "exp2"):
+    for column in ("regs", "spilled", "instr", "shared", "exp2"):
         table.add_column(column, justify="right")
     table.add_column("tensor cores", no_wrap=True)
     for found in results:
         table.add_row(
             _name(found), found["config"],
-            str(found["registers"]), str(found["spilled"]),
+            str(found["registers"]), str(found["spilled"]), str(found["instructions"]),
             f"{found['shared'] // 1024}/{found['shared_limit'] // 1024}", str(found["exp2"]), found["tensor_core"],
             style="red" if found["faults"] else None,
         )  # fmt: skip
@@ -283,6 +327,9 @@ def run(arguments: argparse.Namespace) -> None:
     path = record.results_folder(arguments, "static") / f"triton-{triton.__version__}.json"
     record.save(path, "cpu", results, kernels=results)
     console.print(f"figures: {path}", soft_wrap=True)
+    if arguments.accept:
+        write_baseline([found for found in results if found["candidate"] == 0])
+        console.print(f"baseline: {_baseline()}", soft_wrap=True)
     faulty = [found for found in results if found["faults"] and found["candidate"] == 0]
     for found in faulty:
         console.print(f"{_name(found)}: {'; '.join(found['faults'])}", soft_wrap=True)
