@@ -3,13 +3,17 @@
 import argparse
 
 try:
-    from . import accounting, attention, ceilings, convert, decode, demo, report, static, sweep, tune
+    from . import (
+        accounting, approximation, attention, ceilings, convert, decode, demo, gate, report, scaling, static, suite,
+        sweep, tune,
+    )  # fmt: skip
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
 BENCHMARKS = {
     "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert,
-    "accounting": accounting, "ceilings": ceilings, "static": static, "tune": tune, "report": report,
+    "accounting": accounting, "approximation": approximation, "scaling": scaling, "ceilings": ceilings,
+    "static": static, "gate": gate, "tune": tune, "all": suite, "report": report,
 }  # fmt: skip
 
 
