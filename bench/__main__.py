@@ -4,8 +4,20 @@ import argparse
 
 try:
     from . import (
-        accounting, approximation, attention, ceilings, convert, decode, demo, gate, report, scaling, static, suite,
-        sweep, tune,
+        accounting,
+        approximation,
+        attention,
+        ceilings,
+        convert,
+        decode,
+        demo,
+        gate,
+        report,
+        scaling,
+        static,
+        suite,
+        sweep,
+        tune,
     )  # fmt: skip
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error

@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     rows = [row for name in arguments.model for row in methods_of(name)]
     console = Console()
-    for table in tables_of(rows):
+    figures = {"methods": rows}
+    for table in tables_of(figures):
         Console(width=max(console.width, 120)).print(table)
-    folder = record.results_folder(arguments, "accounting")
-    path = folder / "accounting.json"
-    record.save(path, "cpu", rows, methods=rows)
-    plot(path.with_suffix(".png"), {"methods": rows})
+    path = record.results_folder(arguments, "cpu") / "accounting.json"
+    record.save(path, "cpu", rows, **figures)
+    plot(path.with_suffix(".png"), figures)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
@@ -112,8 +112,8 @@ def lora_parameters(model: Model, rank: int) -> int:
     return to_query + rank * (model.hidden + model.kv_dim)
 
 
-def tables_of(rows: list[dict]) -> list[Table]:
-    tables = []
+def tables_of(figures: dict) -> list[Table]:
+    rows, tables = figures["methods"], []
     for name in dict.fromkeys(row["model"] for row in rows):
         model = MODELS[name]
         table = Table(

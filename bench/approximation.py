@@ -103,10 +103,10 @@ def run(arguments: argparse.Namespace) -> None:
     folder = record.results_folder(arguments)
     record.save(folder / "approximation.json", device, _csv_rows(figures), **figures)
     plot(folder / "approximation.png", figures)
-    for name in data:
-        Console(width=max(console.width, 110)).print(table(figures, name))
-        for note in notes(figures, name):
-            console.print(note, soft_wrap=True)
+    for table in tables_of(figures):
+        Console(width=max(console.width, 110)).print(table)
+    for note in notes_of(figures):
+        console.print(note, soft_wrap=True)
     console.print(
         "In contrast to the authors' script the states stand in place of the prefix, not beside it; more differences: "
         "python -m bench approximation --help",
@@ -280,7 +280,11 @@ def _finite(values: Tensor) -> list[float | None]:
 # What is made of the measurements --------------------------------------------------------------------------------
 
 
-def table(figures: dict, data: str) -> Table:
+def tables_of(figures: dict) -> list[Table]:
+    return [_table(figures, data) for data in figures["data"]]
+
+
+def _table(figures: dict, data: str) -> Table:
     settings, of_data = figures["settings"], figures["data"][data]
     result = Table(
         title=f"{data[0].upper()}{data[1:]}: relative error against exact attention by rows of the prefix, on "
@@ -301,8 +305,12 @@ def _cell(error: float | None) -> str:
     return "not finite" if error is None else f"{error:.3f}" if error < 10 else f"{error:.1e}"
 
 
-def notes(figures: dict, data: str) -> list[str]:
+def notes_of(figures: dict) -> list[str]:
     """What the errors alone do not say."""
+    return [f"{data}: {note}" for data in figures["data"] for note in _notes_of_data(figures, data)]
+
+
+def _notes_of_data(figures: dict, data: str) -> list[str]:
     of_data, lengths = figures["data"][data], figures["prefix_rows"]
     result = []
     for name, shares in of_data["without_mass"].items():

@@ -57,10 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     with Progress(console=console) as progress:
         figures = measure(arguments, progress)
-    Console(width=max(console.width, 100)).print(table_of(figures))
-    for name, reasons in figures["left_out"].items():
-        for passes, reason in reasons.items():
-            console.print(f"left out: {name} ({passes}): {reason}", soft_wrap=True)
+    for table in tables_of(figures):
+        Console(width=max(console.width, 100)).print(table)
+    for note in notes_of(figures):
+        console.print(note, soft_wrap=True)
     path = record.results_folder(arguments) / f"{arguments.name}.json"
     rows = [
         {"benchmark": "attention", **figures["settings"], "pass": passes, "name": name, **result}
@@ -137,21 +137,30 @@ def flops(shape: tuple, causal: bool, r: int, peer: Peer, prefix_rows: int | Non
     return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
 
 
-def table_of(figures: dict) -> Table:
+def tables_of(figures: dict) -> list[Table]:
     """Median times, as multiples of SDPA's, arithmetic as a share of what a matrix product reaches, memory."""
     settings, passes, rate = figures["settings"], figures["milliseconds"], figures["matmul_tflop_per_s"]
     table = Table(
         title=f"B={settings['batch']}, H={settings['heads']}, L={settings['length']}, D={settings['head_dim']}, "
         f"{settings['dtype']}, {settings['feature_map']}, {'causal' if settings['causal'] else 'full'}"
     )
-    table.add_column("median ms, times SDPA, share of a matrix product, memory allocated")
+    table.add_column("times SDPA, share of a matrix product, memory allocated")
     for name in passes:
         table.add_column(name, justify="right", no_wrap=True)
     for label in dict.fromkeys(label for times in passes.values() for label in times):
         table.add_row(label, *(cell_of(times.get(label), rate) for times in passes.values()))
     table.add_section()
     table.add_row("a matrix product", f"{rate:,.3g} TFLOP/s", "")
-    return table
+    return [table]
+
+
+def notes_of(figures: dict) -> list[str]:
+    """Who was left out, and why."""
+    return [
+        f"left out: {name} ({passes}): {reason}"
+        for name, reasons in figures.get("left_out", {}).items()  # records from before 2026-11-26 have none
+        for passes, reason in reasons.items()
+    ]
 
 
 def cell_of(result: dict | None, matmul_rate: float) -> str:

@@ -4,6 +4,7 @@ import argparse
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from . import record, timing
 
@@ -23,9 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
         "copy_gb_per_s": copy_bandwidth(arguments.device),
         "matmul_tflop_per_s": {str(dtype)[6:]: matmul_rate(arguments.device, dtype) for dtype in dtypes},
     }
-    console.print(f"copying: {figures['copy_gb_per_s']:,.0f} GB/s, read and written")
-    for name, rate in figures["matmul_tflop_per_s"].items():
-        console.print(f"matrix products of {name}: {rate:,.3g} TFLOP/s")
+    for table in tables_of(figures):
+        console.print(table)
     path = record.results_folder(arguments) / "ceilings.json"
     rows = [{"benchmark": "ceilings", "name": "copy", "gb_per_s": figures["copy_gb_per_s"]}]
     rows += [
@@ -34,6 +34,16 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     record.save(path, arguments.device, rows, **figures)
     console.print(f"figures: {path}", soft_wrap=True)
+
+
+def tables_of(figures: dict) -> list[Table]:
+    table = Table(title="Ceilings")
+    for column in ("what", "at most"):
+        table.add_column(column)
+    table.add_row("copying, read and written", f"{figures['copy_gb_per_s']:,.0f} GB/s")
+    for name, rate in figures["matmul_tflop_per_s"].items():
+        table.add_row(f"matrix products of {name}", f"{rate:,.3g} TFLOP/s")
+    return [table]
 
 
 def copy_bandwidth(device: str) -> float:

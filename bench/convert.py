@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = record.results_folder(arguments) / "convert.json"
     record.save(path, device, rows, **figures)
     plot(path.with_suffix(".png"), figures)
-    Console(width=max(console.width, 100)).print(table_of(figures))
+    for table in tables_of(figures):
+        Console(width=max(console.width, 100)).print(table)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
@@ -89,7 +90,7 @@ def _check(name: str, key, value, options: dict) -> None:
         raise RuntimeError(f"{name} is wrong: its results differ by {error:.2g} from those of the formula")
 
 
-def table_of(figures: dict) -> Table:
+def tables_of(figures: dict) -> list[Table]:
     settings, times = figures["settings"], figures["milliseconds"]
     table = Table(
         title=f"Converting a prefix (H={settings['heads']}, D={settings['head_dim']}, {settings['dtype']}): ms, times "
@@ -105,7 +106,7 @@ def table_of(figures: dict) -> Table:
             f"{at_m[name]['ms']:,.3g} ms, {at_m[name]['ms'] / floor:,.3g}×" if name in at_m else "—" for name in names
         )
         table.add_row(f"{m:,}", *cells)
-    return table
+    return [table]
 
 
 def plot(path, figures: dict) -> None:

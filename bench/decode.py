@@ -93,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     record.save(folder / "decode.json", arguments.device, rows, **figures)
     plot(folder / "decode.png", figures)
-    Console(width=max(console.width, 110)).print(time_table(figures))
+    for table in tables_of(figures):
+        Console(width=max(console.width, 110)).print(table)
     for m in left_out:
         console.print(f"an exact prefix of {m:,} rows for each of {arguments.batch} sequences does not fit into memory")
     console.print(f"figures: {folder / 'decode.json'}\nplot: {folder / 'decode.png'}", soft_wrap=True)
@@ -188,7 +189,7 @@ def _free_bytes(device: str) -> float:
         return math.inf  # not Linux: whoever asks for more than there is finds out
 
 
-def time_table(figures: dict) -> Table:
+def tables_of(figures: dict) -> list[Table]:
     settings, times = figures["settings"], figures["milliseconds"]
     table = Table(
         title=f"Milliseconds for a token of each of {settings['batch']} sequences with {settings['length']:,} keys in "
@@ -212,7 +213,7 @@ def time_table(figures: dict) -> Table:
             cells.append("")
     table.add_section()
     table.add_row(f"of {copied:,.0f} GB/s", *cells, "")
-    return table
+    return [table]
 
 
 def plot(path, figures: dict) -> None:

@@ -2,7 +2,7 @@
 
 Takes the keys and values that a pretrained encoder makes of 32,256 tokens of text as the prefix, other text as the
 input, converts the prefix to states of several sizes, and compares with exact attention over the whole prefix.
-Prints tables and leaves demo.json, demo.md and demo.png in the folder it names. One to three minutes on two cores.
+Prints tables and leaves demo.json, demo.csv and demo.png in the folder it names. One to three minutes on two cores.
 """
 
 import argparse
@@ -92,17 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
         for name, results in times.items()
         for m, result in zip(lengths, results, strict=True)
     ]
-    record.save(
-        folder / "demo.json", device, rows, settings=settings, relative_error=errors, state_rows=sizes,
-        prefix_lengths=lengths, milliseconds=times, bytes_held=held, break_even=break_even,
-    )  # fmt: skip
-    tables = [error_table(errors, sizes, settings), time_table(lengths, times, held, break_even, settings)]
-    for table in tables:
+    figures = {
+        "settings": settings, "relative_error": errors, "state_rows": sizes, "prefix_lengths": lengths,
+        "milliseconds": times, "bytes_held": held, "break_even": break_even,
+    }  # fmt: skip
+    record.save(folder / "demo.json", device, rows, **figures)
+    for table in tables_of(figures):
         console.print(table)
-    (folder / "demo.md").write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
-    plot(folder / "demo.png", errors, lengths, times, held, settings)
+    plot(folder / "demo.png", figures)
     console.print(f"served by backend={backend!r} on {record.environment(device)['device']}")
-    for name, what in (("demo.json", "figures"), ("demo.md", "tables"), ("demo.png", "plot")):
+    for name, what in (("demo.json", "figures"), ("demo.png", "plot")):
         console.print(f"{what + ':':9}{folder / name}", soft_wrap=True)
 
 
@@ -169,7 +168,12 @@ def measure_times(layer, lengths, device, seconds, on_length):
     return times, held
 
 
-def error_table(errors, sizes, settings) -> Table:
+def tables_of(figures: dict) -> list[Table]:
+    return [_error_table(figures), _time_table(figures)]
+
+
+def _error_table(figures: dict) -> Table:
+    errors, sizes, settings = figures["relative_error"], figures["state_rows"], figures["settings"]
     table = Table(
         title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, "
         f"mean over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) "
@@ -189,7 +193,9 @@ def _short(x: float) -> str:
     return f"{x:.2f}" if x < 10 else f"{x:.0f}"
 
 
-def time_table(lengths, times, held, break_even, settings) -> Table:
+def _time_table(figures: dict) -> Table:
+    settings, lengths, times = figures["settings"], figures["prefix_lengths"], figures["milliseconds"]
+    held, break_even = figures["bytes_held"], figures["break_even"]
     table = Table(
         title=f"Milliseconds for {settings['input_rows']} tokens, {settings['heads']} heads, D={settings['head_dim']}, "
         "by rows of the prefix; MiB that have to be kept for it"
@@ -211,16 +217,9 @@ def time_table(lengths, times, held, break_even, settings) -> Table:
     return table
 
 
-def markdown(table: Table) -> str:
-    """The table for README: its title, then GitHub's table syntax."""
-    columns = [[column.header, *column._cells] for column in table.columns]
-    rows = list(zip(*columns, strict=True))
-    marks = ["---" if i == 0 else "---:" for i in range(len(columns))]
-    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:])]
-    return "\n".join([f"{table.title}:", "", *lines, ""])
-
-
-def plot(path, errors, lengths, times, held, settings) -> None:
+def plot(path, figures: dict) -> None:
+    errors, lengths, settings = figures["relative_error"], figures["prefix_lengths"], figures["settings"]
+    times, held = figures["milliseconds"], figures["bytes_held"]
     figure, (left, middle, right) = plots.canvas(3, width=5.3)
     colors = {name: f"C{i}" for i, name in enumerate((NO_PREFIX, "exact", *STATES))}
     for name, per_layer in errors.items():

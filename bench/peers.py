@@ -75,7 +75,7 @@ def all_peers(setting: Setting) -> list[Peer]:
     listed += [
         Peer("ours, torch backend", _ours(causal, "torch"), ours=True),
         Peer("naive formula", lambda q, k, v, state: naive(q, k, v, state, causal=causal), large=True),
-        Peer("naive formula, compiled", lambda q, k, v, state: compiled(q, k, v, state, causal=causal), large=True),
+        Peer("naive, compiled", lambda q, k, v, state: compiled(q, k, v, state, causal=causal), large=True),
         Peer("reference", _ours(causal, "reference"), ours=True, large=True),
     ]
     if setting.prefix_rows:

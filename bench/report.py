@@ -1,52 +1,90 @@
-"""For maintainers: writes the recorded figures into README.md, between its markers, and draws their plots anew."""
+"""For maintainers: writes the recorded figures into README.md and into a page for each device, and draws their plots.
+
+README gets the tables between its markers, <!-- device/record --> and <!-- end -->; the page of a device,
+bench/results/<device>/README.md, has all its tables and plots. Everything comes from the JSON of the records.
+"""
 
 import argparse
-import json
 import re
+from pathlib import Path
 
-from . import attention, decode, demo, record
+from rich.table import Table
+
+from . import accounting, approximation, attention, ceilings, convert, decode, demo, record, scaling, sweep
+
+# What made a record, by the first word of its name.
+_MODULES = {module.__name__.rpartition(".")[2]: module for module in (
+    accounting, approximation, attention, ceilings, convert, decode, demo, scaling, sweep,
+)}  # fmt: skip
+RESULTS = record.ROOT / "bench" / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    path = record.ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    updated = with_figures(text)
-    if arguments.check and updated != text:
-        raise SystemExit("README.md does not show the recorded figures; run: python -m bench report")
-    path.write_text(updated, encoding="utf-8")
-    for figures in sorted((record.ROOT / "bench" / "results").glob("*/decode.json")):
-        decode.plot(figures.with_suffix(".png"), json.loads(figures.read_text(encoding="utf-8")))
-    print(f"README.md {'now shows' if updated != text else 'already shows'} the recorded figures")
+    pages = {record.ROOT / "README.md": with_figures((record.ROOT / "README.md").read_text(encoding="utf-8"))}
+    pages |= {folder / "README.md": page_of(folder) for folder in sorted(RESULTS.iterdir())}
+    old = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if arguments.check:
+        if old:
+            names = ", ".join(str(path.relative_to(record.ROOT)) for path in old)
+            raise SystemExit(f"{names}: not the recorded figures; run: python -m bench report")
+        return
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    for path in sorted(RESULTS.glob("*/*.json")):
+        draw(path)
+    print(f"{len(pages)} pages, {len(old)} of them changed; plots drawn anew")
 
 
 def with_figures(text: str) -> str:
-    """README with every part between <!-- benchmark: device/record --> and <!-- end --> taken from that record."""
-    return re.sub(
-        r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", lambda m: m[1] + part(m[2], m[3]) + m[4], text, flags=re.S
-    )
+    """README with every part between <!-- device/record --> and <!-- end --> taken from that record."""
+    marked = r"(<!-- ([\w-]+/[\w-]+) -->\n).*?(<!-- end -->)"
+    return re.sub(marked, lambda m: m[1] + tables(RESULTS / m[2]) + m[3], text, flags=re.S)
 
 
-def part(benchmark: str, name: str) -> str:
-    """Markdown for a record below bench/results/."""
-    path = record.ROOT / "bench" / "results" / name
-    if benchmark == "demo":
-        return path.with_suffix(".md").read_text(encoding="utf-8")
-    figures = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    if benchmark == "attention":
-        return attention_table(figures)
-    if benchmark == "decode":
-        return demo.markdown(decode.time_table(figures))
-    raise ValueError(f"README.md asks for the figures of {benchmark!r}, must be demo, attention or decode")
+def page_of(folder: Path) -> str:
+    """All tables and plots of a device."""
+    lines = [f"# Records: {folder.name}", "", "Written by `python -m bench report` from the JSON files beside it.", ""]
+    for path in sorted(path for path in folder.glob("*.json") if path.stem.partition("-")[0] in _MODULES):
+        of_run = record.load(path)["environment"]
+        where = f"{of_run['device']}, torch {of_run['torch']}, triton {of_run['triton']}"
+        lines += [f"## {path.stem}", "", f"{of_run['date']}, commit {of_run['commit']}, {where}", ""]
+        if path.with_suffix(".png").exists():
+            lines += [f"![{path.stem}]({path.stem}.png)", ""]
+        lines += [tables(path)]
+    return "\n".join(lines)
 
 
-def attention_table(figures: dict) -> str:
-    passes, rate = figures["milliseconds"], figures["matmul_tflop_per_s"]
-    lines = ["| | " + " | ".join(passes) + " |", "|---|" + "---:|" * len(passes)]
-    for name in dict.fromkeys(name for times in passes.values() for name in times):
-        lines.append(f"| {name} | " + " | ".join(attention.cell_of(t.get(name), rate) for t in passes.values()) + " |")
-    lines.append(f"| a matrix product | {rate:,.3g} TFLOP/s |" + " |" * (len(passes) - 1))
-    return "\n".join(lines) + "\n"
+def tables(path: Path) -> str:
+    """The tables of a record as markdown, and what is to be said about them."""
+    module, figures = _module(path), record.load(path)
+    parts = [markdown(table) for table in module.tables_of(figures)]
+    if hasattr(module, "notes_of") and (notes := module.notes_of(figures)):
+        parts.append("\n".join(f"- {note}" for note in notes) + "\n")
+    return "\n".join(parts)
+
+
+def draw(path: Path) -> None:
+    """The plot of a record, if its kind has one."""
+    module = _MODULES.get(path.stem.partition("-")[0])
+    if module is not None and hasattr(module, "plot"):
+        module.plot(path.with_suffix(".png"), record.load(path))
+
+
+def _module(path: Path):
+    name = path.stem.partition("-")[0]
+    if name not in _MODULES:
+        raise ValueError(f"the name of a record must begin with one of {sorted(_MODULES)}, got {path.name!r}")
+    return _MODULES[name]
+
+
+def markdown(table: Table) -> str:
+    """Its title, then GitHub's table syntax."""
+    columns = [[column.header, *column.cells] for column in table.columns]
+    rows = list(zip(*columns, strict=True))
+    marks = ["---" if i == 0 else "---:" for i in range(len(columns))]
+    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:])]
+    return "\n".join([f"{table.title}:", "", *lines, ""])

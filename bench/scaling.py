@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = record.results_folder(arguments)
     record.save(folder / "scaling.json", device, _csv_rows(figures), **figures)
     plot(folder / "scaling.png", figures)
-    Console(width=max(console.width, 110)).print(table(figures))
+    for table in tables_of(figures):
+        Console(width=max(console.width, 110)).print(table)
     console.print(f"figures: {folder / 'scaling.json'}\nplot: {folder / 'scaling.png'}", soft_wrap=True)
 
 
@@ -275,7 +276,7 @@ def slope(lengths: list[int], values: list[float | None]) -> float | None:
     return statistics.linear_regression([math.log(m) for m in upper_half(lengths)], [math.log(x) for x in values]).slope
 
 
-def table(figures: dict) -> Table:
+def tables_of(figures: dict) -> list[Table]:
     settings, lengths = figures["settings"], figures["prefix_rows"]
     result = Table(
         title=f"Prefixes of m rows after {settings['steps']:,} steps on {settings['inputs']} inputs in "
@@ -298,7 +299,7 @@ def table(figures: dict) -> Table:
     for name, state in figures["states"].items():
         cells = (_cell(state["final_loss"], ".1e"), *(_cell(s, ",") for s in state["steps_to"]))
         result.add_row(f"{name} state", f"{state['parameters']:,}", *cells, *("" for _ in CHANGES))
-    return result
+    return [result]
 
 
 def _cell(x: float | None, form: str) -> str:

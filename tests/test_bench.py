@@ -8,8 +8,22 @@ import types
 import pytest
 import torch
 
-from bench import attention, ceilings, convert, decode, demo, encoder, peers, record, sweep, timing
-from bench.__main__ import main
+from bench import (
+    attention,
+    ceilings,
+    convert,
+    decode,
+    demo,
+    encoder,
+    gate,
+    peers,
+    record,
+    report,
+    suite,
+    sweep,
+    timing,
+)
+from bench.__main__ import BENCHMARKS, main
 from ntk_kernels import ntk_attention, prefix_to_state, reference
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
@@ -272,7 +286,7 @@ def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("demo", "attention", "decode", "ceilings", "static", "tune", "report"):
+    for name in BENCHMARKS:
         assert name in printed
 
 
@@ -362,3 +376,88 @@ def test_records_say_where_they_come_from(tmp_path):
     record.save(tmp_path / "x.json", "cpu", [{"ms": 1.5}, {"name": "a"}], figure=1)
     environment = json.loads((tmp_path / "x.json").read_text())["environment"]
     assert {"date", "device", "torch", "triton", "ntk_kernels", "commit", "uncommitted_changes"} <= set(environment)
+
+
+def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "200")
+    parts = {"counting": ["accounting", "--model", "ViT-B/16"], "no such model": ["accounting", "--model", "ViT-X"]}
+    monkeypatch.setitem(suite.PARTS, "cpu", parts)
+    command = ["all", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="1 of 2 parts are missing; the same command goes on with them"):
+        main(command)
+    printed = capfd.readouterr()
+    assert "failed with 2" in printed.out
+    assert "invalid choice: 'ViT-X'" in printed.err
+    state = json.loads((tmp_path / "all.json").read_text())
+    assert set(state["seconds"]) == {"counting"}
+    assert (tmp_path / "accounting.csv").exists()
+
+    ran = []
+    monkeypatch.setattr(
+        suite, "_run_part", lambda command, seconds: ran.append(command) or (0 if seconds > 1 else None)
+    )
+    with pytest.raises(SystemExit, match="1 of 2 parts are missing"):
+        main([*command, "--minutes", "1e-9"])
+    assert "left for the next run" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="1 of 2 parts are missing"):
+        main([*command, "--minutes", "0.01"])
+    assert "cut off" in capfd.readouterr().out
+    main(command)
+    assert "done before" in capfd.readouterr().out
+    assert [command[2] for command in ran] == ["ViT-X", "ViT-X"]
+    (tmp_path / "all.json").write_text(json.dumps(state | {"commit": "another"}))
+    main(command)
+    assert len(ran) == 4
+
+
+def test_parts_of_all_are_commands_that_exist():
+    for device, parts in suite.PARTS.items():
+        for command in parts.values():
+            parser = argparse.ArgumentParser()
+            module = BENCHMARKS[command[0]]
+            module.add_arguments(parser)
+            parser.parse_args([*command[1:], *suite._options(command[0], argparse.Namespace(device="cpu"), "x")])
+        names = [command[command.index("--name") + 1] for command in parts.values() if "--name" in command]
+        assert len(set(names)) == len(names), device
+
+
+def test_gate(monkeypatch, capsys):
+    """Passes if one of three runs does; says what is too slow."""
+    monkeypatch.setenv("COLUMNS", "200")
+    runs = []
+
+    def measure(arguments, progress):
+        runs.append(arguments)
+        slow = 9 if len(runs) < failures else 1
+        ratios = {peers.PLAIN: 1.0, gate.OURS: 1.2 * slow, "naive formula": 9.0}
+        return {"milliseconds": {name: {p: {"ratio": r} for p, r in ratios.items()} for name in attention.PASSES}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "measure", measure)
+        failures = 3
+        main(["gate"])
+        assert len(runs) == 3
+        failures = 9
+        with pytest.raises(SystemExit, match="too slow in each of 3 runs"):
+            main(["gate"])
+        assert "takes 10.80× SDPA, no prefix, at most 2.2×: too slow" in capsys.readouterr().out
+    monkeypatch.setattr(gate, "LIMITS", dict.fromkeys(gate.LIMITS, 1e9))
+    main(["gate", "--length", "64", "--seconds", "0.01"])
+    assert "naive formula, at most" in capsys.readouterr().out
+
+
+def test_report_of_every_record():
+    """Pages and README come from the records alone."""
+    main(["report", "--check"])
+    for folder in report.RESULTS.iterdir():
+        page = (folder / "README.md").read_text()
+        for path in folder.glob("*.png"):
+            assert f"![{path.stem}]({path.name})" in page
+
+
+def test_report_says_what_is_old(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "page_of", lambda folder: "another page")
+    with pytest.raises(SystemExit, match="README.md: not the recorded figures; run: python -m bench report"):
+        main(["report", "--check"])
+    with pytest.raises(ValueError, match="must begin with one of"):
+        report.tables(tmp_path / "unknown-d64.json")

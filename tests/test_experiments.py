@@ -57,9 +57,9 @@ def test_approximation(of_approximation):
 
 def test_approximation_says_where_training_moves_nothing(of_approximation):
     figures = json.loads((of_approximation / "approximation.json").read_text())
-    (first, *_) = approximation.notes(figures, "as published")
-    assert first.startswith("elu, trained: training does not move it at 4 of 4 lengths")
-    assert approximation.notes(figures, "logits of order one") == []
+    notes = approximation.notes_of(figures)
+    assert notes[0].startswith("as published: elu, trained: training does not move it at 4 of 4 lengths")
+    assert not any(note.startswith("logits of order one") for note in notes)
     assert all(0 < x < math.inf for x in figures["data"]["logits of order one"]["movement"]["elu, trained"])
 
 
@@ -117,9 +117,9 @@ def test_states_without_mass_and_errors_that_are_no_number(of_approximation, tmp
     of_data = figures["data"]["logits of order one"]
     of_data["relative_error"]["taylor1, trained"] = approximation._finite(torch.tensor([math.nan, math.inf, 1, 20]))
     of_data["without_mass"]["taylor1, trained"] = [0, 0.25, 0, 0]
-    cells = approximation.table(figures, "logits of order one").columns[-1]._cells
+    cells = list(approximation.tables_of(figures)[1].columns[-1].cells)
     assert cells == ["not finite", "not finite", "1.000", "2.0e+01", "65 rows"]
-    assert "no positive mass for 25% of the queries at 4 rows" in approximation.notes(figures, "logits of order one")[0]
+    assert any("no positive mass for 25% of the queries at 4 rows" in note for note in approximation.notes_of(figures))
     approximation.plot(tmp_path / "x.png", figures)
     assert (tmp_path / "x.png").read_bytes()[:8] == PNG
 
@@ -243,7 +243,7 @@ def test_prefixes_that_diverge(tmp_path):
         **{name: [diverged[name], trained[name]] for name in trained}, "curve_steps": scaling.curve_steps(2),
         "states": {"elu": state}, "slopes": dict.fromkeys(scaling.CHANGES),
     }  # fmt: skip
-    assert scaling.table(figures).columns[2]._cells[:2] == ["-", f"{trained['final_loss'][0]:.1e}"]
+    assert list(scaling.tables_of(figures)[0].columns[2].cells)[:2] == ["-", f"{trained['final_loss'][0]:.1e}"]
     scaling.plot(tmp_path / "x.png", figures)
     assert (tmp_path / "x.png").read_bytes()[:8] == PNG
 

@@ -28,7 +28,7 @@ def test_files_exist():
 
 def test_figures_are_the_recorded_ones():
     assert report.with_figures(README) == README
-    assert len(re.findall("<!-- end -->", README)) == len(re.findall(r"<!-- \w+: ", README)) > 3
+    assert len(re.findall("<!-- end -->", README)) == len(re.findall(r"<!-- [\w-]+/", README)) > 3
 
 
 def test_commands_are_whole_lines():

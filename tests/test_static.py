@@ -133,3 +133,35 @@ def test_no_recompilation_of_decode():
 def test_no_recompilation_for_another_batch_or_length():
     result = run("-c", SPECIALISATIONS)
     assert result.returncode == 0, result.stderr
+
+
+def test_growth_is_noticed(monkeypatch, tmp_path):
+    """More registers, spilled bytes or shared memory than the baseline's, or 2% more instructions."""
+    from bench import static
+
+    found = {
+        "arch": "sm90", "kernel": "forward", "head_dim": 64, "feature_map": "elu", "option": "", "dtype": "bfloat16",
+        "config": "128x64 8w 3s", "registers": 128, "spilled": 0, "shared": 1000, "instructions": 1000,
+    }  # fmt: skip
+    monkeypatch.setattr(static, "_baseline", lambda: tmp_path / "baseline" / "triton-0.csv")
+    assert static.read_baseline() == {}
+    other = found | {"kernel": "dq"}
+    static.write_baseline([found, other])
+    static.write_baseline([other | {"registers": 100}])
+    baseline = static.read_baseline()
+    assert static.grown_since(baseline, found) == []
+    assert static.grown_since(baseline, found | {"instructions": 1020, "registers": 90}) == []
+    assert static.grown_since(baseline, found | {"instructions": 1021}) == ["instructions grew from 1,000 to 1,021"]
+    assert static.grown_since(baseline, found | {"spilled": 8}) == ["spilled grew from 0 to 8"]
+    assert static.grown_since(baseline, other) == ["registers grew from 100 to 128"]
+    assert static.grown_since(baseline, found | {"option": "rows"}) == []  # new, with nothing to compare
+
+
+def test_every_default_has_a_baseline():
+    """For the tested version of triton; `bench static --quick --accept` writes it."""
+    from bench import static
+
+    kernels = [vars(shape) for shape in static.shapes([arch for arch in aot.TARGETS if arch != "sm86"], quick=True)]
+    with (ROOT / "bench" / "baseline" / "triton-3.7.1.csv").open(encoding="utf-8") as file:
+        known = {line.partition(",")[0] for line in file}
+    assert {static._name(kernel) for kernel in kernels} <= known
