@@ -5,6 +5,7 @@ timed. Centres found by k-means are timed with the search (scikit-learn, on the 
 """
 
 import argparse
+import functools
 
 import torch
 from rich.console import Console
@@ -50,12 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
                 if name.endswith("given"):
                     kinds[name] = options | {"centers": key[:, :16]}
                 _check(name, key[:, :_CHECKED_ROWS], value[:, :_CHECKED_ROWS], kinds[name])
-            times.append(
-                timing.measure(
-                    {name: lambda o=options: prefix_to_state(key, value, **o) for name, options in kinds.items()},  # noqa: B023
-                    device, seconds=arguments.seconds,
-                )
-            )  # fmt: skip
+            calls = {name: functools.partial(prefix_to_state, key, value, **kind) for name, kind in kinds.items()}
+            at_m = timing.measure(calls, device, seconds=arguments.seconds)
+            for name, result in at_m.items():
+                result["peak_bytes"] = timing.peak_bytes(calls[name], device)
+            times.append(at_m)
             progress.advance(task)
     row_bytes = 2 * arguments.heads * arguments.head_dim * dtype.itemsize
     figures = {

@@ -71,7 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
             else:
                 functions = step.contestants(m)
                 step.check(functions, m)
-                times.append(timing.measure(functions, arguments.device, seconds=arguments.seconds))
+                at_m = timing.measure(functions, arguments.device, seconds=arguments.seconds)
+                for name, result in at_m.items():
+                    result["peak_bytes"] = timing.peak_bytes(functions[name], arguments.device)
+                times.append(at_m)
             progress.advance(task)
     lengths = [m for m in lengths if m not in left_out]
     if not lengths:

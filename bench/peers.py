@@ -5,6 +5,7 @@ compiler. So one list serves all machines, and what is missing is reported with 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,11 @@ def all_peers(setting: Setting) -> list[Peer]:
         rows = f"a prefix of {setting.prefix_rows:,} rows"
         listed += [
             Peer(f"SDPA over {rows}", exact_prefix(setting), EXACT),
+            *(
+                Peer(f"SDPA by {name} over {rows}", exact_prefix(setting, backend), EXACT)
+                for name, backend in kernels.items()
+                if name != "math"  # the naive formula does no less
+            ),
             Peer(f"FlexAttention over {rows}", _flex(setting, setting.prefix_rows), EXACT),
         ]
     return listed
@@ -101,13 +107,14 @@ def naive(query: Tensor, key: Tensor, value: Tensor, state, *, causal: bool) -> 
     return (numerator / (p.sum(-1, keepdim=True) + (phi @ state.k.unsqueeze(-1)).relu())).to(query.dtype)
 
 
-def exact_prefix(setting: Setting) -> Callable:
+def exact_prefix(setting: Setting, backend: SDPBackend | None = None) -> Callable:
     """PyTorch's fused attention over a prefix that is copied in front of the keys, every head its own rows."""
     bias = causal_lower_right(setting.length, setting.prefix_rows + setting.length) if setting.causal else None
     rows = prefix_of(setting)
 
     def attend(q, k, v, state):
-        return sdpa(q, *_behind(rows, k, v), attn_mask=bias)
+        with sdpa_kernel(backend) if backend is not None else nullcontext():
+            return sdpa(q, *_behind(rows, k, v), attn_mask=bias)
 
     return attend
 

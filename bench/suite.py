@@ -45,7 +45,7 @@ PARTS = {
         "sweep at D=128": ["sweep", *_HALF, "--head-dim", "128", "--seconds", "1"],
         "sweep at D=64": ["sweep", *_HALF, "--seconds", "1"],
         "sweep at D=128, backward": ["sweep", *_HALF, "--head-dim", "128", "--backward", "--seconds", "1"],
-        "convert": ["convert", *_HALF, "--head-dim", "128", "--prefix-rows", "4096", "65536", "1048576"],
+        "convert": ["convert", *_HALF, "--prefix-rows", "4096", "65536", "1048576", "--seconds", "2"],
         "demo": ["demo"],
     },
 }  # fmt: skip

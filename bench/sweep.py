@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 
-from . import plots, record, timing
+from . import ceilings, plots, record, timing
 from .peers import sdpa
 
 PLAIN, EXACT, NAIVE = "SDPA, no prefix", "SDPA, exact prefix", "naive formula, exact prefix"
@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures = {
         "settings": {name: getattr(arguments, name) for name in names},
         "prefix_rows": rows, "by_prefix_rows": by_rows, "lengths": lengths, "by_length": by_length, "states": states,
+        "matmul_tflop_per_s": ceilings.matmul_rate(arguments.device, record.DTYPES[arguments.dtype]),
     }  # fmt: skip
     exact = [times[EXACT]["ratio"] for times in by_rows]
     for state in states.values():
@@ -181,6 +182,8 @@ class Sweep:
             held = sum(tensor.nbytes for tensor in inputs.tensors()) - held_by_all
             times[name]["ratio"] = times[name]["ms"] / times[PLAIN]["ms"]
             times[name]["bytes"] = held + timing.peak_bytes(calls[name], self.device)
+            work = flops(inputs) * (3.5 if self.arguments.backward else 1)
+            times[name]["tflop_per_s"] = work / times[name]["ms"] / 1e9
         return times
 
     def _call(self, function: Callable, inputs: Inputs) -> Callable:
@@ -222,6 +225,16 @@ def _naive(inputs: Inputs) -> Tensor:
 
 def _ours(inputs: Inputs) -> Tensor:
     return ntk_attention(inputs.query, inputs.key, inputs.value, inputs.state, is_causal=inputs.causal)
+
+
+def flops(inputs: Inputs) -> int:
+    """Of the matrix products of a forward, over what is visible; a low-rank pair counts as the Z that it stands for."""
+    batch, heads, length, dim = inputs.query.shape
+    keys = length * inputs.key.shape[2]
+    if inputs.causal:
+        keys -= length * (length - 1) // 2
+    features = 0 if inputs.state is None else inputs.state.num_centers * inputs.state.k.shape[-1]
+    return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
 
 
 def check(name: str, function: Callable, inputs: Inputs) -> None:

@@ -124,6 +124,7 @@ def test_attention(tmp_path, capsys, monkeypatch):
     main([*SMALL, "--prefix-rows", "32", "--only", *names, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "SDPA over a prefix of 32 rows" in printed
+    assert "SDPA by flash over a prefix of 32 rows" in printed
     record = json.loads((tmp_path / "attention.json").read_text())
     forward, both = (record["milliseconds"][name] for name in attention.PASSES)
     assert {"SDPA by flash, no prefix", "SDPA by math, no prefix", "ours, torch backend", "reference"} < set(forward)
@@ -201,6 +202,10 @@ def test_sweep(tmp_path, capsys, monkeypatch):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["prefix_rows"] == [16, 64]
         assert record["states"]["taylor1, C=16"]["rows_per_head"] == 16 * 9
+        elu = record["by_prefix_rows"][0]["ours, elu"]
+        pairs = 16 * 17 // 2 if options else 16 * 16  # of queries and keys; then the same tokens and the state's rows
+        work = 2 * (4 * pairs * 8 + 2 * 16 * 8 * 9) * (3.5 if options else 1)
+        assert elu["tflop_per_s"] == pytest.approx(work / elu["ms"] / 1e9)
         assert record["states"]["taylor2"]["nbytes"] == 4 * 2 * ((1 + 8 + 36) * 9 + 8 + 1)
         held = [times[sweep.EXACT]["bytes"] for times in record["by_prefix_rows"]]
         more = 48 * 2 * 2 * 8 * 4  # rows, keys and values, heads, D, bytes; and their gradients
@@ -309,6 +314,24 @@ def test_tune_checks_and_times_every_candidate(monkeypatch):
         (result,) = tune.time(shape, kernel, wrong, argparse.Namespace(search=True, tokens=40, heads=2, device="cpu"))
         assert result["ms"] == {str(tile): 1.0 for tile in tiles[:2]}
         assert str(tiles[0]) in tune.table_of(result).columns[0]._cells[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_tune(monkeypatch, tmp_path, capsys):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bench import tune
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(1))
+    sizes = ["--head-dim", "16", "--length", "17", "--tokens", "17", "--heads", "1"]
+    main(["tune", "--device", "cpu", "--dtype", "float32", "--feature-map", "elu", "--kernel", "dq", *sizes,
+          "--out", str(tmp_path)])  # fmt: skip
+    assert "dq: float32 D=16 elu causal L=17" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+    assert result["ms"][result["default"]] > 0
+    assert not result["wrong"]
+    assert "dq,float32,16,elu" in (tmp_path / "tune.csv").read_text()
 
 
 def test_tune_without_a_gpu(monkeypatch):
