@@ -8,7 +8,7 @@ import torch
 from ntk_kernels import PrefixState, feature_dim, ntk_attention, reference
 
 BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-HEADS, DIM, STEPS = 2, 16, 15
+HEADS, DIM, STEPS = 2, 16, 10
 
 
 def trained(backend, feature_map, num_centers, dtype=torch.float32, device="cpu"):
