@@ -14,7 +14,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # reference/ stays at the top level, where readers find it, and is installed as a part of the package.
-    packages=["ntk_kernels", "ntk_kernels.backends", "ntk_kernels.kernels", "ntk_kernels.reference"],
+    packages=["ntk_kernels", *(f"ntk_kernels.{name}" for name in ("backends", "conversion", "kernels", "reference"))],
     package_dir={"ntk_kernels.reference": "reference"},
     package_data={"ntk_kernels": ["kernels/tuned/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy"],

@@ -17,6 +17,7 @@ except ImportError as error:
         "ntk_kernels.reference is missing: this is a checkout that is not installed; run `pip install -e .` in it"
     ) from error
 from .attention import ntk_attention
+from .conversion.report import ConversionReport
 from .convert import prefix_to_state
 from .decode import ntk_attention_decode
 from .feature_maps import FEATURE_MAPS, feature_dim
@@ -27,6 +28,7 @@ from .varlen import ntk_attention_varlen
 __version__ = _version("ntk-kernels")
 __all__ = [
     "FEATURE_MAPS",
+    "ConversionReport",
     "PrefixState",
     "feature_dim",
     "merge_attention",

@@ -178,11 +178,11 @@ def check_values(
 
     With NTK_KERNELS_CHECK=1 on other devices too, which the call then waits for.
     """
-    if _readable(state_index):
+    if readable(state_index):
         check_index_range(state_index, num_states)
-    if _readable(cu_seqlens_q):
+    if readable(cu_seqlens_q):
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query.shape[2])
-    if _readable(cu_seqlens_k):
+    if readable(cu_seqlens_k):
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key.shape[2])
 
 
@@ -191,9 +191,9 @@ def check_cache_values(
     num_states: int | None,
 ) -> None:  # fmt: skip
     """The same for decode: lengths within the cache, the pages that they need within the pages there are."""
-    if _readable(state_index):
+    if readable(state_index):
         check_index_range(state_index, num_states)
-    if not _readable(cache_seqlens):
+    if not readable(cache_seqlens):
         return
     num_pages, page_size = key_cache.shape[0], key_cache.shape[2]
     size = page_size * (1 if block_table is None else block_table.shape[1])
@@ -204,7 +204,7 @@ def check_cache_values(
                 f"`cache_seqlens` must lie between 0 and {size}, the keys that the cache has room for, got values from "
                 f"{low} to {high}"
             )
-    if _readable(block_table) and block_table.numel():
+    if readable(block_table) and block_table.numel():
         used = torch.arange(0, size, page_size, device=block_table.device) < cache_seqlens[:, None]
         pages = block_table[used]
         if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < num_pages:
@@ -214,7 +214,16 @@ def check_cache_values(
             )
 
 
-def _readable(tensor: Tensor | None) -> bool:
+def check_finite_rows(name: str, tensor: Tensor) -> None:
+    """Refuses NaN and infinity with the index of the first row [..., D] that has one. Reads values."""
+    wrong = ~tensor.detach().isfinite().all(-1)
+    if wrong.any():
+        index = wrong.nonzero()[0].tolist()
+        raise ValueError(f"`{name}` must be finite, got {tensor[tuple(index)].tolist()[:4]}... at index {index}")
+
+
+def readable(tensor: Tensor | None) -> bool:
+    """Whether values are to be read: on the CPU, and elsewhere with NTK_KERNELS_CHECK=1."""
     if tensor is None:
         return False
     return tensor.device.type == "cpu" or os.environ.get("NTK_KERNELS_CHECK", "0") == "1"

@@ -1,6 +1,7 @@
 """README keeps its promises: the example runs, the files exist, the figures are the recorded ones."""
 
 import re
+import textwrap
 from pathlib import Path
 
 from bench import report
@@ -9,13 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def test_examples_run(capsys):
+    """One after the other, with the names of those before."""
+    examples = re.findall(r"^ *```python\n(.*?)```", README, flags=re.S | re.M)
+    assert len(examples) == 2
     names = {}
-    exec(example, names)  # README's own code
+    for example in examples:
+        exec(textwrap.dedent(example), names)  # README's own code
     assert names["out"].shape == (2, 8, 256, 64)
     assert names["z"].grad.abs().sum() > 0
     assert names["k"].grad.abs().sum() > 0
+    assert "160 rows a head" in capsys.readouterr().out
 
 
 def test_files_exist():

@@ -1,0 +1,80 @@
+"""Where to expand: the mean key, k-means, or what the caller gives."""
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+# Rows that k-means looks at, for each centre: more do not move a mean noticeably. Fewer where there are many centres.
+_SAMPLES_PER_CENTER, _ENOUGH_SAMPLES, _LEAST_PER_CENTER = 256, 16384, 16
+
+
+def find_centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dtype, seed: int) -> Tensor | None:
+    """The centres [..., C, D] to expand around; None for the origin."""
+    lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    if centers is None:
+        return None
+    if isinstance(centers, str):
+        if centers != "mean":
+            raise ValueError(f"`centers` must be 'mean', an int, a tensor or None, got {centers!r}")
+        return prefix_key.to(dtype).sum(-2, keepdim=True) / max(num_rows, 1)
+    if isinstance(centers, Tensor):
+        checks.check_floating("centers", centers)
+        letters = "N Hs C D" if len(lead) == 2 else "Hs C D"
+        checks.check_shape("centers", centers, (*lead, None, head_dim), letters)
+        if centers.device != prefix_key.device:
+            raise ValueError(
+                f"`centers` must be on the device of `prefix_key`, {prefix_key.device}, got {centers.device}"
+            )
+        if centers.shape[-2] == 0:
+            raise ValueError(f"`centers` must hold at least one centre, got {list(centers.shape)}")
+        centers = centers.to(dtype)
+    else:
+        if isinstance(centers, bool) or not isinstance(centers, int):
+            raise TypeError(f"`centers` must be 'mean', an int, a tensor or None, got {type(centers).__name__}")
+        checks.check_int("centers", centers, minimum=1)
+        if centers > num_rows:
+            raise ValueError(f"`centers` must be at most the number of prefix rows, m={num_rows}, got {centers}")
+        if centers > 1 and feature_map != "taylor1":
+            raise ValueError(f"`centers` must be at most 1 with feature_map={feature_map!r}, got {centers}")
+        centers = k_means(prefix_key.detach(), centers, seed).to(dtype)
+    return centers
+
+
+def cluster_means(prefix_key: Tensor, prefix_value: Tensor, num_rows: int, dtype: torch.dtype, seed: int):
+    """Of the rows nearest to each of R cluster centres: mean keys [..., R, D], mean values and numbers [..., R]."""
+    centers = k_means(prefix_key.detach(), num_rows, seed).to(dtype)
+    keys, values, counts = [], [], []
+    lead = prefix_key.shape[:-2]
+    for key, value, center in zip(*(t.flatten(0, -3) for t in (prefix_key, prefix_value, centers)), strict=True):
+        key, value = key.to(dtype), value.to(dtype)
+        nearest = torch.cdist(key.detach(), center).argmin(-1)
+        count = torch.bincount(nearest, minlength=num_rows).to(dtype)
+
+        def mean(rows, nearest=nearest, count=count):
+            sums = rows.new_zeros(num_rows, rows.shape[1]).index_add(0, nearest, rows)
+            return sums / count.clamp(min=1)[:, None]
+
+        keys.append(mean(key))
+        values.append(mean(value))
+        counts.append(count)
+    return tuple(torch.stack(parts).unflatten(0, lead) for parts in (keys, values, counts))
+
+
+def k_means(prefix_key: Tensor, num_centers: int, seed: int) -> Tensor:
+    """[..., m, D] -> [..., C, D] means of the clusters of each head's keys."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("an int for `centers` needs scikit-learn: pip install 'ntk-kernels[convert]'") from error
+    checks.check_finite_rows("prefix_key", prefix_key)
+    lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
+    generator = torch.Generator().manual_seed(seed)
+    enough = max(_ENOUGH_SAMPLES, _LEAST_PER_CENTER * num_centers)
+    sample = torch.randperm(num_rows, generator=generator)[: min(_SAMPLES_PER_CENTER * num_centers, enough)]
+    keys = prefix_key.flatten(0, -3)[:, sample.to(prefix_key.device)].float().cpu().numpy()
+    centers = [
+        KMeans(num_centers, n_init=1, max_iter=25, random_state=seed).fit(head_keys).cluster_centers_
+        for head_keys in keys
+    ]
+    return torch.stack([torch.from_numpy(c) for c in centers]).reshape(*lead, num_centers, head_dim).to(prefix_key)

@@ -1,0 +1,284 @@
+"""Conversion fitted to calibration queries: `prefix_to_state(..., query=...)` and its report."""
+
+import math
+
+import pytest
+import torch
+
+from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
+from ntk_kernels.conversion import least_squares
+
+F64 = torch.float64
+HEADS, DIM, VALUE_DIM = 2, 8, 6
+
+
+class Sample:
+    """A prefix in clusters that share a large mean, and causal inputs of a batch with grouped heads."""
+
+    def __init__(self, rows=400, batch=4, length=64, dtype=F64, spread=0.7):
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(*shape, dtype=F64, generator=generator)
+
+        clusters = 2 * randn(HEADS, 1, DIM) + randn(HEADS, 10, DIM)
+        pick = torch.randint(10, (rows,), generator=generator)
+        self.prefix_key = (clusters[:, pick] + spread * randn(HEADS, rows, DIM)).to(dtype)
+        self.prefix_value = (randn(HEADS, 10, VALUE_DIM)[:, pick] + 0.3 * randn(HEADS, rows, VALUE_DIM)).to(dtype)
+        self.query = randn(batch, 2 * HEADS, length, DIM).to(dtype)
+        self.key, self.value = (randn(batch, HEADS, length, dim).to(dtype) for dim in (DIM, VALUE_DIM))
+        self.attention = ntk_attention(self.query, self.key, self.value, is_causal=True, return_lse=True)
+
+    def convert(self, *args, **options):
+        options = {"query": self.query, "attention": self.attention, "return_report": True} | options
+        return prefix_to_state(self.prefix_key, self.prefix_value, *args, **options)
+
+    def errors(self, state, batch_rows=slice(None)) -> torch.Tensor:
+        """Of each state head, by the reference, from the inputs themselves."""
+        inputs = [tensor[batch_rows] for tensor in (self.query, self.key, self.value)]
+        exact = reference.prefix_attention(*inputs, self.prefix_key, self.prefix_value, is_causal=True)
+        out = reference.ntk_attention(*inputs, state, is_causal=True)
+        by_head = [tensor.unflatten(1, (HEADS, -1)).transpose(0, 1).flatten(1) for tensor in (out - exact, exact)]
+        return by_head[0].norm(dim=1) / by_head[1].norm(dim=1)
+
+
+STATES = {
+    "elu": (("elu",), {"centers": None}),
+    "taylor1": (("taylor1",), {}),
+    "taylor1, 3 centres": (("taylor1",), {"centers": 3}),
+    "taylor2": (("taylor2",), {}),
+    "rows": ((None,), {"num_rows": 12}),
+    "taylor1 and rows": (("taylor1",), {"num_rows": 12}),
+    "taylor1, rows, kept rows": (("taylor1",), {"num_rows": 12, "keep": 3}),
+}
+
+
+@pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
+def test_the_report_is_true(args, options):
+    """Its errors are those that the reference finds on the held-out inputs, and the fit is the better one."""
+    sample = Sample()
+    state, report = sample.convert(*args, **options)
+    held_out = slice(3, None)  # the last quarter
+    torch.testing.assert_close(report.error.double(), sample.errors(state, held_out), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(report.no_prefix_error.double(), sample.errors(None, held_out), rtol=1e-4, atol=1e-6)
+    before, again = sample.convert(*args, **options | {"num_rows": 0} if args[0] else options, method="closed_form")
+    torch.testing.assert_close(report.closed_form_error.double(), sample.errors(before, held_out), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.error, report.closed_form_error)
+    assert (report.error < report.closed_form_error).all()
+    assert report.held_out_queries == 64 * 2
+    features = {
+        None: 0,
+        "elu": 8,
+        "taylor1": 9 * options.get("centers", 1) if args[0] == "taylor1" else 0,
+        "taylor2": 45,
+    }
+    rows = options.get("num_rows", 0) + options.get("keep", 0)
+    assert report.rows_per_head == features[args[0]] + rows
+    assert report.break_even == features[args[0]] / 2 + rows
+    assert report.kept_rows == options.get("keep", 0)
+    assert report.state_bytes == state.nbytes
+    assert report.prefix_bytes == 400 * 14 * 8 * HEADS
+
+
+def test_fitted_rows_beat_the_expansion():
+    sample = Sample()
+    _, closed = sample.convert(method="closed_form")
+    _, fitted = sample.convert(num_rows=20)
+    assert (fitted.error < 0.4 * closed.error).all()
+
+
+def test_what_a_state_can_hold_it_holds():
+    """A prefix of few different rows, each many times."""
+    sample = Sample()
+    sample.prefix_key = sample.prefix_key[:, :7].repeat(1, 40, 1)
+    sample.prefix_value = sample.prefix_value[:, :7].repeat(1, 40, 1)
+    state, report = sample.convert(None, num_rows=7)
+    assert report.error.max() < 1e-6
+    torch.testing.assert_close(state.bias.exp(), torch.full((HEADS, 7), 40.0, dtype=F64), rtol=1e-4, atol=0)
+
+
+def test_a_sink_is_kept():
+    """One row with most of the attention, whose value is small: kept exactly, in every head its own."""
+    sample = Sample()
+    toward = sample.query.unflatten(1, (HEADS, -1)).mean((0, 2, 3))
+    sinks = torch.tensor([17, 230])
+    for head, sink in enumerate(sinks):
+        sample.query.unflatten(1, (HEADS, -1))[:, head] += 3  # all queries look the same way
+        sample.prefix_key[head, sink] = 4 + toward[head]
+        sample.prefix_value[head, sink] = 0.01
+    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
+    state, report = sample.convert(keep=1)
+    for head, sink in enumerate(sinks):
+        torch.testing.assert_close(state.keys[head, 0], sample.prefix_key[head, sink])
+        torch.testing.assert_close(state.values[head, 0], sample.prefix_value[head, sink])
+    assert state.bias is None or (state.bias == 0).all()
+    _, without = sample.convert()
+    assert (report.error < 0.5 * without.error).all()
+
+
+def test_without_an_input():
+    """The queries see the prefix and nothing else."""
+    sample = Sample()
+    state, report = sample.convert(num_rows=12, attention=None)
+    query, none = sample.query[3:], sample.key[3:, :, :0]
+    exact = reference.prefix_attention(query, none, none[..., :VALUE_DIM], sample.prefix_key, sample.prefix_value)
+    out = reference.ntk_attention(query, none, none[..., :VALUE_DIM], state)
+    errors = [(out - exact)[:, 2 * h : 2 * h + 2].norm() / exact[:, 2 * h : 2 * h + 2].norm() for h in range(HEADS)]
+    torch.testing.assert_close(report.error.double(), torch.stack(errors), rtol=1e-4, atol=1e-6)
+    assert (report.prefix_share == 1).all()
+
+
+def test_one_sequence_holds_out_its_last_tokens():
+    sample = Sample(batch=1, length=200)
+    state, report = sample.convert(num_rows=8)
+    assert report.held_out_queries == 100  # 50 tokens of two heads
+    changed = Sample(batch=1, length=200)
+    changed.query[:, :, 150:] *= 1.5  # held out: not fitted to
+    changed.attention = ntk_attention(changed.query, changed.key, changed.value, is_causal=True, return_lse=True)
+    other, other_report = changed.convert(num_rows=8)
+    assert not torch.equal(report.error, other_report.error)
+    if report.ridge == other_report.ridge:
+        assert torch.equal(state.values, other.values)
+
+
+def test_ridge_regression_by_another_way(monkeypatch):
+    """One ridge, features only: the solution of the two stacked least-squares systems by QR."""
+    monkeypatch.setattr(least_squares, "_RIDGES", (1e-3,))
+    sample = Sample()
+    closed, _ = sample.convert(method="closed_form")
+    state, report = sample.convert()
+    assert report.ridge == [1e-3, 1e-3]
+    targets = least_squares.targets_of(
+        sample.query, sample.prefix_key, sample.prefix_value, sample.attention, DIM**-0.5
+    ).first(384)  # fmt: skip
+    for head in range(HEADS):
+        center, x = closed.centers[head, 0], targets.query[head]
+        weight = (DIM**-0.5 * x @ center + math.log(400) - targets.lse[head]).exp()
+        psi = weight[:, None] * torch.cat([torch.ones(384, 1, dtype=F64), x * DIM**-0.25], dim=1)
+        ridge = 1e-3**0.5 * torch.diag(psi.square().sum(0).sqrt())
+
+        def solve(right, start, psi=psi, ridge=ridge):
+            stacked = (
+                torch.cat([psi, ridge]),
+                torch.cat([right - psi @ start, torch.zeros(9, right.shape[1], dtype=F64)]),
+            )
+            return start + torch.linalg.lstsq(*stacked).solution
+
+        share, out = targets.share[head][:, None], targets.out[head]
+        k = solve(share, closed.k[head, 0][:, None])
+        torch.testing.assert_close(state.k[head, 0], k[:, 0], rtol=1e-6, atol=1e-8)
+        mass = (psi @ k).clamp(min=0)
+        residual = targets.of_prefix[head] + out * (mass - share)
+        factor = 1 / (1 - share + mass)
+        weighted_ridge = 1e-3**0.5 * torch.diag((psi * factor).square().sum(0).sqrt())
+        plain = solve(residual, closed.z[head, 0])
+        weighted = solve(residual * factor, closed.z[head, 0], psi * factor, weighted_ridge)
+        assert min((state.z[head, 0] - z).norm() / z.norm() for z in (plain, weighted)) < 1e-7
+        assert (plain - weighted).norm() > 1e-3 * plain.norm()
+
+
+def test_bounds_hold():
+    generator = torch.Generator().manual_seed(0)
+    root, right = torch.randn(40, 12, dtype=F64, generator=generator), torch.randn(12, dtype=F64, generator=generator)
+    matrix = root.mT @ root
+    free = torch.linalg.solve(matrix, right)
+    assert torch.allclose(least_squares._solve_bounded(matrix, right, torch.full_like(right, -torch.inf)), free)
+    x = least_squares._solve_bounded(matrix, right, torch.zeros_like(right))
+    assert (free < 0).any()
+    assert (x >= 0).all()
+    slope = matrix @ x - right
+    assert slope[x > 0].abs().max() < 1e-10
+    assert x @ matrix @ x / 2 - right @ x < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype):
+    """States of half-precision prefixes are in float32; a model in bfloat16 loses nothing but its own rounding."""
+    state, report = Sample(dtype=dtype).convert(num_rows=12)
+    assert {tensor.dtype for tensor in state.tensors().values()} == {torch.float32}
+    _, exact = Sample().convert(num_rows=12)
+    rounding = torch.finfo(dtype).eps
+    assert (report.error < 1.2 * exact.error + 4 * rounding).all()
+    sample = Sample()
+    query, key, value = (tensor.bfloat16() for tensor in (sample.query, sample.key, sample.value))
+    out = ntk_attention(query, key, value, state, is_causal=True).double()
+    exact = reference.ntk_attention(
+        query.double(), key.double(), value.double(), state.to(F64), is_causal=True
+    )  # fmt: skip
+    assert (out - exact).norm() / exact.norm() < 0.02
+
+
+def test_an_empty_prefix_adds_nothing():
+    sample = Sample()
+    sample.prefix_key, sample.prefix_value = sample.prefix_key[:, :0], sample.prefix_value[:, :0]
+    state = sample.convert(return_report=False)
+    out = ntk_attention(sample.query, sample.key, sample.value, state, is_causal=True)
+    assert torch.equal(out, sample.attention[0])
+
+
+def test_the_report_as_text():
+    _, report = Sample().convert(num_rows=12, keep=2)
+    text = str(report)
+    assert "relative error on 128 held-out queries a head: median 0." in text
+    assert "23 rows a head (2 of the prefix kept exactly)" in text
+    assert "do not compress" not in text
+    bad = type(report)(**{**vars(report), "error": torch.tensor([0.02, 0.91])})
+    assert bad.incompressible_heads == [1]
+    assert "heads that do not compress: 1 (0.91)" in str(bad)
+
+
+def test_nothing_is_recorded_for_autograd():
+    sample = Sample()
+    sample.prefix_key.requires_grad_()
+    state, _ = sample.convert(num_rows=4)
+    assert not any(tensor.requires_grad for tensor in state.tensors().values())
+    closed = prefix_to_state(sample.prefix_key, sample.prefix_value, None, num_rows=4)
+    closed.keys.sum().backward()
+    torch.testing.assert_close(sample.prefix_key.grad.sum(1), torch.full((HEADS, DIM), 4.0, dtype=F64))
+
+
+def refused():
+    sample = Sample(rows=20)
+    query, attention = sample.query, sample.attention
+    return {
+        "few queries": ({"query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 12 queries to fit 9 features and rows, a quarter of them to be held out, got 10"),
+        "method": ({"method": "magic"}, "`method` must be one of"),
+        "no query": ({"query": None, "attention": None, "return_report": False, "method": "least_squares"}, "`query` must be given with method='least_squares', got None"),
+        "report": ({"query": None, "attention": None}, "`return_report` needs calibration queries: `query` must be given, got None"),
+        "keep": ({"query": None, "attention": None, "return_report": False, "keep": 1}, "`keep` needs calibration queries"),
+        "rows": ({"num_rows": 15, "keep": 6}, "`num_rows` and `keep` must be at most the number of prefix rows together, m=20, got 15 and 6"),
+        "no terms": ({"feature_map": None}, "`num_rows` must be at least 1 with feature_map=None, got 0"),
+        "rows in closed form": ({"num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
+        "heads": ({"query": query[:, :3], "attention": None}, "`query` must have a multiple of Hs=2 heads, got 3"),
+        "head dimension": ({"query": query[..., :5], "attention": None}, "`query` must have shape [B, Hq, L, D=8], got [4, 4, 64, 5]"),
+        "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
+        "lse": ({"attention": (attention[0], attention[1][..., :3])}, "`attention[1]` must have shape [B=4, Hq=4, L=64], got [4, 4, 3]"),
+        "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", refused())
+def test_refuses(case):
+    options, message = refused()[case]
+    with pytest.raises(ValueError) as caught:
+        Sample(rows=20).convert(**options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"centers": "mean"}, {"centers": 2}, {"centers": None, "feature_map": "elu"}])
+def test_rows_that_are_not_finite_are_named(options):
+    for name in ("prefix_key", "prefix_value"):
+        sample = Sample(rows=30)
+        getattr(sample, name)[1, 7, 2] = math.inf
+        with pytest.raises(ValueError, match=rf"`{name}` must be finite, got \[.*\]... at index \[1, 7\]"):
+            prefix_to_state(sample.prefix_key, sample.prefix_value, **options)
+
+
+def test_a_pair_is_asked_for():
+    sample = Sample(rows=20)
+    with pytest.raises(TypeError, match=r"`attention` must be a pair \(out, lse\), got Tensor"):
+        sample.convert(attention=sample.attention[0])
+
+
+def test_result_is_a_state():
+    assert isinstance(Sample().convert(num_rows=3, return_report=False), PrefixState)
