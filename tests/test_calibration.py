@@ -116,6 +116,14 @@ def test_a_sink_is_kept():
     assert (report.error < 0.5 * without.error).all()
 
 
+def test_keeping_everything():
+    sample = Sample(rows=9)
+    state, report = sample.convert(keep=9)
+    assert state.num_rows == report.kept_rows == 9
+    assert report.error.max() < 1e-6
+    assert report.rows_per_head == 9 + 9  # the features are there, but hold nothing
+
+
 def test_without_an_input():
     """The queries see the prefix and nothing else."""
     sample = Sample()

@@ -33,6 +33,7 @@ HELD_OUT = 0.25  # of the queries, the last ones
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 _LEAST_WEIGHT = 1e-3  # of a row, relative to the number of prefix rows that it stands for
 _CHUNK_WEIGHTS = 2**25  # attention weights held at a time
+_LEAST_TOTAL = 1e-3  # of a query, where its errors are divided by it
 _TINY = 1e-300
 _MOST_ROUNDS = 30  # of holding rows at their least weight
 
@@ -102,6 +103,7 @@ def targets_of(
     The queries of all heads that share a state head are its calibration queries, ordered by batch row, then token.
     """
     heads, batch = prefix_key.shape[0], query.shape[0]
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
     keys, values = (tensor[None].expand(batch, -1, -1, -1).to(query.dtype) for tensor in (prefix_key, prefix_value))
     out, lse = ntk_attention(query, keys, values, scale=scale, return_lse=True)
     of_input, lse_input = (torch.zeros_like(out), torch.full_like(lse, -torch.inf)) if attention is None else attention
@@ -150,7 +152,8 @@ def held_out_errors(state: PrefixState | None, targets: Targets, scale: float) -
         mass = (lse[0].double() - held_out.lse).exp()
         total = 1 - share + mass
         out = (held_out.of_input + mass[..., None] * of_state[0].double()) / total.clamp(min=_TINY)[..., None]
-    return ((out - held_out.out).flatten(1).norm(dim=1) / held_out.out.flatten(1).norm(dim=1)).float()
+    difference, exact = (tensor.flatten(1).norm(dim=1) for tensor in (out - held_out.out, held_out.out))
+    return (difference / exact.clamp(min=_TINY)).float()
 
 
 def fit_state(
@@ -168,9 +171,9 @@ def fit_state(
         k.append(state.k.double().reshape(heads, -1))
     if rows is not None:
         keys, values, count = (tensor.double() for tensor in rows)
-        # Beside features, which hold all of the prefix, they begin with as little as they may.
+        # Beside features, which hold all of the prefix, they begin with nothing.
         z.append(values if state.k is None else torch.zeros_like(values))
-        k.append(torch.full_like(count, 1 if state.k is None else _LEAST_WEIGHT))
+        k.append(torch.ones_like(count) if state.k is None else torch.zeros_like(count))
     z, k = torch.cat(z, dim=1), torch.cat(k, dim=1)
     terms = Terms(
         state.feature_map, state.feature_scale, scale,
@@ -198,7 +201,8 @@ def fit_state(
         }  # fmt: skip
         z, k = z[:, num_features:], k[:, num_features:]
     if rows is not None:
-        of_rows = {"keys": keys, "values": z / k[..., None], "bias": terms.row_bias + k.log()}
+        values = torch.where(k[..., None] > 0, z / k[..., None], 0)
+        of_rows = {"keys": keys, "values": values, "bias": terms.row_bias + k.log()}
         parts |= {name: tensor.to(dtype) for name, tensor in of_rows.items()}
     return PrefixState(**parts), [head[0] for head in best]
 
@@ -241,7 +245,7 @@ def _fit_head(fitted: Targets, held_out: Targets, terms: Terms, head: int, z: Te
         candidates.append((ridge, z + _values(matrix, scale, weights, residual(new_k), ridge), new_k))
     # Once more for the best k and that of the closed form, to all orders: each query's error over its total mass.
     for new_k in (best()[2], k):
-        factor = 1 / (1 - share + mass_of(weights, new_k)).clamp(min=_TINY)[:, None]
+        factor = 1 / (1 - share + mass_of(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
         matrix, scale = _gram(weights * factor)
         for ridge in _RIDGES:
             step = _values(matrix, scale, weights * factor, residual(new_k) * factor, ridge)
@@ -258,7 +262,7 @@ def relative_error(targets: Targets, head: int, mass: Tensor, numerator: Tensor)
     """Of the output that these give."""
     out = (targets.of_input[head] + numerator) / (1 - targets.share[head] + mass).clamp(min=_TINY)[:, None]
     exact = targets.out[head]
-    return ((out - exact).norm() / exact.norm()).item()
+    return ((out - exact).norm() / exact.norm().clamp(min=_TINY)).item()
 
 
 def _gram(weights: Tensor) -> tuple[Tensor, Tensor]:
