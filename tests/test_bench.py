@@ -63,10 +63,13 @@ def test_demo(monkeypatch, tmp_path, capsys):
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert figures["prefix_lengths"] == [64, 256, 512]
     assert figures["state_rows"]["taylor2, mean"] == 1 + 8 + 36
+    assert figures["state_rows"]["fitted, 95 rows"] == 1 + 8 + 95
+    fitted, around_mean = (figures["relative_error"][name][0] for name in ("fitted, 95 rows", "taylor1, mean"))
+    assert all(ours < closed for ours, closed in zip(fitted, around_mean, strict=True))
     assert figures["bytes_held"]["exact"] == [64 * 2 * 16 * 4, 256 * 2 * 16 * 4, 512 * 2 * 16 * 4]
     assert figures["environment"]["torch"] == torch.__version__
 
-    layer = random_layers(512, demo.NUM_INPUTS)[1]
+    layer = demo.inputs_of(random_layers(512, demo.NUM_INPUTS + demo.NUM_CALIBRATION)[1], slice(demo.NUM_INPUTS))
     exact = reference.prefix_attention(layer.query, layer.key, layer.value, layer.prefix_key, layer.prefix_value)
     states = {"no prefix": None, "taylor1, mean": prefix_to_state(layer.prefix_key, layer.prefix_value)}
     for name, state in states.items():
