@@ -88,6 +88,6 @@ def test_accepts_int32_and_int64_indices(backend):
 def test_values_on_other_devices_are_read_only_on_demand(monkeypatch):
     """Reading them there would wait for the device."""
     elsewhere = torch.empty(2, device="meta")
-    assert checks._readable(torch.zeros(2)) and not checks._readable(None) and not checks._readable(elsewhere)
+    assert checks.readable(torch.zeros(2)) and not checks.readable(None) and not checks.readable(elsewhere)
     monkeypatch.setenv("NTK_KERNELS_CHECK", "1")
-    assert checks._readable(elsewhere)
+    assert checks.readable(elsewhere)
