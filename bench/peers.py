@@ -4,6 +4,7 @@ A peer is found missing when it is first called, by whatever it raises then: not
 compiler. So one list serves all machines, and what is missing is reported with the reason.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -119,8 +120,9 @@ def exact_prefix(setting: Setting, backend: SDPBackend | None = None) -> Callabl
     return attend
 
 
+@functools.cache
 def prefix_of(setting: Setting) -> Tensor:
-    """Keys and values of a prefix, the same for every peer."""
+    """Keys and values of a prefix [2, 1, H, m, D], the same for every peer."""
     generator = torch.Generator().manual_seed(setting.prefix_rows)
     shape = (2, 1, setting.heads, setting.prefix_rows, setting.head_dim)
     return torch.randn(shape, generator=generator).to(setting.device)
