@@ -14,6 +14,7 @@ from .feature_maps import FEATURE_MAPS
 from .state import PrefixState
 
 METHODS = ("closed_form", "least_squares")
+_KEPT = 4  # rows that one of the divisions of a budget keeps: attention sinks
 
 
 def prefix_to_state(
@@ -24,6 +25,7 @@ def prefix_to_state(
     centers: str | int | Tensor | None = "mean",
     num_rows: int = 0,
     keep: int = 0,
+    budget: int | None = None,
     query: Tensor | None = None,
     attention: tuple[Tensor, Tensor] | None = None,
     method: str | None = None,
@@ -55,6 +57,8 @@ def prefix_to_state(
             keys nearest to it as its weight and the mean of their values, and needs feature_map=None.
         keep: rows of the prefix that the state keeps exactly, those with the largest attention from `query` (attention
             sinks); the rest of the prefix is converted.
+        budget: rows per head that the state may have. Centres, num_rows and keep are then found: what gives the least
+            mean error on the held-out queries among a few divisions of the budget into "taylor1" features and rows.
         query: [B, Hq, L, D], calibration queries, Hq a multiple of Hs; of text that is like what the state is for. The
             last quarter (of the batch rows, or of the tokens) is held out: the fit does not see it, the report does.
         attention: (out [B, Hq, L, Dv], lse [B, Hq, L]) of these queries over their own input, as
@@ -64,7 +68,7 @@ def prefix_to_state(
         scale: the factor on Q·Kᵀ of the attention that the state is for; default 1/sqrt(D).
         feature_scale: factor on the query inside φ; default sqrt(scale). The keys get scale / feature_scale.
         seed: of k-means.
-        return_report: also a `ConversionReport`; needs `query`.
+        return_report: also a `ConversionReport`; needs `query`. None for an empty prefix.
 
     Returns:
         A state in float32 (float64 for float64 keys) with C·r + R + keep rows per head. Its `log_scale` is the
@@ -91,6 +95,18 @@ def prefix_to_state(
     checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
     _check_rows(num_rows, keep, num_keys, feature_map, method)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
+    if budget is not None:
+        checks.check_int("budget", budget, minimum=1)
+        if method != "least_squares" or (feature_map, centers, num_rows, keep) != ("taylor1", "mean", 0, 0):
+            raise ValueError(
+                "`budget` must come with method='least_squares' and without `feature_map`, `centers`, `num_rows` and "
+                "`keep`, which it finds"
+            )
+        fixed = {
+            "query": query, "attention": attention, "scale": scale, "feature_scale": feature_scale, "seed": seed,
+        }  # fmt: skip
+        state, report = _within_budget(prefix_key, prefix_value, budget, fixed)
+        return (state, report) if return_report else state
 
     dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
     fitting = method == "least_squares" and num_keys > 0
@@ -104,21 +120,43 @@ def prefix_to_state(
             chosen = least_squares.most_seen(exact, prefix_key, keep, scale)
             kept, rest = _split(prefix_key, prefix_value, chosen)
         rows = cluster_means(*rest, num_rows, dtype, seed) if num_rows else None
-        before = state = _closed_form(*rest, feature_map, centers, rows, scale, feature_scale, seed, dtype)
+        before = state = None
+        if feature_map is not None or num_rows:
+            before = state = _closed_form(*rest, feature_map, centers, rows, scale, feature_scale, seed, dtype)
         ridge = [None] * prefix_key.shape[-3]
-        if fitting:
+        if fitting and state is not None:
             targets = exact
             if keep:
                 attention = least_squares.with_rows(attention, query, *kept, scale)
                 targets = least_squares.targets_of(query, *rest, attention, scale)
             state, ridge = least_squares.fit_state(before, rows, targets, scale)
         if keep:
-            before, state = (
-                s.merge(PrefixState(keys=kept[0].to(dtype), values=kept[1].to(dtype))) for s in (before, state)
-            )
+            of_kept = PrefixState(keys=kept[0].to(dtype), values=kept[1].to(dtype))
+            before, state = (of_kept if s is None else s.merge(of_kept) for s in (before, state))
         if return_report:
             report = _report_of(state, before, exact, ridge, keep, scale, prefix_key, prefix_value)
     return (state, report) if return_report else state
+
+
+def _within_budget(prefix_key: Tensor, prefix_value: Tensor, budget: int, fixed: dict):
+    """The best of the divisions of the budget, and its report."""
+    num_keys, head_dim = prefix_key.shape[-2:]
+    if num_keys == 0:
+        return prefix_to_state(prefix_key, prefix_value, **fixed), None
+    r = head_dim + 1
+    divisions = [{"feature_map": None, "num_rows": budget}]
+    if budget >= r:
+        divisions.append({"num_rows": budget - r})
+    if budget >= r + 2 * _KEPT:
+        divisions.append({"num_rows": budget - r - _KEPT, "keep": _KEPT})
+    if (centers := budget // (2 * r)) > 1:
+        divisions.append({"centers": centers, "num_rows": budget - centers * r})
+    if budget >= num_keys:
+        divisions = [{"feature_map": None, "num_rows": 0, "keep": num_keys}]
+    found = [
+        prefix_to_state(prefix_key, prefix_value, **division, **fixed, return_report=True) for division in divisions
+    ]
+    return min(found, key=lambda pair: pair[1].error.mean().item())
 
 
 def _split(prefix_key: Tensor, prefix_value: Tensor, chosen: Tensor):
@@ -200,8 +238,8 @@ def _check_rows(num_rows, keep, num_keys, feature_map, method) -> None:
             f"`num_rows` and `keep` must be at most the number of prefix rows together, m={num_keys}, "
             f"got {num_rows} and {keep}"
         )
-    if feature_map is None and num_rows == 0:
-        raise ValueError("`num_rows` must be at least 1 with feature_map=None, got 0")
+    if feature_map is None and num_rows == 0 and (keep == 0 or keep < num_keys):
+        raise ValueError("`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0")
     if feature_map is not None and num_rows and method == "closed_form":
         raise ValueError(
             f"`num_rows` must be 0 in closed form with a feature map (either holds all of the prefix), got {num_rows}"

@@ -124,6 +124,38 @@ def test_keeping_everything():
     assert report.rows_per_head == 9 + 9  # the features are there, but hold nothing
 
 
+def test_budget():
+    """Of the divisions of a budget the one with the least error; never more rows than that."""
+    sample = Sample()
+    by_hand = {
+        "rows": sample.convert(None, num_rows=30),
+        "features and rows": sample.convert(num_rows=21),
+        "kept rows as well": sample.convert(num_rows=17, keep=4),
+    }
+    state, report = sample.convert(budget=30)
+    assert report.rows_per_head == 30
+    best = min(by_hand, key=lambda name: by_hand[name][1].error.mean().item())
+    assert torch.equal(report.error, by_hand[best][1].error)
+    for name, tensor in by_hand[best][0].tensors().items():
+        assert torch.equal(getattr(state, name), tensor)
+    errors = [sample.convert(budget=rows)[1].error.mean() for rows in (4, 16, 64)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_budget_for_everything_is_the_prefix():
+    sample = Sample(rows=20)
+    state, report = sample.convert(budget=50)
+    assert report.rows_per_head == state.num_rows == 20
+    assert state.k is None
+    assert report.error.max() < 1e-6
+    sample.prefix_key, sample.prefix_value = sample.prefix_key[:, :0], sample.prefix_value[:, :0]
+    state, report = sample.convert(budget=50)
+    assert report is None
+    assert torch.equal(
+        ntk_attention(sample.query, sample.key, sample.value, state, is_causal=True), sample.attention[0]
+    )
+
+
 def test_without_an_input():
     """The queries see the prefix and nothing else."""
     sample = Sample()
@@ -255,12 +287,14 @@ def refused():
         "report": ({"query": None, "attention": None}, "`return_report` needs calibration queries: `query` must be given, got None"),
         "keep": ({"query": None, "attention": None, "return_report": False, "keep": 1}, "`keep` needs calibration queries"),
         "rows": ({"num_rows": 15, "keep": 6}, "`num_rows` and `keep` must be at most the number of prefix rows together, m=20, got 15 and 6"),
-        "no terms": ({"feature_map": None}, "`num_rows` must be at least 1 with feature_map=None, got 0"),
+        "no terms": ({"feature_map": None}, "`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0"),
         "rows in closed form": ({"num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
         "heads": ({"query": query[:, :3], "attention": None}, "`query` must have a multiple of Hs=2 heads, got 3"),
         "head dimension": ({"query": query[..., :5], "attention": None}, "`query` must have shape [B, Hq, L, D=8], got [4, 4, 64, 5]"),
         "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
         "lse": ({"attention": (attention[0], attention[1][..., :3])}, "`attention[1]` must have shape [B=4, Hq=4, L=64], got [4, 4, 3]"),
+        "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
+        "budget and rows": ({"budget": 8, "num_rows": 3}, "`budget` must come with method='least_squares' and without `feature_map`, `centers`, `num_rows` and `keep`"),
         "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
     }  # fmt: skip
 
