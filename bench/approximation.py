@@ -67,20 +67,13 @@ _SAME = 0.01  # and curves that differ by less lie on each other
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--max-rows", type=_power_of_two, default=2**18, metavar="M",
+        "--max-rows", type=record.power_of_two(2), default=2**18, metavar="M",
         help="rows of the longest prefix, a power of two from 2 (default: %(default)s)",
     )  # fmt: skip
     for name, default, text in (("steps", 1000, "of training"), ("inputs", 64, "to train on")):
         parser.add_argument(
             f"--{name}", type=record.positive(int), default=default, help=f"{text} (default: %(default)s)"
         )
-
-
-def _power_of_two(text: str) -> int:
-    rows = int(text)
-    if rows < 2 or rows & (rows - 1):
-        raise argparse.ArgumentTypeError(f"must be a power of two from 2, got {text}")
-    return rows
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -66,6 +66,19 @@ def positive(number: type):
     return parse
 
 
+def power_of_two(least: int):
+    """An argparse type: a power of two that is at least `least`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least or number & (number - 1):
+            raise argparse.ArgumentTypeError(f"must be a power of two from {least}, got {text}")
+        return number
+
+    parse.__name__ = "int"  # argparse puts it into "invalid int value"
+    return parse
+
+
 def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)

@@ -47,7 +47,7 @@ _KERNEL_ROWS = 4096  # rows of a prefix whose derivatives are held at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--max-rows", type=_power_of_two, default=2**14, metavar="M",
+        "--max-rows", type=record.power_of_two(8), default=2**14, metavar="M",
         help="rows of the longest prefix, a power of two from 8 (default: %(default)s)",
     )  # fmt: skip
     for name, default, text in (
@@ -57,13 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=record.positive(int), default=default, help=f"{text} (default: %(default)s)"
         )
-
-
-def _power_of_two(text: str) -> int:
-    rows = int(text)
-    if rows < 8 or rows & (rows - 1):
-        raise argparse.ArgumentTypeError(f"must be a power of two from 8, got {text}")
-    return rows
 
 
 def run(arguments: argparse.Namespace) -> None:
