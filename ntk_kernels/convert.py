@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .conversion import least_squares
 from .conversion.centers import cluster_means, find_centers
-from .conversion.closed_form import sum_features
 from .conversion.report import ConversionReport
+from .dispatch import sums_backend
 from .feature_maps import FEATURE_MAPS
 from .state import PrefixState
 
@@ -178,19 +178,16 @@ def _closed_form(
         return PrefixState(keys=keys, values=values, bias=count.log())
     lead = prefix_key.shape[:-2]
     centers = find_centers(centers, prefix_key, feature_map, dtype, seed)
-    prefix_key, prefix_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
-    flat = None if centers is None else centers.flatten(0, -3)
-    per_head = [
-        sum_features(
-            prefix_key[head].to(dtype), prefix_value[head].to(dtype), None if flat is None else flat[head],
-            feature_map, scale / feature_scale,
-        )
-        for head in range(prefix_key.shape[0])
-    ]  # fmt: skip
-    z, k, count = (torch.stack(parts) for parts in zip(*per_head, strict=True))
-    if checks.readable(z) and not (z.isfinite().all() and k.isfinite().all()):
+    flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
+    z, k, count = ops.sum_features(
+        flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), feature_map,
+        scale / feature_scale, sums_backend(flat_key, flat_value),
+    )  # fmt: skip
+    if not torch.compiler.is_compiling() and checks.readable(z) and not (z.isfinite().all() and k.isfinite().all()):
         checks.check_finite_rows("prefix_key", prefix_key)
         checks.check_finite_rows("prefix_value", prefix_value)
+    rows_of_center = count.clamp(min=1).unsqueeze(-1)
+    z, k = z / rows_of_center.unsqueeze(-1), k / rows_of_center
     mid = () if centers is None else (centers.shape[-2],)
     return PrefixState(
         z.reshape(*lead, *mid, *z.shape[2:]),

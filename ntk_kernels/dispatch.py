@@ -70,6 +70,13 @@ def choose_backend(
     return backend
 
 
+def sums_backend(keys: Tensor, values: Tensor) -> str:
+    """The backend for sums of features: the kernels where they can be had, unless the environment asks for another."""
+    first = os.environ.get("NTK_KERNELS_BACKEND") or ("triton" if keys.device.type == "cuda" else "torch")
+    checks.check_one_of("NTK_KERNELS_BACKEND", first, BACKENDS)
+    return "triton" if first == "triton" and kernels_lack(keys, values) is None else "torch"
+
+
 def _fastest(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> str:
     if query.device.type != "cuda":
         return "torch"

@@ -1,8 +1,10 @@
 """The ops as `torch.library` knows them: schema, implementation, shapes for tracing, autograd, flops.
 
-    torch.ops.ntk_kernels.attention           -> out, lse
-    torch.ops.ntk_kernels.attention_backward  -> one gradient per differentiable input
-    torch.ops.ntk_kernels.attention_decode    -> out, lse
+    torch.ops.ntk_kernels.attention              -> out, lse
+    torch.ops.ntk_kernels.attention_backward     -> one gradient per differentiable input
+    torch.ops.ntk_kernels.attention_decode       -> out, lse
+    torch.ops.ntk_kernels.sum_features           -> z, k, count
+    torch.ops.ntk_kernels.sum_features_backward  -> gradients of keys, values and centres
 
 All are functional and of fixed arity: a gradient that nobody asked for comes back with no elements. The state comes
 as `ntk_kernels.attention` prepares it: always a stack, always with a dimension for the centres.
@@ -16,8 +18,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks
 from .backends import torch as torch_backend
-from .backends.inputs import DECODE_SCHEMA, NUM_DIFFERENTIABLE, SCHEMA, DecodeInputs, Inputs
-from .backends.layout import empty_grad, empty_out, lse_dtype
+from .backends.inputs import (
+    DECODE_SCHEMA,
+    NUM_DIFFERENTIABLE,
+    SCHEMA,
+    SUMS_SCHEMA,
+    DecodeInputs,
+    Inputs,
+    SumInputs,
+)
+from .backends.layout import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
+from .feature_maps import feature_dim
 
 NAMESPACE = "ntk_kernels"
 
@@ -28,10 +39,17 @@ _library.define(
     f"bool[{NUM_DIFFERENTIABLE}] needs_grad) -> ({', '.join(['Tensor'] * NUM_DIFFERENTIABLE)})"
 )
 _library.define(f"attention_decode({DECODE_SCHEMA}) -> (Tensor out, Tensor lse)")
+_library.define(f"sum_features({SUMS_SCHEMA}) -> (Tensor z, Tensor k, Tensor count)")
+_library.define(
+    f"sum_features_backward(Tensor grad_z, Tensor grad_k, {SUMS_SCHEMA}, bool[3] needs_grad) -> "
+    "(Tensor, Tensor, Tensor)"
+)
 _packets = getattr(torch.ops, NAMESPACE)
 _attention = _packets.attention.default
 _attention_backward = _packets.attention_backward.default
 _attention_decode = _packets.attention_decode.default
+_sum_features = _packets.sum_features.default
+_sum_features_backward = _packets.sum_features_backward.default
 _NUM_TENSORS = Inputs._fields.index("max_seqlen_q")
 
 
@@ -43,6 +61,14 @@ def attention(*inputs):
 def attention_decode(*inputs):
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] by torch.ops.ntk_kernels.attention_decode."""
     return _call(_attention_decode, _AttentionDecode, inputs)
+
+
+def sum_features(*inputs):
+    """z [H, C, r, Dv], k [H, C, r] and count [H, C], float32 or, for float64 keys, float64, by
+    torch.ops.ntk_kernels.sum_features: sums of w φ(y) vᵀ, w φ(y) and w over the rows nearest to each centre,
+    y = key_scale · (k - μ). Differentiable in keys, values and centres, not through which centre is nearest; weights
+    have no gradient."""
+    return _call(_sum_features, _SumFeatures, inputs)
 
 
 def _call(op, function, inputs):
@@ -107,6 +133,30 @@ class _AttentionWithCtx(torch.autograd.Function):
     backward = _Attention.backward
 
 
+class _SumFeatures(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _sum_features(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_k, grad_count):
+        keys, values, _, centers = ctx.needs_input_grad[:4]
+        needs_grad = (keys, values, centers)
+        inputs = (grad_z, grad_k, *ctx.saved_tensors, *ctx.options, needs_grad)
+        grads = _call(_sum_features_backward, _SumFeaturesBackward, inputs)
+        keys, values, centers = (grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+        return keys, values, None, centers, None, None, None
+
+
 _WITH_CTX = {_Attention: _AttentionWithCtx}
 
 
@@ -140,6 +190,11 @@ _AttentionDecode = _without_backward(
     _attention_decode,
     "ntk_attention_decode has no backward; use ntk_attention, or backend='reference', which is plain PyTorch",
 )
+_SumFeaturesBackward = _without_backward(
+    _sum_features_backward,
+    "sums of features are differentiable once; for second derivatives of a conversion use "
+    "ntk_kernels.reference.prefix_to_state, which is plain PyTorch",
+)
 
 
 def _autograd_kernel(op, function):
@@ -155,6 +210,8 @@ def _autograd_kernel(op, function):
 _library.impl("attention", _autograd_kernel(_attention, _Attention), "Autograd")
 _library.impl("attention_backward", _autograd_kernel(_attention_backward, _AttentionBackward), "Autograd")
 _library.impl("attention_decode", _autograd_kernel(_attention_decode, _AttentionDecode), "Autograd")
+_library.impl("sum_features", _autograd_kernel(_sum_features, _SumFeatures), "Autograd")
+_library.impl("sum_features_backward", _autograd_kernel(_sum_features_backward, _SumFeaturesBackward), "Autograd")
 
 
 # Implementations -------------------------------------------------------------------------------------------------
@@ -186,13 +243,26 @@ def _decode_impl(*args):
         return _module_of(inputs).decode(inputs)
 
 
-def _module_of(inputs: Inputs | DecodeInputs):
+def _sums_impl(*args):
+    inputs = SumInputs(*args)
+    with _no_autocast(inputs.keys):
+        return _module_of(inputs).sum_features(inputs)
+
+
+def _sums_backward_impl(grad_z, grad_k, *args):
+    *inputs, needs_grad = args
+    inputs = SumInputs(*inputs)
+    with _no_autocast(inputs.keys):
+        return _module_of(inputs).sum_features_backward(grad_z, grad_k, inputs, needs_grad)
+
+
+def _module_of(inputs: Inputs | DecodeInputs | SumInputs):
     """The backend's module. `ntk_attention` asks for none that cannot do it; whoever calls an op himself may."""
     if inputs.backend == "triton":
         from .backends import triton as triton_backend  # not at import: the package works without triton
 
         return triton_backend
-    if inputs.softcap:
+    if getattr(inputs, "softcap", 0):
         raise NotImplementedError("the 'torch' backend does not support softcap; use 'triton', or ntk_attention")
     return torch_backend
 
@@ -216,12 +286,24 @@ def _backward_fake(grad_out, grad_lse, *args):
     )
 
 
+def _sums_fake(*args):
+    return empty_sums(SumInputs(*args))
+
+
+def _sums_backward_fake(grad_z, grad_k, *args):
+    return empty_sum_grads(SumInputs(*args[:-1]), args[-1])
+
+
 _library.impl("attention", _attention_impl, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward_impl, "CompositeExplicitAutograd")
 _library.impl("attention_decode", _decode_impl, "CompositeExplicitAutograd")
+_library.impl("sum_features", _sums_impl, "CompositeExplicitAutograd")
+_library.impl("sum_features_backward", _sums_backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake(_attention, _attention_fake, lib=_library)
 torch.library.register_fake(_attention_backward, _backward_fake, lib=_library)
 torch.library.register_fake(_attention_decode, _attention_fake, lib=_library)
+torch.library.register_fake(_sum_features, _sums_fake, lib=_library)
+torch.library.register_fake(_sum_features_backward, _sums_backward_fake, lib=_library)
 
 
 # Work, for torch.utils.flop_counter ------------------------------------------------------------------------------
@@ -267,3 +349,22 @@ def _decode_flops(*args, **kwargs) -> int:
     inputs = DecodeInputs(*args)
     pages = 1 if inputs.block_table is None else inputs.block_table[1]
     return _flops(inputs, inputs.key_cache[2] * pages, inputs.value_cache[3], 1, 1)
+
+
+def _sums_flops(args, products: int) -> int:
+    """Of matrix products: so many of the features, and one that finds the nearest centres."""
+    keys, values, _, centers, feature_map, *_ = args
+    per_row = products * feature_dim(feature_map, keys[2]) * (values[2] + 1)
+    if centers is not None and centers[1] > 1:
+        per_row += centers[1] * keys[2]
+    return 2 * keys[0] * keys[1] * per_row
+
+
+@register_flop_formula(_packets.sum_features)
+def _sum_features_flops(*args, **kwargs) -> int:
+    return _sums_flops(args, 1)
+
+
+@register_flop_formula(_packets.sum_features_backward)
+def _sum_features_backward_flops(grad_z, grad_k, *args, **kwargs) -> int:
+    return _sums_flops(args[:-1], 2)

@@ -5,7 +5,7 @@ differentiable by autograd, twice if need be. Install name: ``ntk_kernels.refere
 """
 
 from .attention import ntk_attention, ntk_attention_decode, ntk_attention_varlen, prefix_attention
-from .convert import prefix_to_state
+from .convert import prefix_to_state, sum_features
 from .feature_maps import elu, feature_map, taylor1, taylor2
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ntk_attention_varlen",
     "prefix_attention",
     "prefix_to_state",
+    "sum_features",
     "taylor1",
     "taylor2",
 ]

@@ -16,6 +16,30 @@ from torch import Tensor
 from .feature_maps import feature_map as phi
 
 
+def sum_features(
+    keys: Tensor,
+    values: Tensor,
+    feature_map: str,
+    *,
+    key_scale: float,
+    centers: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z_c = Σ_j w_j φ(y_j) v_jᵀ [..., C, r, Dv], k_c = Σ_j w_j φ(y_j) [..., C, r] and n_c = Σ_j w_j [..., C].
+
+    `keys` [..., m, D], `values` [..., m, Dv], `centers` [..., C, D] (None: one, the origin), `weights` [..., m] (None:
+    1). No gradient passes through which centre is the nearest.
+    """
+    mu = keys.new_zeros(*keys.shape[:-2], 1, keys.shape[-1]) if centers is None else centers
+    nearest = torch.cdist(keys, mu).argmin(-1)  # [..., m]
+    member = torch.nn.functional.one_hot(nearest, mu.shape[-2]).to(keys)  # [..., m, C]
+    features = phi((keys - member @ mu) * key_scale, feature_map)
+    if weights is not None:
+        member = member * weights[..., None]
+    z = torch.einsum("...mc,...mr,...md->...crd", member, features, values)
+    return z, torch.einsum("...mc,...mr->...cr", member, features), member.sum(-2)
+
+
 def prefix_to_state(
     prefix_key: Tensor,
     prefix_value: Tensor,
@@ -32,15 +56,9 @@ def prefix_to_state(
     """
     scale = 1 / math.sqrt(prefix_key.shape[-1]) if scale is None else scale
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
-    mu = torch.zeros_like(prefix_key[..., :1, :1]) if centers is None else centers
-    mu = mu.expand(*mu.shape[:-1], prefix_key.shape[-1])
-    nearest = torch.cdist(prefix_key, mu).argmin(-1)  # [..., m]
-    member = torch.nn.functional.one_hot(nearest, mu.shape[-2]).to(prefix_key)  # [..., m, C]
-    features = phi((prefix_key - member @ mu) * (scale / feature_scale), feature_map)
-    count = member.sum(-2)
-    mean = member / count.clamp(min=1)[..., None, :]
-    z = torch.einsum("...mc,...mr,...md->...crd", mean, features, prefix_value)
-    k = torch.einsum("...mc,...mr->...cr", mean, features)
+    z, k, count = sum_features(prefix_key, prefix_value, feature_map, key_scale=scale / feature_scale, centers=centers)
+    rows = count.clamp(min=1)[..., None]
+    z, k, log_scale = z / rows[..., None], k / rows, count.log()
     if centers is None:
-        return {"z": z.squeeze(-3), "k": k.squeeze(-2), "log_scale": count.log().squeeze(-1)}
-    return {"z": z, "k": k, "log_scale": count.log()}
+        z, k, log_scale = z.squeeze(-3), k.squeeze(-2), log_scale.squeeze(-1)
+    return {"z": z, "k": k, "log_scale": log_scale}

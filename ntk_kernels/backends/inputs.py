@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..feature_maps import feature_dim
+
 NUM_DIFFERENTIABLE = 11
 _STATE_SCHEMA = (
     "Tensor? z, Tensor? z_b, Tensor? k, Tensor? centers, Tensor? log_scale, Tensor? row_keys, Tensor? row_values, "
@@ -19,6 +21,9 @@ DECODE_SCHEMA = (
     f"Tensor query, Tensor key_cache, Tensor value_cache, {_STATE_SCHEMA}, "
     "Tensor? cache_seqlens, Tensor? key_start, Tensor? block_table, str? feature_map, float feature_scale, "
     "float scale, float softcap, SymInt window_left, SymInt window_right, SymInt num_splits, str backend"
+)
+SUMS_SCHEMA = (
+    "Tensor keys, Tensor values, Tensor? weights, Tensor? centers, str feature_map, float key_scale, str backend"
 )
 
 
@@ -103,3 +108,23 @@ class DecodeInputs(NamedTuple):
     def cache_size(self) -> int:
         """Keys that there is room for in a batch row."""
         return self.key_cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
+
+class SumInputs(NamedTuple):
+    """One sum of features over the rows of a prefix, head by head."""
+
+    keys: Tensor  # [H, m, D]
+    values: Tensor  # [H, m, Dv]
+    weights: Tensor | None  # [H, m], of any sign; without a gradient
+    centers: Tensor | None  # [H, C, D]; None: the origin
+    feature_map: str
+    key_scale: float
+    backend: str
+
+    @property
+    def num_features(self) -> int:
+        return feature_dim(self.feature_map, self.keys.shape[2])
+
+    @property
+    def num_centers(self) -> int:
+        return 1 if self.centers is None else self.centers.shape[1]

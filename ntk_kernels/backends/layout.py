@@ -29,6 +29,19 @@ def empty_grad(tensor: Tensor, dtype: torch.dtype | None = None, device=None) ->
     return tensor.new_empty(batch, length, heads, dim, dtype=dtype, device=device).transpose(1, 2)
 
 
+def empty_sums(inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """z [H, C, r, Dv], k [H, C, r] and count [H, C] of `SumInputs`."""
+    shape, r = (inputs.keys.shape[0], inputs.num_centers), inputs.num_features
+    shapes = (*shape, r, inputs.values.shape[2]), (*shape, r), shape
+    return tuple(inputs.keys.new_empty(size, dtype=lse_dtype(inputs.keys)) for size in shapes)
+
+
+def empty_sum_grads(inputs, needs_grad) -> tuple[Tensor, ...]:
+    """Gradients of keys, values and centres, without elements where none is asked for."""
+    tensors = zip((inputs.keys, inputs.values, inputs.centers), needs_grad, strict=True)
+    return tuple(t.new_empty(t.shape) if needed else inputs.keys.new_empty(0) for t, needed in tensors)
+
+
 def in_layout(tensor: Tensor, empty: Callable[..., Tensor]) -> Tensor:
     """`tensor` with the dtype and strides of what `empty(device=...)` makes; no copy if it has them."""
     expected = empty(device="meta")  # costs no memory

@@ -23,7 +23,10 @@ from .layout import empty_grad, empty_out, in_layout, lse_dtype
 from .low_rank import full_state, low_rank_grads
 from .merge import merge
 from .prefix import Prefix, merge_prefix, prefix_backward
+from .sums import sum_features, sum_features_backward
 from .tiles import row_tiles, tile_bias, without_hidden_keys
+
+__all__ = ["backward", "decode", "forward", "sum_features", "sum_features_backward"]
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The `triton` backend: the fused kernels of `ntk_kernels.kernels`, forward, backward and decode."""
+"""The `triton` backend: the fused kernels of `ntk_kernels.kernels`, forward, backward, decode and conversion."""
 
 from contextlib import nullcontext
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.backward import run_ntk_bwd
+from ..kernels.convert import SumGrads, prepare_rows, run_sum_features, run_sum_features_backward
 from ..kernels.decode import run_ntk_decode
 from ..kernels.forward import run_ntk_fwd
 from ..kernels.launch import addressable, made_addressable
-from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
-from .layout import empty_grad, empty_out, lse_dtype
+from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, SumInputs
+from .layout import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
 from .low_rank import full_state, low_rank_grads
+from .sums import rows_by_center
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -36,6 +38,34 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         with _device_of(query):
             run_ntk_decode(query, out=kernel_out, lse=lse, cache_size=inputs.cache_size, **arguments)
     return _in_place(out, kernel_out), lse
+
+
+def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
+    results = empty_sums(inputs)
+    if inputs.keys.numel() == 0:
+        return tuple(result.zero_() for result in results)
+    with _device_of(inputs.keys):
+        sums = run_sum_features(_rows(inputs), inputs.feature_map, inputs.key_scale)
+    return tuple(result.copy_(part) for result, part in zip(results, sums, strict=True))
+
+
+def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tuple[Tensor, ...]:
+    """Gradients of keys, values and centres; those that `needs_grad` does not ask for have no elements."""
+    grads = empty_sum_grads(inputs, needs_grad)
+    if inputs.keys.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    wanted = SumGrads(*(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)))
+    with _device_of(inputs.keys):
+        run_sum_features_backward(_rows(inputs), grad_z, grad_k, wanted, inputs.feature_map, inputs.key_scale)
+    return grads
+
+
+def _rows(inputs: SumInputs):
+    order = offsets = None
+    if inputs.num_centers > 1:
+        order, offsets = rows_by_center(inputs.keys, inputs.centers)
+    return prepare_rows(*inputs[:4], order, offsets)
 
 
 def _empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,14 +23,13 @@ import triton.language as tl
 
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .features import elu_of, load_columns, pair_start, square_start
+from .features import load_column, load_columns, pair_start, section_of, square_start
 from .launch import Call, Launch, layout, strides
 from .prefix_backward import own_rows_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
 from .visibility import locate_rows
 
 _LN_2 = tl.constexpr(LN_2)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 ROW_SECTIONS = {"values": ("row_values",), "keys": ("row_keys", "row_bias")}  # a launch each
 
@@ -119,14 +118,10 @@ def _ntk_bwd_state_kernel(
                 u = load_rows(row_terms.weights + first_weight, rows, length)
                 mass_delta = load_rows(row_terms.mass_delta + first_row, rows, length)
                 q = load_columns(q_rows, row_mask, block % num_chunks * CHUNK, HEAD_DIM, CHUNK).to(tl.float32)
-                phi = q * feature_scale
-                if SECTION == "elu":
-                    phi = elu_of(phi)
-                elif SECTION == "squares":
-                    phi = phi * phi * _SQRT_HALF
-                elif SECTION == "pairs":
-                    phi = phi * (feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32))
-                phi = u[:, None] * phi
+                x, x_a = q * feature_scale, None
+                if SECTION == "pairs":
+                    x_a = feature_scale * load_column(q_rows, row_mask, a)
+                phi = u[:, None] * section_of(x, x_a, SECTION)
                 if grads.z is not None:
                     # The computed side on the right: transposed, on the left, Hopper reads it wrong (fla issue 640).
                     dz = dot(do.to(OPERAND).T, rounded_to(phi, OPERAND), dz, PREFIX_PRECISION)
@@ -231,7 +226,8 @@ def _ntk_bwd_rows_kernel(
 
 
 def sections_of(feature_map: str) -> tuple[str, ...]:
-    return {"elu": ("elu",), "taylor1": ("linear",), "taylor2": ("linear", "squares", "pairs")}[feature_map]
+    """In the order in which the features are packed."""
+    return {"elu": ("elu",), "taylor1": ("linear",), "taylor2": ("linear", "pairs", "squares")}[feature_map]
 
 
 def blocks_of(call: Call, section: str) -> int:

@@ -344,10 +344,47 @@ _DECODE = {
 }
 # One row of queries, so many splits at once.
 _MERGE = {arch: {"plain": {dim: (_T(1, 16, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
+# Rows of a prefix and features that a program has at once: all up to 128, so that keys and values are read once.
+_SUMS = {
+    "sm90": {
+        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 128, 8, 3),), 256: (_T(64, 64, 8, 2),)},
+        "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 128, 8, 1),)},
+    },
+    "sm80": {
+        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 128, 8, 3),), 256: (_T(64, 64, 8, 2),)},
+        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
+    },
+    "sm100": {
+        "plain": {64: (_T(64, 64, 8, 3),), 128: (_T(64, 128, 8, 3),), 256: (_T(64, 64, 8, 2),)},
+        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 128, 8, 1),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
+    },
+}
+_SUMS_BACKWARD = {
+    "sm90": {
+        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128)},
+    },
+    "sm80": {
+        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 64, 8, 1),)},
+        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
+    },
+    "sm100": {
+        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
+        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
+    },
+    "gfx942": {
+        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(32, 64, 8, 1),)},
+        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
+    },
+}
 _TABLES = {
     "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
     "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
-    "rows": _ROWS,
+    "rows": _ROWS, "sums": _SUMS, "sums_backward": _SUMS_BACKWARD,
 }  # fmt: skip
 KERNELS = tuple(_TABLES)
 
@@ -358,7 +395,7 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
     rows = {
         "forward": stages * n, "decode": stages * n, "merge": 0,
         "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
-        "dv": n + stages * m, "state": stages * m, "rows": m,
+        "dv": n + stages * m, "state": stages * m, "rows": m, "sums": stages * m, "sums_backward": m,
     }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:

@@ -1,7 +1,8 @@
 """Jit helpers for the linear-attention term: φ(q), φ(q)·k and φ(q)·Z, made from tiles of q and never stored.
 
-x = feature_scale · q [M, D]; u [M] is a factor for each row. z is one centre's matrix [r, COLUMNS], k its vector [r],
-packed as `ntk_kernels.feature_maps` says: 1, then x, then the pairs x_a·x_b (a < b), row by row, then x_a²/√2.
+x = feature_scale · q [M, D], or feature_scale · (q - μ) where there is a `mu_ptr`; u [M] is a factor for each row. z is
+one centre's matrix [r, COLUMNS], k its vector [r], packed as `ntk_kernels.feature_maps` says: 1, then x, then the pairs
+x_a·x_b (a < b), row by row, then x_a²/√2.
 
 The pairs are a contraction: Σ_a x_a · (x @ T_a), where row b of T_a is the row of z that belongs to the pair (a, b).
 In steps of CHUNK values of b, half of the product with zeros is skipped where D > CHUNK.
@@ -17,10 +18,22 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def load_columns(q_rows, row_mask, start, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """[M, CHUNK]: columns `start`... of the q tile whose rows begin at `q_rows` [M, 1]."""
+def load_columns(q_rows, row_mask, start, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, mu_ptr=None):
+    """[M, CHUNK]: columns `start`... of the q tile whose rows begin at `q_rows` [M, 1]; with μ of q - μ, in float32."""
     columns = start + tl.arange(0, CHUNK)[None, :]
-    return tl.load(q_rows + columns, mask=row_mask & (columns < HEAD_DIM), other=0.0)
+    q = tl.load(q_rows + columns, mask=row_mask & (columns < HEAD_DIM), other=0.0)
+    if mu_ptr is not None:
+        q = q.to(tl.float32) - tl.load(mu_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)
+    return q
+
+
+@triton.jit
+def load_column(q_rows, row_mask, column, mu_ptr=None):
+    """[M, 1]: one of them, in float32."""
+    q = tl.load(q_rows + column, mask=row_mask, other=0.0).to(tl.float32)
+    if mu_ptr is not None:
+        q -= tl.load(mu_ptr + column).to(tl.float32)
+    return q
 
 
 @triton.jit
@@ -79,6 +92,18 @@ def elu_of(x):
 
 
 @triton.jit
+def section_of(x, x_a, SECTION: tl.constexpr):
+    """The features that a section makes of a tile of x, of the pairs those with the column x_a [M, 1]."""
+    if SECTION == "elu":
+        x = elu_of(x)
+    elif SECTION == "squares":
+        x = x * x * _SQRT_HALF
+    elif SECTION == "pairs":
+        x = x * x_a
+    return x
+
+
+@triton.jit
 def elu_mass(q_rows, row_mask, k_ptr, feature_scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
              CHUNK: tl.constexpr):  # fmt: skip
     """φ(x) · k [M], in float32."""
@@ -102,12 +127,12 @@ def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit
 def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
             COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-            OPERAND: tl.constexpr):  # fmt: skip
+            OPERAND: tl.constexpr, mu_ptr=None):  # fmt: skip
     """acc + u · φ(x) @ z and mass + u · φ(x) · k, each feature computed once."""
     PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 else 2
     # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
-        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK, mu_ptr).to(tl.float32)
         phi = u[:, None] * elu_of(x)
         columns = start + tl.arange(0, CHUNK)
         mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
@@ -118,10 +143,10 @@ def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DI
 @triton.jit
 def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, HEAD_DIM: tl.constexpr,
                    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-                   OPERAND: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                   OPERAND: tl.constexpr, PARTS: tl.constexpr, mu_ptr=None):  # fmt: skip
     """acc + u · x @ z, or acc + u · x²/√2 @ z."""
     for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):  # one stage, as in add_elu
-        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK, mu_ptr).to(tl.float32)
         phi = u[:, None] * x
         if SQUARED:
             phi = phi * x * _SQRT_HALF
@@ -132,19 +157,19 @@ def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.c
 @triton.jit
 def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-              OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+              OPERAND: tl.constexpr, STAGES: tl.constexpr, mu_ptr=None):  # fmt: skip
     """acc + u · Σ_{a<b} x_a·x_b · z_ab."""
     u = u * feature_scale * feature_scale
     columns = tl.arange(0, BLOCK)[None, :]
     for b_start in tl.static_range(0, BLOCK_D, CHUNK):
-        q_b = load_columns(q_rows, row_mask, b_start, HEAD_DIM, CHUNK)
+        q_b = load_columns(q_rows, row_mask, b_start, HEAD_DIM, CHUNK, mu_ptr)
         b = b_start + tl.arange(0, CHUNK)[:, None]
         for a in tl.range(0, min(b_start + CHUNK, HEAD_DIM) - 1, num_stages=STAGES):
             z = tl.load(
                 z_ptr + (pair_start(a, HEAD_DIM) + b) * COLUMNS + columns,
                 mask=(b > a) & (b < HEAD_DIM) & (columns < COLUMNS), other=0.0,
             )  # fmt: skip
-            q_a = tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
+            q_a = load_column(q_rows, row_mask, a, mu_ptr)
             acc += (u[:, None] * q_a) * state_dot(q_b, z, None, OPERAND, 1, PRECISION)
     return acc
 
@@ -152,17 +177,17 @@ def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.const
 @triton.jit
 def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
                COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-               PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+               PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, mu_ptr=None):  # fmt: skip
     """acc + u · φ(x) @ z, [M, BLOCK]."""
     # Most of z of taylor2 are the pairs, which are rounded under any model. In one part wide heads would spill.
     PARTS: tl.constexpr = 1 if (OPERAND == tl.bfloat16 and BLOCK_D <= 128) or FEATURE_MAP == "taylor2" else 2
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,
-                         CHUNK, PRECISION, OPERAND, PARTS)  # fmt: skip
+                         CHUNK, PRECISION, OPERAND, PARTS, mu_ptr)  # fmt: skip
     if FEATURE_MAP == "taylor2":
         acc = add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
-                        PRECISION, OPERAND, STAGES)  # fmt: skip
+                        PRECISION, OPERAND, STAGES, mu_ptr)  # fmt: skip
         acc = add_components(acc, u, q_rows, row_mask, z_ptr + square_start(HEAD_DIM) * COLUMNS, feature_scale, True,
-                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)  # fmt: skip
+                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS, mu_ptr)  # fmt: skip
     return acc

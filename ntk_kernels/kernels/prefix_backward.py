@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .features import elu_of, load_columns, pair_start, row_dot, square_start
+from .features import elu_of, load_column, load_columns, pair_start, row_dot, square_start
 from .tiles import LN_2, LOG2_E, load_tile, state_dot
 
 _LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
@@ -45,7 +45,7 @@ def add_features_grad(
 def add_pairs_grad(
     dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, STAGES: tl.constexpr, mu_ptr=None,
 ):  # fmt: skip
     """dx + Σ_{a≠b} x_a (Z_ab·dO_i - k_ab Δ'_i), [M, BLOCK_D] for every b.
 
@@ -64,7 +64,7 @@ def add_pairs_grad(
             exists = (b != a) & (b < HEAD_DIM)
             ptrs = z_ptr + pair[None, :] * VALUE_DIM + columns
             z = tl.load(ptrs, mask=exists[None, :] & (columns < VALUE_DIM), other=0.0)
-            x_a = feature_scale * tl.load(q_rows + a, mask=row_mask, other=0.0).to(tl.float32)
+            x_a = feature_scale * load_column(q_rows, row_mask, a, mu_ptr)
             if WIDE:
                 dx = state_dot(x_a * do.to(tl.float32), z, dx, OPERAND, 1, PRECISION)
             else:
@@ -73,6 +73,47 @@ def add_pairs_grad(
                 k = tl.load(k_ptr + pair, mask=exists, other=0.0).to(tl.float32)
                 dx -= x_a * mass_delta[:, None] * k[None, :]
     return dx
+
+
+@triton.jit
+def features_grad(
+    q, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, FEATURE_MAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    STAGES: tl.constexpr, mu_ptr=None,
+):  # fmt: skip
+    """φ'(x_i)ᵀ (Z dO_i - k Δ'_i) [M, BLOCK_D], and φ(x_i)·(Z dO_i - k Δ'_i) [M]."""
+    dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if FEATURE_MAP == "elu":
+        dx = add_features_grad(
+            dx, do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, PRECISION,
+            OPERAND,
+        )  # fmt: skip
+        phi = elu_of(q.to(tl.float32) * feature_scale)
+        product = tl.sum(dx * phi, 1)
+        dx = dx * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
+    else:
+        # φ·(Z dO - k Δ') has the parts 1, first order and second order; x·dx = first order + 2 · second order.
+        product = row_dot(do_rows, row_mask, z_ptr, VALUE_DIM, BLOCK_M, CHUNK)
+        product -= mass_delta * tl.load(k_ptr).to(tl.float32)
+        if FEATURE_MAP == "taylor2":
+            first = square_start(HEAD_DIM)
+            dx = add_features_grad(
+                dx, do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, CHUNK, PRECISION, OPERAND,
+            )  # fmt: skip
+            dx = dx * (q.to(tl.float32) * (feature_scale * _SQRT_2))
+            dx = add_pairs_grad(
+                dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES, mu_ptr,
+            )  # fmt: skip
+            product -= 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
+        dx = add_features_grad(
+            dx, do_rows, row_mask, mass_delta, z_ptr + VALUE_DIM, k_ptr + 1, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK,
+            PRECISION, OPERAND,
+        )  # fmt: skip
+        product += tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
+    return dx, product
 
 
 @triton.jit
@@ -88,37 +129,11 @@ def linear_term_grad(
         center = head * state.num_centers + c
         z_ptr, k_ptr = state.z + center * NUM_FEATURES * VALUE_DIM, state.k + center * NUM_FEATURES
         u = tl.load(weights_ptr + c * tl.cast(stride_rows, tl.int64) + rows, mask=rows < seq_q, other=0.0)
-        dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if FEATURE_MAP == "elu":
-            dx = add_features_grad(
-                dx, do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, PRECISION,
-                OPERAND,
-            )  # fmt: skip
-            phi = elu_of(q.to(tl.float32) * feature_scale)
-            dlogw = tl.sum(dx * phi, 1)
-            dx = dx * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
-        else:
-            # φ·(Z dO - k Δ') has the parts 1, first order and second order; x·dx = first order + 2 · second order.
-            dlogw = row_dot(do_rows, row_mask, z_ptr, VALUE_DIM, BLOCK_M, CHUNK)
-            dlogw -= mass_delta * tl.load(k_ptr).to(tl.float32)
-            if FEATURE_MAP == "taylor2":
-                first = square_start(HEAD_DIM)
-                dx = add_features_grad(
-                    dx, do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, CHUNK, PRECISION, OPERAND,
-                )  # fmt: skip
-                dx = dx * (q.to(tl.float32) * (feature_scale * _SQRT_2))
-                dx = add_pairs_grad(
-                    dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, PRECISION, OPERAND, STAGES,
-                )  # fmt: skip
-                dlogw -= 0.5 * tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
-            dx = add_features_grad(
-                dx, do_rows, row_mask, mass_delta, z_ptr + VALUE_DIM, k_ptr + 1, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK,
-                PRECISION, OPERAND,
-            )  # fmt: skip
-            dlogw += tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
-        dlogw = u * dlogw
+        dx, product = features_grad(
+            q, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, FEATURE_MAP, HEAD_DIM, VALUE_DIM,
+            BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PRECISION, OPERAND, STAGES,
+        )  # fmt: skip
+        dlogw = u * product
         dx = (feature_scale * u)[:, None] * dx
         if FEATURE_MAP == "taylor1":
             dq += dx
