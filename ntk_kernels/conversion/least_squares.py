@@ -22,49 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import ntk_attention
 from ..feature_maps import features
-from ..merge import merge_attention, prefix_attention_state
 from ..state import PrefixState
+from .targets import TINY, Targets, check_enough
 
-HELD_OUT = 0.25  # of the queries, the last ones
 # Of a matrix with ones on its diagonal. From 2^-20 on, what rounding Z to bfloat16 adds to the error stays below what
 # the ridge leaves: rounding errors of relative size e weigh as a ridge of e² does.
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 _LEAST_WEIGHT = 1e-3  # of a row, relative to the number of prefix rows that it stands for
-_CHUNK_WEIGHTS = 2**25  # attention weights held at a time
 _LEAST_TOTAL = 1e-3  # of a query, where its errors are divided by it
-_TINY = 1e-300
 _MOST_ROUNDS = 30  # of holding rows at their least weight
-
-
-class Targets(NamedTuple):
-    """What attention over input and prefix gives to n calibration queries of each state head, in float64."""
-
-    query: Tensor  # [Hs, n, D]
-    lse: Tensor  # [Hs, n], over the input and the prefix
-    share: Tensor  # [Hs, n], of the prefix, ρ
-    of_prefix: Tensor  # [Hs, n, Dv], ρ·p
-    of_input: Tensor  # [Hs, n, Dv], (1 − ρ)·a
-
-    @property
-    def out(self) -> Tensor:
-        return self.of_prefix + self.of_input
-
-    @property
-    def num_queries(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def num_fitted(self) -> int:
-        """How many of the queries the fit sees; the others are held out."""
-        return self.num_queries - round(HELD_OUT * self.num_queries)
-
-    def first(self, count: int) -> "Targets":
-        return Targets(*(tensor[:, :count] for tensor in self))
-
-    def from_(self, start: int) -> "Targets":
-        return Targets(*(tensor[:, start:] for tensor in self))
 
 
 class Terms(NamedTuple):
@@ -95,67 +62,6 @@ class Terms(NamedTuple):
         return torch.cat(parts, dim=1)
 
 
-def targets_of(
-    query: Tensor, prefix_key: Tensor, prefix_value: Tensor, attention: tuple[Tensor, Tensor] | None, scale: float
-) -> Targets:
-    """`query` [B, Hq, L, D], a prefix [Hs, m, D] and, over the input alone, out [B, Hq, L, Dv] and lse [B, Hq, L].
-
-    The queries of all heads that share a state head are its calibration queries, ordered by batch row, then token.
-    """
-    heads, batch = prefix_key.shape[0], query.shape[0]
-    query = query.to(torch.promote_types(query.dtype, torch.float32))
-    keys, values = (tensor[None].expand(batch, -1, -1, -1).to(query.dtype) for tensor in (prefix_key, prefix_value))
-    out, lse = ntk_attention(query, keys, values, scale=scale, return_lse=True)
-    of_input, lse_input = (torch.zeros_like(out), torch.full_like(lse, -torch.inf)) if attention is None else attention
-    query, out, lse, of_input, lse_input = (
-        _by_state_head(tensor.double(), heads) for tensor in (query, out, lse, of_input, lse_input)
-    )
-    total = torch.logaddexp(lse, lse_input)
-    share = (lse - total).exp()
-    return Targets(query, total, share, share[..., None] * out, (lse_input - total).exp()[..., None] * of_input)
-
-
-def _by_state_head(tensor: Tensor, heads: int) -> Tensor:
-    """[B, Hq, L, ...] -> [Hs, B·L·G, ...]."""
-    return tensor.unflatten(1, (heads, -1)).movedim(1, 0).transpose(2, 3).flatten(1, 3)
-
-
-def with_rows(attention, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over the input (None: nothing) and rows that are kept: out and lse."""
-    batch = query.shape[0]
-    keys, values = (tensor[None].expand(batch, -1, -1, -1).to(query.dtype) for tensor in (keys, values))
-    over_rows = ntk_attention(query, keys, values, scale=scale, return_lse=True)
-    return over_rows if attention is None else merge_attention(*attention, *over_rows)
-
-
-def most_seen(targets: Targets, prefix_key: Tensor, count: int, scale: float) -> Tensor:
-    """Numbers [Hs, count] of the rows with the largest sum of squared attention weights over the fitted queries."""
-    chosen = []
-    for key, query, lse in zip(prefix_key.float(), targets.query.float(), targets.lse.float(), strict=True):
-        seen = key.new_zeros(key.shape[0])
-        for start in range(0, targets.num_fitted, chunk := max(1, _CHUNK_WEIGHTS // key.shape[0])):
-            part = slice(start, min(start + chunk, targets.num_fitted))
-            seen += (scale * query[part] @ key.mT - lse[part, None]).exp_().square_().sum(0)
-        chosen.append(seen.topk(count).indices)
-    return torch.stack(chosen)
-
-
-def held_out_errors(state: PrefixState | None, targets: Targets, scale: float) -> Tensor:
-    """Relative errors [Hs] of the op's own results on the held-out queries; without a state, of leaving it out."""
-    held_out = targets.from_(targets.num_fitted)
-    share = held_out.share
-    if state is None:
-        out = torch.where((share < 1)[..., None], held_out.of_input / (1 - share).clamp(min=_TINY)[..., None], 0)
-    else:
-        dtype = torch.promote_types(torch.float32, next(iter(state.tensors().values())).dtype)
-        of_state, lse = prefix_attention_state(held_out.query[None].to(dtype), state, scale=scale)
-        mass = (lse[0].double() - held_out.lse).exp()
-        total = 1 - share + mass
-        out = (held_out.of_input + mass[..., None] * of_state[0].double()) / total.clamp(min=_TINY)[..., None]
-    difference, exact = (tensor.flatten(1).norm(dim=1) for tensor in (out - held_out.out, held_out.out))
-    return (difference / exact.clamp(min=_TINY)).float()
-
-
 def fit_state(
     state: PrefixState, rows: tuple[Tensor, Tensor, Tensor] | None, targets: Targets, scale: float
 ) -> tuple[PrefixState, list[float | None]]:
@@ -181,14 +87,8 @@ def fit_state(
         None if state.log_scale is None else state.log_scale.double().reshape(heads, -1),
         None if rows is None else keys, None if rows is None else count.log(),
     )  # fmt: skip
-    fitted_queries = targets.num_fitted
-    if fitted_queries < k.shape[1]:
-        needed = math.ceil(k.shape[1] / (1 - HELD_OUT))
-        raise ValueError(
-            f"`query` must give each state head at least {needed:,} queries to fit {k.shape[1]:,} features and rows, a "
-            f"quarter of them to be held out, got {targets.num_queries:,}"
-        )
-    fitted, held_out = targets.first(fitted_queries), targets.from_(fitted_queries)
+    check_enough(targets, k.shape[1], f"{k.shape[1]:,} features and rows")
+    fitted, held_out = targets.first(targets.num_fitted), targets.from_(targets.num_fitted)
     best = [_fit_head(fitted, held_out, terms, head, z[head], k[head]) for head in range(heads)]
     z, k = (torch.stack([head[i] for head in best]) for i in (1, 2))
     if state.k is not None:
@@ -260,15 +160,15 @@ def _values(matrix: Tensor, scale: Tensor, weights: Tensor, residual: Tensor, ri
 
 def relative_error(targets: Targets, head: int, mass: Tensor, numerator: Tensor) -> float:
     """Of the output that these give."""
-    out = (targets.of_input[head] + numerator) / (1 - targets.share[head] + mass).clamp(min=_TINY)[:, None]
+    out = (targets.of_input[head] + numerator) / (1 - targets.share[head] + mass).clamp(min=TINY)[:, None]
     exact = targets.out[head]
-    return ((out - exact).norm() / exact.norm().clamp(min=_TINY)).item()
+    return ((out - exact).norm() / exact.norm().clamp(min=TINY)).item()
 
 
 def _gram(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Ψᵀ·Ψ scaled to ones on its diagonal, and that scale [F] of the unknowns."""
     gram = weights.mT @ weights
-    scale = gram.diagonal().clamp(min=_TINY).rsqrt()
+    scale = gram.diagonal().clamp(min=TINY).rsqrt()
     return gram * scale[:, None] * scale, scale
 
 

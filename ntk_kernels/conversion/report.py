@@ -11,15 +11,16 @@ _FAILED = 0.5  # of a relative error: above it a head is named as one that does 
 class ConversionReport:
     """Relative errors ‖out − exact‖ / ‖exact‖ of attention with the state, head by head, on the held-out queries.
 
-    The held-out queries also chose the ridge among a dozen, so the error on other text can be slightly larger. `str()`
-    gives all of it as text.
+    The held-out queries also chose among a few states of each head (ridges, or steps of a descent), so the error on
+    other text can be slightly larger. `str()` gives all of it as text.
 
     Attributes:
         error: [Hs], with the state.
         closed_form_error: [Hs], with the state as it was before it was fitted.
         no_prefix_error: [Hs], of leaving the prefix out.
         prefix_share: [Hs], the share of the attention that the exact prefix has, ρ, mean over the queries.
-        ridge: of each head; None where the closed form was best.
+        method: "closed_form", "least_squares" or "gradient".
+        ridge: of each head by least squares, None where the closed form was best; None by other methods.
         held_out_queries: how many queries of a state head the errors are measured on.
         rows_per_head: r·C + R: rows of the state's Z and its own rows.
         kept_rows: of these, rows of the prefix that were kept exactly.
@@ -31,7 +32,8 @@ class ConversionReport:
     closed_form_error: Tensor
     no_prefix_error: Tensor
     prefix_share: Tensor
-    ridge: list[float | None]
+    method: str
+    ridge: list[float | None] | None
     held_out_queries: int
     rows_per_head: int
     kept_rows: int
@@ -49,7 +51,7 @@ class ConversionReport:
         lines = [
             f"relative error on {self.held_out_queries:,} held-out queries a head: median {self.error.median():.3f}, "
             f"mean {self.error.mean():.3f}, worst {self.error[worst]:.3f} (head {worst})",
-            f"before the fit: mean {self.closed_form_error.mean():.3f}; without the prefix: mean "
+            f"in closed form: mean {self.closed_form_error.mean():.3f}; without the prefix: mean "
             f"{self.no_prefix_error.mean():.3f}",
             f"share of the attention that the prefix has: mean {self.prefix_share.mean():.2f}",
             f"{self.rows_per_head:,} rows a head ({self.kept_rows} of the prefix kept exactly), "

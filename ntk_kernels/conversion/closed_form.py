@@ -1,0 +1,73 @@
+"""States in closed form: sums of features around centres, and rows at the means of clusters."""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from ..dispatch import sums_backend
+from ..state import PrefixState
+from .centers import cluster_means, find_centers
+
+
+class Rows(NamedTuple):
+    """Rows that stand for a prefix: keys [..., R, D], values [..., R, Dv] and for how many of its rows [..., R]."""
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+
+    def state(self) -> PrefixState:
+        return PrefixState(keys=self.keys, values=self.values, bias=self.count.log())
+
+
+class Expansion(NamedTuple):
+    """What the features of a state are, if it has any, and how it is found."""
+
+    feature_map: str | None
+    centers: str | int | Tensor | None
+    scale: float
+    feature_scale: float
+    seed: int
+    dtype: torch.dtype
+
+    def features(self, prefix_key: Tensor, prefix_value: Tensor) -> PrefixState:
+        """Sums of features over the rows nearest to each centre, divided by their number."""
+        lead = prefix_key.shape[:-2]
+        centers = find_centers(self.centers, prefix_key, self.feature_map, self.dtype, self.seed)
+        flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
+        z, k, count = ops.sum_features(
+            flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), self.feature_map,
+            self.scale / self.feature_scale, sums_backend(flat_key, flat_value),
+        )  # fmt: skip
+        if not torch.compiler.is_compiling() and checks.readable(z) and not (z.isfinite().all() and k.isfinite().all()):
+            checks.check_finite_rows("prefix_key", prefix_key)
+            checks.check_finite_rows("prefix_value", prefix_value)
+        mid = () if centers is None else (centers.shape[-2],)
+        return state_of_sums(
+            z.reshape(*lead, *mid, *z.shape[2:]), k.reshape(*lead, *mid, k.shape[2]), count.reshape(*lead, *mid),
+            centers, self.feature_map, self.feature_scale,
+        )  # fmt: skip
+
+    def rows(self, prefix_key: Tensor, prefix_value: Tensor, num_rows: int) -> Rows:
+        return Rows(*cluster_means(prefix_key, prefix_value, num_rows, self.dtype, self.seed))
+
+
+def state_of_sums(z, k, count, centers, feature_map, feature_scale) -> PrefixState:
+    """Of sums [..., (C,) r, Dv], [..., (C,) r] and numbers of rows [..., (C)], which go into `log_scale`."""
+    rows = count.clamp(min=1).unsqueeze(-1)
+    return PrefixState(
+        z / rows.unsqueeze(-1), k / rows, feature_map, feature_scale=feature_scale, centers=centers,
+        log_scale=count.log(),
+    )  # fmt: skip
+
+
+def together(features: PrefixState | None, rows: Rows | None) -> PrefixState:
+    """Both hold all of the prefix: each gets half the weight."""
+    if features is None or rows is None:
+        return rows.state() if features is None else features
+    halved = replace(features, log_scale=features.log_scale - math.log(2))
+    return halved.merge(rows._replace(count=rows.count / 2).state())
