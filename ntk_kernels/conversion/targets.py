@@ -12,7 +12,8 @@ from ..state import PrefixState
 
 HELD_OUT = 0.25  # of the queries, the last ones
 TINY = 1e-300
-_CHUNK_WEIGHTS = 2**25  # attention weights held at a time
+_CHUNK_WEIGHTS = 2**22  # attention weights held at a time
+_ENOUGH_QUERIES = 4096  # to find the rows with much attention
 
 
 class Targets(NamedTuple):
@@ -88,13 +89,15 @@ def with_rows(attention, query: Tensor, keys: Tensor, values: Tensor, scale: flo
 
 
 def most_seen(targets: Targets, prefix_key: Tensor, count: int, scale: float) -> Tensor:
-    """Numbers [Hs, count] of the rows with the largest sum of squared attention weights over the fitted queries."""
+    """Numbers [Hs, count] of the rows with the largest sum of squared attention weights over the fitted queries, or
+    over every n-th of them, so that they are no more than `_ENOUGH_QUERIES`."""
     chosen = []
+    every_nth = slice(0, targets.num_fitted, -(-targets.num_fitted // _ENOUGH_QUERIES))
+    rows_at_once = max(1, _CHUNK_WEIGHTS // prefix_key.shape[1])
     for key, query, lse in zip(prefix_key.float(), targets.query.float(), targets.lse.float(), strict=True):
         seen = key.new_zeros(key.shape[0])
-        for start in range(0, targets.num_fitted, chunk := max(1, _CHUNK_WEIGHTS // key.shape[0])):
-            part = slice(start, min(start + chunk, targets.num_fitted))
-            seen += (scale * query[part] @ key.mT - lse[part, None]).exp_().square_().sum(0)
+        for q, t in zip(query[every_nth].split(rows_at_once), lse[every_nth].split(rows_at_once), strict=True):
+            seen += (scale * q @ key.mT - t[:, None]).exp_().square_().sum(0)
         chosen.append(seen.topk(count).indices)
     return torch.stack(chosen)
 
