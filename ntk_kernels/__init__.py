@@ -16,6 +16,7 @@ except ImportError as error:
     raise ImportError(
         "ntk_kernels.reference is missing: this is a checkout that is not installed; run `pip install -e .` in it"
     ) from error
+from .accumulator import PrefixAccumulator
 from .attention import ntk_attention
 from .conversion.report import ConversionReport
 from .convert import prefix_to_state
@@ -29,6 +30,7 @@ __version__ = _version("ntk-kernels")
 __all__ = [
     "FEATURE_MAPS",
     "ConversionReport",
+    "PrefixAccumulator",
     "PrefixState",
     "feature_dim",
     "merge_attention",

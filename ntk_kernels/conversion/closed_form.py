@@ -58,7 +58,7 @@ class Expansion(NamedTuple):
 
 def state_of_sums(z, k, count, centers, feature_map, feature_scale) -> PrefixState:
     """Of sums [..., (C,) r, Dv], [..., (C,) r] and numbers of rows [..., (C)], which go into `log_scale`."""
-    rows = count.clamp(min=1).unsqueeze(-1)
+    rows = count.where(count > 0, 1).unsqueeze(-1)
     return PrefixState(
         z / rows.unsqueeze(-1), k / rows, feature_map, feature_scale=feature_scale, centers=centers,
         log_scale=count.log(),
