@@ -6,6 +6,9 @@ import torch
 if not torch.cuda.is_available():  # then the Triton kernels run in its interpreter, which it decides when they load
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 from ntk_kernels import dispatch
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
-from ntk_kernels.conversion import least_squares
+from ntk_kernels.conversion import gradient, least_squares
+from ntk_kernels.conversion.targets import targets_of
 
 F64 = torch.float64
 HEADS, DIM, VALUE_DIM = 2, 8, 6
@@ -53,37 +54,90 @@ STATES = {
 }
 
 
+@pytest.mark.parametrize("method", ["least_squares", "gradient"])
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
-def test_the_report_is_true(args, options):
+def test_the_report_is_true(args, options, method):
     """Its errors are those that the reference finds on the held-out inputs, and the fit is the better one."""
     sample = Sample()
-    state, report = sample.convert(*args, **options)
+    state, report = sample.convert(*args, **options, method=method)
     held_out = slice(3, None)  # the last quarter
     torch.testing.assert_close(report.error.double(), sample.errors(state, held_out), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(report.no_prefix_error.double(), sample.errors(None, held_out), rtol=1e-4, atol=1e-6)
-    before, again = sample.convert(*args, **options | {"num_rows": 0} if args[0] else options, method="closed_form")
-    torch.testing.assert_close(report.closed_form_error.double(), sample.errors(before, held_out), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(again.error, report.closed_form_error)
+    if "num_rows" not in options:
+        before, again = sample.convert(*args, **options, method="closed_form")
+        errors = sample.errors(before, held_out)
+        torch.testing.assert_close(report.closed_form_error.double(), errors, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(again.error, report.closed_form_error)
     assert (report.error < report.closed_form_error).all()
+    assert report.method == method
     assert report.held_out_queries == 64 * 2
-    features = {
-        None: 0,
-        "elu": 8,
-        "taylor1": 9 * options.get("centers", 1) if args[0] == "taylor1" else 0,
-        "taylor2": 45,
-    }
+    features = {None: 0, "elu": 8, "taylor1": 9 * (options.get("centers") or 1), "taylor2": 45}[args[0]]
     rows = options.get("num_rows", 0) + options.get("keep", 0)
-    assert report.rows_per_head == features[args[0]] + rows
-    assert report.break_even == features[args[0]] / 2 + rows
+    assert report.rows_per_head == features + rows
+    assert report.break_even == features / 2 + rows
     assert report.kept_rows == options.get("keep", 0)
     assert report.state_bytes == state.nbytes
     assert report.prefix_bytes == 400 * 14 * 8 * HEADS
 
 
+def test_rows_by_gradient_are_the_default_and_the_best():
+    sample = Sample()
+    state, report = sample.convert(num_rows=20)
+    assert (state.k, state.num_rows, report.method) == (None, 20, "gradient")
+    _, same_keys = sample.convert(num_rows=20, method="least_squares")
+    _, features = sample.convert("taylor1", centers=2)
+    assert (report.error < 0.8 * same_keys.error).all()
+    assert (report.error < 0.8 * features.error).all()
+    with_centers, _ = sample.convert("taylor1", centers=2)
+    assert not torch.equal(with_centers.centers, sample.convert("taylor1", centers=2, method="closed_form")[0].centers)
+    assert sample.convert()[0].num_rows == 128
+
+
+def test_a_descent_is_seeded():
+    sample = Sample()
+    first, same, other = (sample.convert(num_rows=8, seed=seed, return_report=False) for seed in (3, 3, 4))
+    assert all(torch.equal(tensor, getattr(same, name)) for name, tensor in first.tensors().items())
+    assert not torch.equal(first.values, other.values)
+
+
+def test_a_descent_that_finds_nothing_better_leaves_the_closed_form(monkeypatch):
+    """Steps far too long: head by head what it started from, not what it ended with."""
+    monkeypatch.setattr(gradient, "_RATE", 1e4)
+    monkeypatch.setattr(gradient, "_STEPS", 100)
+    sample = Sample()
+    state, report = sample.convert("taylor1")
+    closed, _ = sample.convert("taylor1", method="closed_form")
+    assert torch.equal(report.error, report.closed_form_error)
+    assert all(torch.equal(tensor, getattr(state, name)) for name, tensor in closed.tensors().items())
+
+
+def test_a_head_of_nan_does_not_spoil_the_others():
+    sample = Sample()
+    expected, _ = sample.convert(num_rows=8)
+    out, lse = sample.attention
+    sample.attention = out.clone(), lse.clone()
+    sample.attention[0][:, 2:] = math.nan  # the query heads of the second state head
+    state, report = sample.convert(num_rows=8)
+    assert report.error.isnan().tolist() == [False, True]
+    torch.testing.assert_close(state.values[0], expected.values[0])
+    assert report.incompressible_heads == [1]
+
+
+def test_huge_logits():
+    """Logits of ±1000: the fit stays finite and is no worse than the closed form."""
+    sample = Sample()
+    sample.query *= 300
+    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
+    for method in ("gradient", "least_squares"):
+        state, report = sample.convert(num_rows=12, method=method)
+        assert all(tensor.isfinite().all() for tensor in state.tensors().values())
+        assert (report.error <= report.closed_form_error).all()
+
+
 def test_fitted_rows_beat_the_expansion():
     sample = Sample()
-    _, closed = sample.convert(method="closed_form")
-    _, fitted = sample.convert(num_rows=20)
+    _, closed = sample.convert("taylor1", method="closed_form")
+    _, fitted = sample.convert("taylor1", num_rows=20, method="least_squares")
     assert (fitted.error < 0.4 * closed.error).all()
 
 
@@ -92,7 +146,7 @@ def test_what_a_state_can_hold_it_holds():
     sample = Sample()
     sample.prefix_key = sample.prefix_key[:, :7].repeat(1, 40, 1)
     sample.prefix_value = sample.prefix_value[:, :7].repeat(1, 40, 1)
-    state, report = sample.convert(None, num_rows=7)
+    state, report = sample.convert(num_rows=7, method="least_squares")
     assert report.error.max() < 1e-6
     torch.testing.assert_close(state.bias.exp(), torch.full((HEADS, 7), 40.0, dtype=F64), rtol=1e-4, atol=0)
 
@@ -107,53 +161,44 @@ def test_a_sink_is_kept():
         sample.prefix_key[head, sink] = 4 + toward[head]
         sample.prefix_value[head, sink] = 0.01
     sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
-    state, report = sample.convert(keep=1)
+    state, report = sample.convert("taylor1", keep=1, method="least_squares")
     for head, sink in enumerate(sinks):
         torch.testing.assert_close(state.keys[head, 0], sample.prefix_key[head, sink])
         torch.testing.assert_close(state.values[head, 0], sample.prefix_value[head, sink])
     assert state.bias is None or (state.bias == 0).all()
-    _, without = sample.convert()
+    _, without = sample.convert("taylor1", method="least_squares")
     assert (report.error < 0.5 * without.error).all()
 
 
-def test_keeping_everything():
+@pytest.mark.parametrize("options", [{"keep": 9}, {"num_rows": 9}, {"num_rows": 5, "keep": 4}, {}], ids=str)
+def test_keeping_everything(options):
+    """No more rows in the prefix than the state may have: they stay as they are."""
     sample = Sample(rows=9)
-    state, report = sample.convert(keep=9)
-    assert state.num_rows == report.kept_rows == 9
+    state, report = sample.convert(**options)
+    assert state.num_rows == report.rows_per_head == report.kept_rows == 9
+    assert (state.k, state.bias) == (None, None)
     assert report.error.max() < 1e-6
+    in_closed_form = prefix_to_state(sample.prefix_key, sample.prefix_value, num_rows=9)
+    torch.testing.assert_close(in_closed_form.keys, sample.prefix_key)
+    _, report = sample.convert("taylor1", keep=9)
     assert report.rows_per_head == 9 + 9  # the features are there, but hold nothing
-
-
-def test_budget():
-    """Of the divisions of a budget the one with the least error; never more rows than that."""
-    sample = Sample()
-    by_hand = {
-        "rows": sample.convert(None, num_rows=30),
-        "features and rows": sample.convert(num_rows=21),
-        "kept rows as well": sample.convert(num_rows=17, keep=4),
-    }
-    state, report = sample.convert(budget=30)
-    assert report.rows_per_head == 30
-    best = min(by_hand, key=lambda name: by_hand[name][1].error.mean().item())
-    assert torch.equal(report.error, by_hand[best][1].error)
-    for name, tensor in by_hand[best][0].tensors().items():
-        assert torch.equal(getattr(state, name), tensor)
-    errors = [sample.convert(budget=rows)[1].error.mean() for rows in (4, 16, 64)]
-    assert errors[0] > errors[1] > errors[2]
-
-
-def test_a_budget_for_everything_is_the_prefix():
-    sample = Sample(rows=20)
-    state, report = sample.convert(budget=50)
-    assert report.rows_per_head == state.num_rows == 20
-    assert state.k is None
     assert report.error.max() < 1e-6
-    sample.prefix_key, sample.prefix_value = sample.prefix_key[:, :0], sample.prefix_value[:, :0]
-    state, report = sample.convert(budget=50)
-    assert report is None
-    assert torch.equal(
-        ntk_attention(sample.query, sample.key, sample.value, state, is_causal=True), sample.attention[0]
-    )
+
+
+def test_the_smallest_state_with_an_error():
+    sample = Sample()
+    errors = {rows: sample.convert(num_rows=rows)[1].error.mean().item() for rows in (8, 16, 32)}
+    assert errors[8] > errors[16] > errors[32]
+    state, report = sample.convert(error=(errors[8] + errors[16]) / 2)
+    assert report.rows_per_head == 16
+    assert report.error.mean().item() == pytest.approx(errors[16])
+    state, report = sample.convert(error=(errors[8] + errors[16]) / 2, keep=2)
+    assert report.kept_rows == 2
+    assert report.error.mean() <= (errors[8] + errors[16]) / 2
+    small = Sample(rows=20)
+    state, report = small.convert(error=1e-9)  # no fit reaches it: the prefix itself
+    assert report.rows_per_head == state.num_rows == report.kept_rows == 20
+    assert report.error.max() < 1e-9
 
 
 def test_without_an_input():
@@ -170,12 +215,12 @@ def test_without_an_input():
 
 def test_one_sequence_holds_out_its_last_tokens():
     sample = Sample(batch=1, length=200)
-    state, report = sample.convert(num_rows=8)
+    state, report = sample.convert(num_rows=8, method="least_squares")
     assert report.held_out_queries == 100  # 50 tokens of two heads
     changed = Sample(batch=1, length=200)
     changed.query[:, :, 150:] *= 1.5  # held out: not fitted to
     changed.attention = ntk_attention(changed.query, changed.key, changed.value, is_causal=True, return_lse=True)
-    other, other_report = changed.convert(num_rows=8)
+    other, other_report = changed.convert(num_rows=8, method="least_squares")
     assert not torch.equal(report.error, other_report.error)
     if report.ridge == other_report.ridge:
         assert torch.equal(state.values, other.values)
@@ -185,10 +230,10 @@ def test_ridge_regression_by_another_way(monkeypatch):
     """One ridge, features only: the solution of the two stacked least-squares systems by QR."""
     monkeypatch.setattr(least_squares, "_RIDGES", (1e-3,))
     sample = Sample()
-    closed, _ = sample.convert(method="closed_form")
-    state, report = sample.convert()
+    closed, _ = sample.convert("taylor1", method="closed_form")
+    state, report = sample.convert("taylor1", method="least_squares")
     assert report.ridge == [1e-3, 1e-3]
-    targets = least_squares.targets_of(
+    targets = targets_of(
         sample.query, sample.prefix_key, sample.prefix_value, sample.attention, DIM**-0.5
     ).first(384)  # fmt: skip
     for head in range(HEADS):
@@ -257,7 +302,7 @@ def test_an_empty_prefix_adds_nothing():
 
 
 def test_the_report_as_text():
-    _, report = Sample().convert(num_rows=12, keep=2)
+    _, report = Sample().convert("taylor1", num_rows=12, keep=2)
     text = str(report)
     assert "relative error on 128 held-out queries a head: median 0." in text
     assert "23 rows a head (2 of the prefix kept exactly)" in text
@@ -281,20 +326,22 @@ def refused():
     sample = Sample(rows=20)
     query, attention = sample.query, sample.attention
     return {
-        "few queries": ({"query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 12 queries to fit 9 features and rows, a quarter of them to be held out, got 10"),
+        "few queries": ({"feature_map": "taylor1", "method": "least_squares", "query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 12 queries to fit 9 features and rows, a quarter of them to be held out, got 10"),
+        "few for a descent": ({"num_rows": 8, "query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 27 queries to fit 8 features and rows by gradient descent, a quarter of them to be held out, got 10"),
         "method": ({"method": "magic"}, "`method` must be one of"),
         "no query": ({"query": None, "attention": None, "return_report": False, "method": "least_squares"}, "`query` must be given with method='least_squares', got None"),
         "report": ({"query": None, "attention": None}, "`return_report` needs calibration queries: `query` must be given, got None"),
         "keep": ({"query": None, "attention": None, "return_report": False, "keep": 1}, "`keep` needs calibration queries"),
-        "rows": ({"num_rows": 15, "keep": 6}, "`num_rows` and `keep` must be at most the number of prefix rows together, m=20, got 15 and 6"),
-        "no terms": ({"feature_map": None}, "`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0"),
-        "rows in closed form": ({"num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
+        "rows": ({"feature_map": "taylor1", "num_rows": 15, "keep": 6}, "`num_rows` and `keep` must be at most the number of prefix rows together, m=20, got 15 and 6"),
+        "no terms": ({"num_rows": 0}, "`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0"),
+        "centres of rows": ({"centers": 4}, "`centers` must come with `feature_map`, got 4 and feature_map=None"),
+        "rows in closed form": ({"feature_map": "taylor1", "num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
         "heads": ({"query": query[:, :3], "attention": None}, "`query` must have a multiple of Hs=2 heads, got 3"),
         "head dimension": ({"query": query[..., :5], "attention": None}, "`query` must have shape [B, Hq, L, D=8], got [4, 4, 64, 5]"),
         "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
         "lse": ({"attention": (attention[0], attention[1][..., :3])}, "`attention[1]` must have shape [B=4, Hq=4, L=64], got [4, 4, 3]"),
-        "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
-        "budget and rows": ({"budget": 8, "num_rows": 3}, "`budget` must come with method='least_squares' and without `feature_map`, `centers`, `num_rows` and `keep`"),
+        "error": ({"error": 0.0}, "`error` must be positive, got 0.0"),
+        "error and rows": ({"error": 0.1, "num_rows": 3}, "`error` must come with `query`, method='gradient' and without `feature_map` and `num_rows`, which it finds"),
         "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
     }  # fmt: skip
 
