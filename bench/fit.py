@@ -4,7 +4,7 @@ The prefix is the keys and values that a pretrained model makes of text; the fit
 errors are those on chunks that no fit has seen, against exact attention over prefix and input. Beside them are recorded
 the errors that the reports of the conversions give, on their held-out queries, and the seconds of each conversion, of
 which the report takes most where a state is made in closed form. Prints tables and leaves figures and a plot in the
-folder it names. Up to an hour on two cores.
+folder it names. Too long for `bench all`.
 """
 
 import argparse
