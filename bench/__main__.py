@@ -11,6 +11,7 @@ try:
         convert,
         decode,
         demo,
+        fit,
         gate,
         report,
         scaling,
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 
 BENCHMARKS = {
-    "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert,
+    "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert, "fit": fit,
     "accounting": accounting, "approximation": approximation, "scaling": scaling, "ceilings": ceilings,
     "static": static, "gate": gate, "tune": tune, "all": suite, "report": report,
 }  # fmt: skip
