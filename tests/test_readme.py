@@ -20,7 +20,7 @@ def test_examples_run(capsys):
     assert names["out"].shape == (2, 8, 256, 64)
     assert names["z"].grad.abs().sum() > 0
     assert names["k"].grad.abs().sum() > 0
-    assert "160 rows a head" in capsys.readouterr().out
+    assert "128 rows a head" in capsys.readouterr().out
 
 
 def test_files_exist():
