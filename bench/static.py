@@ -27,6 +27,15 @@ from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, sections_of, state_launch
+from ntk_kernels.kernels.convert import (
+    GRAD_SECTIONS,
+    Rows,
+    SumGrads,
+    Sums,
+    num_features_of,
+    sums_backward_launch,
+    sums_launch,
+)
 from ntk_kernels.kernels.decode import decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.launch import prepare
@@ -42,6 +51,7 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "dkdv", 128): 8,
     ("3.6", "sm90", "decode", 64): 8,
     ("3.6", "sm90", "decode", 256): 8,
+    ("3.6", "sm100", "sums_backward keys", 256): 24,  # taylor2
     ("3.7", "sm90", "forward without keys", 128): 32,  # taylor2
     ("3.7", "sm90", "forward without keys", 256): 8,  # taylor2
 }
@@ -103,6 +113,8 @@ class Shape:
         kernel, _, section = self.kernel.partition(" ")
         if kernel in ("decode", "merge"):
             return self._decode_launch(query, key, value, arguments, meta)
+        if kernel in ("sums", "sums_backward"):
+            return self._sums_launch(section, meta)
         if section == WITHOUT_KEYS:
             key, section = None, ""
             arguments["window_right"] = -1
@@ -152,6 +164,26 @@ class Shape:
             options |= {"num_splits": splits, "sums": lse, "left_out": left_out}
         return decode_launch(call, out, lse, self.config(), **options)
 
+    def _sums_launch(self, section: str, meta):
+        """Of 8 heads and 4,096 rows around their mean key, in two splits; "centres": 16 of them, and weights."""
+        heads, length, dim, dtype = 8, 4096, self.head_dim, record.DTYPES[self.dtype]
+        keys, values = (meta(heads, length, dim, dtype=dtype) for _ in range(2))
+        centers, rows = 1, Rows(keys, values, None, meta(heads, 1, dim), None, None)
+        if self.option == "centres":
+            centers = 16
+            order, offsets = (meta(heads, size, dtype=torch.int64) for size in (length, centers + 1))
+            rows = Rows(*rows[:2], meta(heads, length), meta(heads, centers, dim), order, offsets)
+        if self.kernel.startswith("sums_backward"):
+            r = feature_dim(self.feature_map, dim)
+            z = meta(heads, centers, r, dim, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+            grads = SumGrads(*rows[:2], meta(2, heads, centers, dim))
+            return sums_backward_launch(
+                rows, z, meta(heads, centers, r), grads, section, self.feature_map, 2, 0.5, self.config(), self.arch
+            )
+        shape, r = (2, heads, centers), num_features_of(section, dim)
+        sums = Sums(meta(*shape, r, dim), meta(*shape, r), None if section in ("pairs", "squares") else meta(*shape))
+        return sums_launch(rows, sums, section, 0.5, self.config(), self.arch)
+
     def candidates(self) -> tuple[configs.TileConfig, ...]:
         feature_map = None if self.feature_map == "none" else self.feature_map
         blocks = configs.blocks(self.arch, self.head_dim, self.head_dim)
@@ -190,7 +222,8 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             listed += [Shape(arch, dim, "elu", option, kernel="dq") for option in OPTIONS if option != "state index"]
             listed += [Shape(arch, dim, "none", option, kernel="dkdv") for option in OPTIONS[2:]]
             listed += [Shape(arch, dim, "taylor1", "centres", kernel=kernel)
-                       for kernel in ("delta", "dq", "state linear")]  # fmt: skip
+                       for kernel in ("delta", "dq", "state linear", "sums linear", "sums_backward values",
+                                      "sums_backward keys")]  # fmt: skip
             listed += [Shape(arch, dim, "elu", option, kernel="state elu") for option in ("state index", "packed")]
             listed += [shape for dtype in ("float16", "float32") for shape in _every_kernel(arch, dim, dtype)]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
@@ -212,6 +245,8 @@ def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Sha
     maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
     maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
     maps += [("decode", name) for name in ("none", "elu", "taylor2")] + [("merge", "taylor2")]
+    maps += [(f"sums {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
+    maps += [(f"sums_backward {section}", name) for section in GRAD_SECTIONS for name in FEATURE_MAPS[1:]]
     listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]
     return listed + [Shape(arch, head_dim, "none", "rows", dtype, f"rows {section}") for section in ("keys", "values")]
 

@@ -124,6 +124,42 @@ for options in ({}, {"window_right": 0, "window_left": 100}):
 )
 
 
+SPECIALISATIONS_OF_SUMS = """
+from bench import aot
+import torch
+from ntk_kernels.kernels.convert import Rows, SumGrads, Sums, sums_backward_launch, sums_launch
+from ntk_kernels.kernels import configs
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+def launches(heads, length, centers, splits, ordered):
+    keys, values = (meta(heads, length, 64, dtype=torch.bfloat16) for _ in range(2))
+    order = (meta(heads, length, dtype=torch.int64), meta(heads, centers + 1, dtype=torch.int64)) if ordered else (None,) * 2
+    rows = Rows(keys, values, None, meta(heads, centers, 64), *order)
+    z, k = meta(heads, centers, 65, 64, dtype=torch.bfloat16), meta(heads, centers, 65)
+    sums = Sums(meta(splits, *z.shape), meta(splits, *k.shape), meta(splits, heads, centers))
+    grads = SumGrads(keys, values, meta(splits, heads, centers, 64))
+    config = configs.TileConfig(64, 64, 4, 2)
+    return [repr(aot.specialisation(launch)) for launch in (
+        sums_launch(rows, sums, "linear", 0.5, config, "sm90"),
+        sums_backward_launch(rows, z, k, grads, "values", "taylor1", splits, 0.5, config, "sm90"),
+        sums_backward_launch(rows, z, k, grads, "keys", "taylor1", splits, 0.5, config, "sm90"),
+    )]
+
+for ordered in (False, True):
+    shapes = [(1, 1, 1, 1), (3, 17, 1, 16), (16, 4096, 16, 2), (7, 1000, 1000, 5), (2, 10**6, 3, 7)]
+    for kernel, variants in enumerate(zip(*(launches(*shape, ordered) for shape in shapes), strict=True)):
+        assert len(set(variants)) == 1, (kernel, ordered)
+"""
+
+
+def test_no_recompilation_of_sums():
+    """For other numbers of heads, rows, centres or splits."""
+    result = run("-c", SPECIALISATIONS_OF_SUMS)
+    assert result.returncode == 0, result.stderr
+
+
 def test_no_recompilation_of_decode():
     """For another batch, number of queries or of pages, length, or number of splits."""
     result = run("-c", SPECIALISATIONS_OF_DECODE)

@@ -28,14 +28,15 @@ from .launch import Launch, Plan, contiguous, options_of
 from .prefix_backward import features_grad
 from .tiles import dot, rounded_to, state_dot, store_tile
 
+GRAD_SECTIONS = {"values": ("v",), "keys": ("k", "centers")}  # a launch each
 _MAX_ROWS_OF_SPLIT = 2**15  # on average over the centres: more would lose digits in float32
 
 
 class Rows(NamedTuple):
     """What the sums go over, [H, m, ...]: D or Dv elements of a row lie side by side; the rest is contiguous."""
 
-    keys: object  # [H, m, D]
-    values: object  # [H, m, Dv]
+    k: object  # [H, m, D]
+    v: object  # [H, m, Dv]
     weights: object  # [H, m]; None: 1
     centers: object  # [H, C, D]; None: one, the origin
     order: object  # [H, m], numbers of rows; None, as the offsets, with one centre
@@ -47,14 +48,14 @@ class Sums(NamedTuple):
 
     z: object
     k: object
-    count: object  # None but in the first section
+    n: object  # count; None but in the first section
 
 
 class SumGrads(NamedTuple):
     """None for those that nobody wants."""
 
-    keys: object  # [H, m, D]
-    values: object  # [H, m, Dv]
+    k: object  # [H, m, D]
+    v: object  # [H, m, Dv]
     centers: object  # [splits, H, C, D], float32
 
 
@@ -122,8 +123,8 @@ def _ntk_sum_features_kernel(
     for first in tl.range(start + split * BLOCK_M, stop, splits * BLOCK_M, num_stages=STAGES):
         at, u = _load_rows(rows, head, first, stop, num_rows, BLOCK_M)
         exist = (at < num_rows)[:, None]
-        k_rows = rows.keys + head * stride_k[0] + at[:, None] * stride_k[1]
-        v = load_columns(rows.values + head * stride_v[0] + at[:, None] * stride_v[1], exist, 0, VALUE_DIM, BLOCK_DV)
+        k_rows = rows.k + head * stride_k[0] + at[:, None] * stride_k[1]
+        v = load_columns(rows.v + head * stride_v[0] + at[:, None] * stride_v[1], exist, 0, VALUE_DIM, BLOCK_DV)
         y = key_scale * load_columns(k_rows, exist, first_column, HEAD_DIM, CHUNK, mu_ptr).to(tl.float32)
         y_a = None
         if SECTION == "pairs":
@@ -153,8 +154,8 @@ def _ntk_sum_features_kernel(
         if SECTION == "linear":
             tl.store(z_ptr + values, z_1, mask=values < VALUE_DIM)
             tl.store(k_ptr, tl.sum(count, 0))
-        if sums.count is not None:
-            tl.store(sums.count + center, tl.sum(count, 0))
+        if sums.n is not None:
+            tl.store(sums.n + center, tl.sum(count, 0))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "num_centers", "splits"])
@@ -177,11 +178,11 @@ def _ntk_sum_features_bwd_kernel(
     start, stop = _range_of(rows, head, c, num_rows, num_centers)
 
     dmu = tl.zeros([BLOCK_D], tl.float32)
-    for first in tl.range(start + split * BLOCK_M, stop, splits * BLOCK_M, num_stages=1):
+    for first in tl.range(start + split * BLOCK_M, stop, splits * BLOCK_M, num_stages=1, disable_licm=True):
         at, u = _load_rows(rows, head, first, stop, num_rows, BLOCK_M)
         exist = (at < num_rows)[:, None]
-        k_rows = rows.keys + head * stride_k[0] + at[:, None] * stride_k[1]
-        if grads.values is not None:
+        k_rows = rows.k + head * stride_k[0] + at[:, None] * stride_k[1]
+        if grads.v is not None:
             dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             if FEATURE_MAP == "elu":
                 dv, _ = add_elu(
@@ -193,19 +194,18 @@ def _ntk_sum_features_bwd_kernel(
                     dv, u, k_rows, exist, z_ptr, key_scale, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK,
                     PRECISION, OPERAND, STAGES, mu_ptr,
                 )  # fmt: skip
-            store_tile(grads.values + head * num_rows * VALUE_DIM, dv, at, num_rows, VALUE_DIM, 0, VALUE_DIM, BLOCK_DV)
-        if grads.keys is not None or grads.centers is not None:
+            store_tile(grads.v + head * num_rows * VALUE_DIM, dv, at, num_rows, VALUE_DIM, 0, VALUE_DIM, BLOCK_DV)
+        if grads.k is not None or grads.centers is not None:
             # As those of a query whose dO is v, with Δ = -1.
-            k = load_columns(k_rows, exist, 0, HEAD_DIM, BLOCK_D, mu_ptr)
-            v_rows = rows.values + head * stride_v[0] + at[:, None] * stride_v[1]
+            v_rows = rows.v + head * stride_v[0] + at[:, None] * stride_v[1]
             dk, _ = features_grad(
-                k, k_rows, v_rows, exist, tl.full([BLOCK_M], -1.0, tl.float32), z_ptr, k_ptr, key_scale, FEATURE_MAP,
+                None, k_rows, v_rows, exist, tl.full([BLOCK_M], -1.0, tl.float32), z_ptr, k_ptr, key_scale, FEATURE_MAP,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK, PRECISION, OPERAND, STAGES, mu_ptr,
             )  # fmt: skip
             dk = (key_scale * u)[:, None] * dk
             dmu -= tl.sum(dk, 0)
-            if grads.keys is not None:
-                store_tile(grads.keys + head * num_rows * HEAD_DIM, dk, at, num_rows, HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
+            if grads.k is not None:
+                store_tile(grads.k + head * num_rows * HEAD_DIM, dk, at, num_rows, HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
     if grads.centers is not None:
         columns = tl.arange(0, BLOCK_D)
         ptrs = grads.centers + (split.to(tl.int64) * num_heads * num_centers + center) * HEAD_DIM + columns
@@ -226,43 +226,41 @@ def sums_launch(
     chunk = _chunk_of(config, blocks)
     splits, heads, centers, num_features = sums.k.shape
     constants |= {"SECTION": section, "NUM_FEATURES": num_features, "CHUNK": chunk}
-    grid = (_blocks_of(section, rows.keys.shape[2], chunk) * centers * heads, splits)
+    grid = (_blocks_of(section, rows.k.shape[2], chunk) * centers * heads, splits)
     return _launch(
         _ntk_sum_features_kernel, grid, (rows, sums), _scalars(rows, centers, splits, key_scale), constants, config
     )
 
 
 def sums_backward_launch(
-    rows: Rows, grad_z, grad_k, grads: SumGrads, feature_map: str, splits: int, key_scale: float,
+    rows: Rows, grad_z, grad_k, grads: SumGrads, section: str, feature_map: str, splits: int, key_scale: float,
     config: configs.TileConfig, arch: str,
 ) -> Launch:  # fmt: skip
-    """The launch that fills `grads`."""
+    """The launch that fills those of `grads` that are the section's."""
+    grads = grads._replace(**{name: None for name in grads._fields if name not in GRAD_SECTIONS[section]})
     blocks, constants = _describe(rows, arch)
     heads, centers, num_features = grad_k.shape
-    operand = tl.bfloat16 if rows.keys.dtype == torch.bfloat16 else tl.float32  # what comes in may exceed float16
+    operand = tl.bfloat16 if rows.k.dtype == torch.bfloat16 else tl.float32  # what comes in may exceed float16
     constants |= {"FEATURE_MAP": feature_map, "NUM_FEATURES": num_features, "OPERAND": operand}
-    constants |= {"BLOCK_D": blocks.block_d, "CHUNK": blocks.chunk}
-    scalars = _scalars(rows, centers, splits, key_scale)
-    return _launch(
-        _ntk_sum_features_bwd_kernel, (centers * heads, splits), (rows, grad_z, grad_k, grads), scalars, constants,
-        config,
-    )  # fmt: skip
+    constants |= {"BLOCK_D": blocks.block_d, "CHUNK": _chunk_of(config, blocks)}
+    grid, scalars = (centers * heads, splits), _scalars(rows, centers, splits, key_scale)
+    return _launch(_ntk_sum_features_bwd_kernel, grid, (rows, grad_z, grad_k, grads), scalars, constants, config)
 
 
 def _describe(rows: Rows, arch: str) -> tuple[configs.Blocks, dict]:
     """Padded sizes, and constants of both kernels."""
-    head_dim, value_dim = rows.keys.shape[2], rows.values.shape[2]
+    head_dim, value_dim = rows.k.shape[2], rows.v.shape[2]
     blocks = configs.blocks(arch, head_dim, value_dim)
     constants = {
         "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_DV": blocks.block_dv,
-        "PRECISION": configs.precisions(arch, rows.keys.dtype).prefix,
+        "PRECISION": configs.precisions(arch, rows.k.dtype).prefix,
     }  # fmt: skip
     return blocks, constants
 
 
 def _scalars(rows: Rows, centers: int, splits: int, key_scale: float) -> tuple:
-    heads, num_rows, _ = rows.keys.shape
-    return rows.keys.stride()[:2], rows.values.stride()[:2], num_rows, heads, centers, splits, key_scale
+    heads, num_rows, _ = rows.k.shape
+    return rows.k.stride()[:2], rows.v.stride()[:2], num_rows, heads, centers, splits, key_scale
 
 
 def _launch(kernel, grid, tensors, scalars, constants, config: configs.TileConfig) -> Launch:
@@ -283,16 +281,16 @@ def _blocks_of(section: str, head_dim: int, chunk: int) -> int:
 def run_sum_features(rows: Rows, feature_map: str, key_scale: float) -> tuple[torch.Tensor, ...]:
     """z [H, C, r, Dv], k [H, C, r] and count [H, C], in float64."""
     arch, config = _configure("sums", rows, feature_map)
-    heads, head_dim, device = rows.keys.shape[0], rows.keys.shape[2], rows.keys.device
+    heads, head_dim, device = rows.k.shape[0], rows.k.shape[2], rows.k.device
     centers = _num_centers(rows)
     parts = []
     for section in sections_of(feature_map):
         num_features = num_features_of(section, head_dim)
         if num_features == 0:  # pairs of a single column
             continue
-        blocks = _blocks_of(section, head_dim, _chunk_of(config, configs.blocks(arch, head_dim, rows.values.shape[2])))
+        blocks = _blocks_of(section, head_dim, _chunk_of(config, configs.blocks(arch, head_dim, rows.v.shape[2])))
         shape = _splits(rows, blocks * centers * heads, 2, config), heads, centers
-        shapes = (*shape, num_features, rows.values.shape[2]), (*shape, num_features), shape
+        shapes = (*shape, num_features, rows.v.shape[2]), (*shape, num_features), shape
         z, k, count = (torch.empty(size, dtype=torch.float32, device=device) for size in shapes)
         sums_launch(rows, Sums(z, k, None if parts else count), section, key_scale, config, arch)()
         parts.append([sums.sum(0, dtype=torch.float64) for sums in (z, k, count)])
@@ -303,17 +301,18 @@ def run_sum_features(rows: Rows, feature_map: str, key_scale: float) -> tuple[to
 def run_sum_features_backward(rows: Rows, grad_z, grad_k, grads: SumGrads, feature_map: str, key_scale: float) -> None:
     """Fills `grads`, its `centers` [H, C, D] from partial sums."""
     arch, config = _configure("sums_backward", rows, feature_map)
-    centers, (heads, _, head_dim) = _num_centers(rows), rows.keys.shape
+    centers, (heads, _, head_dim) = _num_centers(rows), rows.k.shape
     splits = _splits(rows, centers * heads, 8, config)
     of_centers = None
     if grads.centers is not None:
-        of_centers = torch.empty(splits, heads, centers, head_dim, dtype=torch.float32, device=rows.keys.device)
-    if rows.keys.dtype == torch.bfloat16:
+        of_centers = torch.empty(splits, heads, centers, head_dim, dtype=torch.float32, device=rows.k.device)
+    if rows.k.dtype == torch.bfloat16:
         grad_z = grad_z.to(torch.bfloat16)  # as keys and values are; here, as many programs will read it
-    grads_of_splits = grads._replace(centers=of_centers)
-    sums_backward_launch(
-        rows, grad_z.contiguous(), grad_k.contiguous(), grads_of_splits, feature_map, splits, key_scale, config, arch
-    )()
+    grad_z, grad_k = grad_z.contiguous(), grad_k.contiguous()
+    wanted = grads._replace(centers=of_centers)
+    for section, names in GRAD_SECTIONS.items():
+        if any(getattr(wanted, name) is not None for name in names):
+            sums_backward_launch(rows, grad_z, grad_k, wanted, section, feature_map, splits, key_scale, config, arch)()
     if of_centers is not None:
         grads.centers.copy_(of_centers.sum(0, dtype=torch.float64))
 
@@ -323,9 +322,9 @@ def _num_centers(rows: Rows) -> int:
 
 
 def _configure(kernel: str, rows: Rows, feature_map: str) -> tuple[str, configs.TileConfig]:
-    arch = configs.arch_of(rows.keys.device)
-    blocks = configs.blocks(arch, rows.keys.shape[2], rows.values.shape[2])
-    return arch, configs.candidates(kernel, arch, blocks, rows.keys.dtype, feature_map)[0]
+    arch = configs.arch_of(rows.k.device)
+    blocks = configs.blocks(arch, rows.k.shape[2], rows.v.shape[2])
+    return arch, configs.candidates(kernel, arch, blocks, rows.k.dtype, feature_map)[0]
 
 
 def _chunk_of(config: configs.TileConfig, blocks: configs.Blocks) -> int:
@@ -335,7 +334,7 @@ def _chunk_of(config: configs.TileConfig, blocks: configs.Blocks) -> int:
 
 def _splits(rows: Rows, programs: int, per_multiprocessor: int, config: configs.TileConfig) -> int:
     """So many that no multiprocessor has more programs, unless the sums of a program became too long."""
-    num_rows = rows.keys.shape[1]
-    splits = per_multiprocessor * configs.multiprocessors(rows.keys.device) // programs
+    num_rows = rows.k.shape[1]
+    splits = per_multiprocessor * configs.multiprocessors(rows.k.device) // programs
     splits = max(splits, triton.cdiv(num_rows, _MAX_ROWS_OF_SPLIT * _num_centers(rows)))
     return max(1, min(splits, triton.cdiv(num_rows, config.block_m)))

@@ -82,13 +82,15 @@ def features_grad(
     BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     STAGES: tl.constexpr, mu_ptr=None,
 ):  # fmt: skip
-    """φ'(x_i)ᵀ (Z dO_i - k Δ'_i) [M, BLOCK_D], and φ(x_i)·(Z dO_i - k Δ'_i) [M]."""
+    """φ'(x_i)ᵀ (Z dO_i - k Δ'_i) [M, BLOCK_D], and φ(x_i)·(Z dO_i - k Δ'_i) [M]. Loads q where it is None, late."""
     dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if FEATURE_MAP == "elu":
         dx = add_features_grad(
             dx, do_rows, row_mask, mass_delta, z_ptr, k_ptr, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK, PRECISION,
             OPERAND,
         )  # fmt: skip
+        if q is None:
+            q = load_columns(q_rows, row_mask, 0, HEAD_DIM, BLOCK_D, mu_ptr)
         phi = elu_of(q.to(tl.float32) * feature_scale)
         product = tl.sum(dx * phi, 1)
         dx = dx * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)  # φ' = 1 for x > 0, e^x = φ below
@@ -102,6 +104,8 @@ def features_grad(
                 dx, do_rows, row_mask, mass_delta, z_ptr + first * VALUE_DIM, k_ptr + first, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, CHUNK, PRECISION, OPERAND,
             )  # fmt: skip
+            if q is None:
+                q = load_columns(q_rows, row_mask, 0, HEAD_DIM, BLOCK_D, mu_ptr)
             dx = dx * (q.to(tl.float32) * (feature_scale * _SQRT_2))
             dx = add_pairs_grad(
                 dx, q_rows, do_rows, row_mask, mass_delta, z_ptr, k_ptr, feature_scale, HEAD_DIM, VALUE_DIM,
@@ -112,6 +116,8 @@ def features_grad(
             dx, do_rows, row_mask, mass_delta, z_ptr + VALUE_DIM, k_ptr + 1, HEAD_DIM, VALUE_DIM, BLOCK_D, CHUNK,
             PRECISION, OPERAND,
         )  # fmt: skip
+        if q is None:
+            q = load_columns(q_rows, row_mask, 0, HEAD_DIM, BLOCK_D, mu_ptr)
         product += tl.sum(dx * (q.to(tl.float32) * feature_scale), 1)
     return dx, product
 
