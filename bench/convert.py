@@ -1,7 +1,9 @@
 """How long it takes to turn a prefix into a state, by its length and kind of state, next to reading it once.
 
-The floor of a conversion is reading keys and values. States are checked against the float64 reference before they are
-timed. Centres found by k-means are timed with the search (scikit-learn, on the CPU) and without it.
+The floor of a conversion is reading keys and values, and the matrix products in it, of all keys and values and of keys
+and centres, which are timed by themselves. States are checked against the float64 reference before they are timed.
+Centres found by k-means are timed with the search (scikit-learn, on the CPU) and without it. States that are fitted to
+queries are the subject of `fit`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ KINDS = {
     "taylor1, C=16, found": {"feature_map": "taylor1", "centers": 16},
     "taylor1, C=16, given": {"feature_map": "taylor1", "centers": 16},
 }
+PRODUCTS, PRODUCTS_16 = "products only", "products only, C=16"
 _CHECKED_ROWS = 512
 
 
@@ -52,6 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
                     kinds[name] = options | {"centers": key[:, :16]}
                 _check(name, key[:, :_CHECKED_ROWS], value[:, :_CHECKED_ROWS], kinds[name])
             calls = {name: functools.partial(prefix_to_state, key, value, **kind) for name, kind in kinds.items()}
+            calls[PRODUCTS] = functools.partial(_products, key, value)
+            if m > 16:
+                calls[PRODUCTS_16] = functools.partial(_products, key, value, key[:, :16])
             at_m = timing.measure(calls, device, seconds=arguments.seconds)
             for name, result in at_m.items():
                 result["peak_bytes"] = timing.peak_bytes(calls[name], device)
@@ -75,6 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
     for table in tables_of(figures):
         Console(width=max(console.width, 100)).print(table)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
+
+
+def _products(key, value, centers=None):
+    """The matrix products that a conversion with `taylor1` contains."""
+    product = key.mT @ value
+    return product if centers is None else (product, key @ centers.mT)
 
 
 def _check(name: str, key, value, options: dict) -> None:

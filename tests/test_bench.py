@@ -248,7 +248,7 @@ def test_convert(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "convert.png").read_bytes()[:8] == PNG
     record = json.loads((tmp_path / "convert.json").read_text())
     assert record["row_bytes"] == 2 * 2 * 8 * 4
-    assert set(record["milliseconds"][1]) == set(convert.KINDS)
+    assert set(record["milliseconds"][1]) == {*convert.KINDS, convert.PRODUCTS, convert.PRODUCTS_16}
     monkeypatch.setattr(
         convert, "prefix_to_state", lambda key, value, **options: prefix_to_state(key, -value, **options)
     )
