@@ -43,7 +43,8 @@ def prefix_to_state(
     the closed form has. That is the way to small errors on real keys: 128 rows, the default, stand for thousands. The
     report says what was achieved.
 
-    Keys and queries are expected as the attention sees them (after rotary embedding).
+    Keys and queries are expected as the attention sees them (after rotary embedding). A prefix that comes in pieces is
+    the business of `PrefixAccumulator`.
 
     Args:
         prefix_key: [Hs, m, D], or [N, Hs, m, D] for a stack of N states (closed form only); any floating dtype.
