@@ -5,8 +5,10 @@ import torch
 from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
 from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
 from oracle import check_case, run
+from test_sums import a_prefix, by_op, results
+from test_sums import check as check_sums
 
-from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, reference
+from ntk_kernels import FEATURE_MAPS, PrefixState, ntk_attention, ntk_attention_decode, ops, prefix_to_state, reference
 from ntk_kernels.kernels import configs
 
 pytestmark = pytest.mark.gpu
@@ -193,3 +195,78 @@ def test_under_torch_compile():
         results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).norm() < 1e-2 * eager.norm()
+
+
+SUMS = [(dtype, dim, name) for dtype in (BF16, HALF, F32) for dim in (40, 64, 128, 256) for name in FEATURE_MAPS
+        if dtype != F32 or dim < 256]  # fmt: skip
+
+
+@pytest.mark.parametrize("centers", [None, 1, 5])
+@pytest.mark.parametrize("dtype, dim, feature_map", SUMS, ids=lambda x: str(x).removeprefix("torch."))
+def test_sums_of_features(dtype, dim, feature_map, centers):
+    if feature_map == "taylor2" and centers == 5 and dim > 64:
+        pytest.skip("the reference takes too much memory")
+    rows = 3000 if feature_map != "taylor2" else 130 if dim > 128 else 500
+    prefix = a_prefix(2, rows, dim, dim, centers=centers, weighted=centers != 1, dtype=dtype)
+    check_sums(prefix, feature_map, "triton", dim**-0.25, device="cuda", roundings=8, float32_bits=22)
+
+
+@pytest.mark.parametrize("centers", [None, 5])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_sums_of_features_agree_bit_for_bit(feature_map, centers):
+    prefix = a_prefix(4, 5000, 64, 64, centers=centers, weighted=True, dtype=BF16)
+    prefix = [None if tensor is None else tensor.to("cuda") for tensor in prefix]
+    first, second = (results(by_op, prefix, feature_map, 0.5, "triton") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_sums_of_features_wait_for_nothing():
+    prefix = [None if t is None else t.to("cuda") for t in a_prefix(4, 5000, 64, 64, centers=5, dtype=BF16)]
+    results(by_op, prefix, "taylor1", 0.5, "triton")  # compiles
+    leaves = [t if t is None else t.requires_grad_() for t in prefix]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z, k, _ = ops.sum_features(*leaves, "taylor1", 0.5, "triton")
+        torch.autograd.grad(z.sum() + k.sum(), [t for t in leaves if t is not None])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("centers", [1, 3])
+def test_sums_over_more_elements_than_int32_counts(centers):
+    """One head of 2.1e9 elements: forward and backward are those of PyTorch's operations."""
+    length, dim = 2**25 + 64, 64
+    keys, values = (torch.randn(1, length, dim, device="cuda", dtype=BF16) for _ in range(2))
+    mu = torch.randn(1, centers, dim, device="cuda")
+    ours, expected = (results(by_op, [keys, values, None, mu], "elu", 0.5, backend) for backend in ("triton", "torch"))
+    for name in ours:
+        if ours[name].shape == keys.shape:  # in the end: offsets beyond int32
+            ours[name], expected[name] = (found[name][:, -512:].double() for found in (ours, expected))
+        assert (ours[name] - expected[name]).norm() < 1e-2 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    "feature_map, centers", [("elu", None), ("taylor1", "mean"), ("taylor2", "mean"), ("taylor1", 8)]
+)
+def test_conversion(feature_map, centers):
+    keys, values = torch.randn(2, 3, 2000, 64).unbind()
+    if centers == 8:
+        centers = keys[:, :8]
+    state = prefix_to_state(keys, values, feature_map, centers=centers)
+    centers = centers.to("cuda") if isinstance(centers, torch.Tensor) else centers
+    ours = prefix_to_state(keys.to("cuda"), values.to("cuda"), feature_map, centers=centers).to("cpu")
+    for name, tensor in state.tensors().items():
+        assert (ours.tensors()[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+
+
+def test_conversion_under_torch_compile():
+    keys, values = (torch.randn(2, 500, 64, device="cuda", requires_grad=True) for _ in range(2))
+
+    def loss(keys, values):
+        state = prefix_to_state(keys * 2, values, centers="mean")
+        return state.z.square().sum() + state.k.square().sum()
+
+    for eager, compiled in zip(*(torch.autograd.grad(f(keys, values), (keys, values))
+                                 for f in (loss, torch.compile(loss, fullgraph=True))), strict=True):  # fmt: skip
+        assert (eager - compiled).norm() < 1e-3 * eager.norm()

@@ -45,7 +45,7 @@ def results(function, prefix, *options):
     z, k, count = function(tensors, *options)
     generator = torch.Generator().manual_seed(1)
     outputs = [z, k]
-    grads = [torch.randn(t.shape, generator=generator, dtype=F64).to(t) for t in outputs]
+    grads = [torch.randn(t.shape, generator=generator, dtype=F64).to(t) for t in outputs]  # terms of sums that cancel
     names = [name for name, t in zip(("keys", "values", "", "centers"), tensors, strict=True) if name and t is not None]
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     gradients = torch.autograd.grad(outputs, leaves, grads)
@@ -57,21 +57,23 @@ def by_op(tensors, feature_map, key_scale, backend):
     return ops.sum_features(*tensors, feature_map, key_scale, backend)
 
 
-def check(prefix, feature_map, backend, key_scale=0.7):
+def check(prefix, feature_map, backend, key_scale=0.7, *, device="cpu", roundings=4, **tolerance):
     dtype = prefix[0].dtype
     accumulation = F64 if dtype == F64 else torch.float32
-    ours = results(by_op, prefix, feature_map, key_scale, backend)
+    there = [None if tensor is None else tensor.to(device) for tensor in prefix]
+    ours = {name: t.cpu() for name, t in results(by_op, there, feature_map, key_scale, backend).items()}
     wide = [None if tensor is None else tensor.to(accumulation) for tensor in prefix]
     eager = results(by_reference, wide, feature_map, key_scale, torch.float32)
     exact = results(by_reference, [None if t is None else t.to(F64) for t in prefix], feature_map, key_scale)
     for name, expected in exact.items():
         if name.startswith("grad"):
             assert ours[name].dtype == dtype
-            assert_as_accurate(name, ours[name], eager[name], expected, dtype, roundings=2)
-        else:  # of terms that cancel in part
+            assert_as_accurate(name, ours[name], eager[name], expected, dtype, roundings=roundings, **tolerance)
+        else:
             assert ours[name].dtype == accumulation
             bits = 18 if backend == "triton" and dtype.itemsize == 2 else 24
-            assert_as_accurate(name, ours[name], eager[name], expected, accumulation, roundings=4 * 2 ** (24 - bits))
+            of_parts = roundings * 2 ** (24 - bits)  # features of half precision rows have two of 8 bits
+            assert_as_accurate(name, ours[name], eager[name], expected, accumulation, roundings=of_parts, **tolerance)
 
 
 @served
@@ -161,6 +163,33 @@ def test_pieces_give_the_same(feature_map, centers, elements, monkeypatch):
     monkeypatch.setattr(sums, "_CHUNK_ELEMENTS", {"cpu": elements})
     for name, tensor in results(by_op, prefix, feature_map, 0.7, "torch").items():
         torch.testing.assert_close(tensor, whole[name])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@pytest.mark.parametrize("multiprocessors, most", [(1, 2**15), (1, 32), (1000, 2**15)])
+@pytest.mark.parametrize("centers", [1, 3])
+def test_rows_split_among_programs(centers, multiprocessors, most, monkeypatch):
+    """In one piece, in as many as there may be rows, and in as many as there are tiles."""
+    from ntk_kernels.kernels import configs, convert
+
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(convert, "_MAX_ROWS_OF_SPLIT", most)
+    check(a_prefix(1, 100, centers=centers, weighted=True), "taylor1", "triton")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@pytest.mark.parametrize("centers", [None, 3])
+@pytest.mark.parametrize("strides", [(2**31, 8, 1), (16, 2**31 // 35, 1)], ids=["heads", "rows"])
+def test_offsets_beyond_two_to_the_31(strides, centers):
+    """Address space only: pages that nobody touches take no memory."""
+    keys, values, _, mu = a_prefix(centers=centers, dtype=torch.float16)
+    storage = torch.empty(2**31 + 2**29, dtype=torch.float16)
+    expected = sum_features(keys, values, None, mu, "taylor1", 0.7, "triton")
+    for near in (keys, values):
+        far = storage.as_strided(near.shape, strides).copy_(near)
+        prefix = (far, values) if near is keys else (keys, far)
+        for ours, same in zip(sum_features(*prefix, None, mu, "taylor1", 0.7, "triton"), expected, strict=True):
+            assert torch.equal(ours, same)
 
 
 @all_backends

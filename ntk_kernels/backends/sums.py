@@ -17,8 +17,8 @@ from ..feature_maps import features, features_backward
 from .inputs import SumInputs
 from .layout import empty_sum_grads, empty_sums, lse_dtype
 
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # features at a time: fill the cache, not the memory
-_TILE_ROWS = 2048  # at most: more would lose digits
+_CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}  # features at a time: fill the cache, not the memory
+_TILE_ROWS = 4096  # at most: more would lose digits
 _MIN_TILE_ROWS = 16
 
 
@@ -120,7 +120,7 @@ def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     shifted = centers - origin
     norms = shifted.square().sum(-1).unsqueeze(1)
     nearest = torch.empty(heads, num_rows, dtype=torch.int64, device=keys.device)
-    step = max(_MIN_TILE_ROWS, _CHUNK_ELEMENTS[keys.device.type] // (heads * (num_centers + head_dim)))
+    step = max(_MIN_TILE_ROWS, _elements_at_a_time(keys) // (heads * (num_centers + head_dim)))
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         distance = torch.baddbmm(norms, keys[:, rows].to(dtype) - origin, shifted.mT, alpha=-2)
@@ -130,12 +130,16 @@ def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(nearest, bounds)
 
 
+def _elements_at_a_time(tensor: Tensor) -> int:
+    return _CHUNK_ELEMENTS["cpu" if tensor.device.type == "cpu" else "other"]
+
+
 def _tiles(inputs: SumInputs) -> Iterator[_Tiles]:
     """So many at a time that their features fill the cache."""
     heads, num_rows, _ = inputs.keys.shape
     if num_rows == 0:
         return
-    most = _CHUNK_ELEMENTS[inputs.keys.device.type] // inputs.num_features
+    most = _elements_at_a_time(inputs.keys) // inputs.num_features
     if inputs.num_centers > 1:
         order, offsets = rows_by_center(inputs.keys, inputs.centers)
         for head in range(heads):

@@ -17,7 +17,7 @@ def find_centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dty
     if isinstance(centers, str):
         if centers != "mean":
             raise ValueError(f"`centers` must be 'mean', an int, a tensor or None, got {centers!r}")
-        return prefix_key.to(dtype).sum(-2, keepdim=True) / max(num_rows, 1)
+        return prefix_key.sum(-2, keepdim=True, dtype=dtype) / max(num_rows, 1)
     if isinstance(centers, Tensor):
         checks.check_floating("centers", centers)
         letters = "N Hs C D" if len(lead) == 2 else "Hs C D"

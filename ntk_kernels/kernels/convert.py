@@ -72,7 +72,7 @@ def _range_of(rows, head, c, num_rows, num_centers):
 @triton.jit
 def _load_rows(rows, head, first, stop, num_rows, BLOCK_M: tl.constexpr):
     """Numbers of a tile's rows [M], at least num_rows for what is beyond the last, and their weights [M], then 0."""
-    at = first + tl.arange(0, BLOCK_M)
+    at = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)
     exist = at < stop
     u = exist.to(tl.float32)
     if rows.order is not None:
