@@ -17,8 +17,8 @@ from ..feature_maps import features, features_backward
 from .inputs import SumInputs
 from .layout import empty_sum_grads, empty_sums, lse_dtype
 
-_CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}  # features at a time: fill the cache, not the memory
-_TILE_ROWS = 4096  # at most: more would lose digits
+_CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}  # features at a time: fill the cache, not the memory
+_TILE_ROWS = 2048  # at most: more would lose digits
 _MIN_TILE_ROWS = 16
 
 
@@ -66,9 +66,9 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     for tiles in _tiles(inputs):
         w = _weights_of(tiles, inputs)
         v = tiles.rows_of(inputs.values).to(results[0].dtype)
-        phi = _scaled_keys(tiles, inputs)
+        phi = _centred_keys(tiles, inputs)
         if not constant:
-            phi = features(phi, inputs.feature_map)
+            phi = features(phi.mul_(inputs.key_scale), inputs.feature_map)
         if w is not None:
             phi.mul_(w)
         num_rows = v.shape[1] if w is None else w.sum((1, 2))
@@ -78,6 +78,8 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
             tiles.add_to(z[..., 0, :], v.sum(1) if w is None else (w * v).sum(1))
         tiles.add_to(z[..., constant:, :], phi.mT @ v)
     if constant:
+        k[..., 1:] *= inputs.key_scale
+        z[..., 1:, :] *= inputs.key_scale
         k[..., 0] = count
     return tuple(result.copy_(sums) for result, sums in zip(results, (z, k, count), strict=True))
 
@@ -88,7 +90,7 @@ def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tupl
     of_centers = torch.zeros_like(grad_centers, dtype=torch.float64)
     for tiles in _tiles(inputs):
         w = _weights_of(tiles, inputs, once=False)
-        y = _scaled_keys(tiles, inputs)
+        y = _centred_keys(tiles, inputs).mul_(inputs.key_scale)
         phi = features(y.clone(), inputs.feature_map)
         if needs_grad[1]:
             grad = phi @ tiles.centers_of(grad_z)
@@ -178,10 +180,10 @@ def _weights_of(tiles: _Tiles, inputs: SumInputs, *, once: bool = True) -> Tenso
     return tiles.exists.to(dtype) if w is None else w * tiles.exists
 
 
-def _scaled_keys(tiles: _Tiles, inputs: SumInputs) -> Tensor:
-    """y [B, T, D], a tensor of its own."""
+def _centred_keys(tiles: _Tiles, inputs: SumInputs) -> Tensor:
+    """k - μ [B, T, D], a tensor of its own."""
     dtype = lse_dtype(inputs.keys)
-    y = tiles.rows_of(inputs.keys)
+    keys = tiles.rows_of(inputs.keys)
     if inputs.centers is None:
-        return y.to(dtype, copy=True).mul_(inputs.key_scale)
-    return (y.to(dtype) - tiles.centers_of(inputs.centers).to(dtype).unsqueeze(1)).mul_(inputs.key_scale)
+        return keys.to(dtype, copy=True)
+    return keys.to(dtype) - tiles.centers_of(inputs.centers).to(dtype).unsqueeze(1)
