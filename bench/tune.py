@@ -1,8 +1,7 @@
 """Measures the tiles that the kernels may run with, shape class by shape class, and checks each against the default.
 
-Every candidate of the tables in ntk_kernels/kernels/configs.py (--search: a grid of tiles beyond them too) is compiled,
-in as many processes as there are cores; its results must agree with those of the default; then it is timed. With
---write the fastest become the defaults for GPUs of this class, in ntk_kernels/kernels/tuned/; run `python -m bench
+Every candidate in ntk_kernels/kernels/tile_tables.py (--search: a grid of tiles beyond them too) is compiled, in as many
+processes as there are cores; its results must agree with those of the default; then it is timed. With --write the fastest become the defaults for GPUs of this class, in ntk_kernels/kernels/tuned/; run `python -m bench
 static` afterwards. Without a GPU, TRITON_INTERPRET=1 tries the command out; its times say nothing.
 """
 

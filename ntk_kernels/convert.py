@@ -103,6 +103,9 @@ def prefix_to_state(
     num_rows = 0 if num_rows is None else num_rows
     _check_terms(feature_map, centers, num_rows, keep, num_keys, method)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
+    if query is not None or num_rows:  # what these do with the rows reads them anyway
+        checks.check_finite_rows("prefix_key", prefix_key)
+        checks.check_finite_rows("prefix_value", prefix_value)
 
     dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
     keeps_graph = torch.is_grad_enabled() and method == "closed_form"

@@ -59,6 +59,21 @@ def test_chunks_of_any_size_give_the_whole(feature_map, centers, sizes):
     assert ours.count.sum() == HEADS * ROWS
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature_map, centers", KINDS.values(), ids=KINDS)
+def test_half_precision_rows(feature_map, centers, dtype):
+    """Weights and signs are applied in float32, not in the dtype of the rows."""
+    keys, values = a_prefix(HEADS, dtype=dtype)
+    centers = centers_of(centers)
+    weights = torch.full((HEADS, ROWS), 1 / 3)
+    ours = accumulator(feature_map, centers)
+    for _ in range(3):
+        ours.update(keys, values, weights)
+    ours.update(keys[:, :9], values[:, :9]).subtract(keys[:, :9], values[:, :9])
+    expected = prefix_to_state(keys.float(), values.float(), feature_map, centers=centers)
+    assert_same(ours.state(), expected, rtol=1e-4)
+
+
 def test_sums_move_to_a_mean_that_comes_later():
     """Exact to float64, although the first chunk is far from the mean of all."""
     keys, values = a_prefix(HEADS, dtype=F64)

@@ -354,13 +354,19 @@ def test_refuses(case):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"centers": "mean"}, {"centers": 2}, {"centers": None, "feature_map": "elu"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"feature_map": "taylor1", "centers": 2}, {"centers": None, "feature_map": "elu"}, {"num_rows": 4}],
+    ids=str,
+)
 def test_rows_that_are_not_finite_are_named(options):
     for name in ("prefix_key", "prefix_value"):
         sample = Sample(rows=30)
         getattr(sample, name)[1, 7, 2] = math.inf
         with pytest.raises(ValueError, match=rf"`{name}` must be finite, got \[.*\]... at index \[1, 7\]"):
             prefix_to_state(sample.prefix_key, sample.prefix_value, **options)
+        with pytest.raises(ValueError, match=rf"`{name}` must be finite, got \[.*\]... at index \[1, 7\]"):
+            sample.convert(**options)
 
 
 def test_a_pair_is_asked_for():

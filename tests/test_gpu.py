@@ -5,10 +5,21 @@ import torch
 from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
 from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
 from oracle import check_case, run
+from test_calibration import STATES as FITTED
+from test_calibration import Sample
 from test_sums import a_prefix, by_op, results
 from test_sums import check as check_sums
 
-from ntk_kernels import FEATURE_MAPS, PrefixState, ntk_attention, ntk_attention_decode, ops, prefix_to_state, reference
+from ntk_kernels import (
+    FEATURE_MAPS,
+    PrefixAccumulator,
+    PrefixState,
+    ntk_attention,
+    ntk_attention_decode,
+    ops,
+    prefix_to_state,
+    reference,
+)
 from ntk_kernels.kernels import configs
 
 pytestmark = pytest.mark.gpu
@@ -258,6 +269,39 @@ def test_conversion(feature_map, centers):
     ours = prefix_to_state(keys.to("cuda"), values.to("cuda"), feature_map, centers=centers).to("cpu")
     for name, tensor in state.tensors().items():
         assert (ours.tensors()[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("method", ["closed_form", "least_squares", "gradient"])
+@pytest.mark.parametrize("args, options", FITTED.values(), ids=FITTED)
+def test_fit(args, options, method):
+    """On a GPU as on the CPU, to what rounding makes of a fit; its report is true there too."""
+    if method == "closed_form" and args[0] and "num_rows" in options:
+        pytest.skip("no closed form")
+    sample = Sample(dtype=F32)
+    _, expected = sample.convert(*args, **options, method=method)
+    for name in ("prefix_key", "prefix_value", "query", "key", "value"):
+        setattr(sample, name, getattr(sample, name).to("cuda"))
+    sample.attention = tuple(tensor.to("cuda") for tensor in sample.attention)
+    state, report = sample.convert(*args, **options, method=method)
+    assert state.device.type == "cuda"
+    held_out = sample.errors(state, slice(3, None))
+    torch.testing.assert_close(report.error.double(), held_out.double(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(report.error.cpu(), expected.error, rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.parametrize("feature_map, centers", [("taylor2", "mean"), ("taylor1", "given"), ("elu", None)], ids=str)
+def test_accumulator(feature_map, centers):
+    keys, values = (torch.randn(2, 500, 64) for _ in range(2))
+    centers = keys[:, :4] if centers == "given" else centers
+    expected = prefix_to_state(keys, values, feature_map, centers=centers)
+    centers = centers.to("cuda") if isinstance(centers, torch.Tensor) else centers
+    ours = PrefixAccumulator(2, 64, 64, feature_map, centers=centers, device="cuda")
+    for chunk in zip(keys.to("cuda").split(130, 1), values.to("cuda").split(130, 1), strict=True):
+        ours.update(*chunk)
+    extra = torch.randn(2, 2, 70, 64, device="cuda")
+    state = ours.update(*extra).subtract(*extra).state().to("cpu")
+    for name, tensor in expected.tensors().items():
+        assert (getattr(state, name) - tensor).norm() < 1e-4 * tensor.norm(), name
 
 
 def test_conversion_under_torch_compile():

@@ -1,37 +1,21 @@
-"""Which tiles a kernel runs with: one table per class of GPU, and the rules that make an entry valid."""
+"""Which tiles a kernel runs with: the rules that choose from `tile_tables.py` and make an entry valid."""
 
 import functools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 
+from .tile_tables import TABLES, TileConfig
+
 # Bytes of shared memory that a program may have, for each class of GPU that has a table.
 SHARED_BYTES = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 
 _TUNED = Path(__file__).parent / "tuned"  # see `tuned_file`
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Rows of queries and keys a program works on at once, warps a program, tiles of keys in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # a thread, so that two programs fit on a multiprocessor
-    use_descriptors: bool = False  # of K and V (TMA), where their memory allows it
-    parts: int = 1  # programs that share the columns of dK and dV
-
-    def __str__(self) -> str:
-        text = f"{self.block_m}x{self.block_n} {self.num_warps}w {self.num_stages}s"
-        text += f" r{self.max_registers}" if self.max_registers else ""
-        return text + " tma" * self.use_descriptors + f" /{self.parts}" * (self.parts > 1)
 
 
 class Blocks(NamedTuple):
@@ -114,287 +98,7 @@ def can_describe(tensor: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-_T = TileConfig
-# Of each kernel, by class of GPU, by what is computed (half precision without a state, with one, with a taylor2 state,
-# with one in float16; float32), by the padded head dimension: what may be fastest, the default first. A kernel to which
-# the state makes no difference has the first and the last kind only. Defaults in half precision spill no registers, and
-# on sm90 no product has a dimension below 64 (see `blocks`); bench/static.py checks both.
-_FORWARD = {
-    "sm90": {
-        "plain": {
-            64: (_T(128, 64, 8, 3, 128), _T(128, 128, 8, 2)),
-            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 64, 8, 2), _T(128, 64, 8, 2)),
-        },
-        "state": {
-            64: (_T(128, 64, 8, 3, 128), _T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 64, 8, 2),),
-        },
-        "taylor2": {
-            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 64, 8, 2),),
-        },
-        "float32": {
-            64: (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
-            128: (_T(128, 64, 8, 1), _T(64, 64, 8, 1)),
-        },
-    },
-    "sm80": {
-        "plain": {
-            64: (_T(128, 64, 8, 3), _T(128, 64, 4, 3)),
-            128: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
-            256: (_T(64, 64, 8, 2), _T(64, 32, 8, 2)),
-        },
-        "state": {
-            64: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
-            128: (_T(64, 64, 8, 2), _T(64, 64, 4, 3), _T(128, 64, 8, 3)),
-            256: (_T(64, 32, 8, 2), _T(64, 64, 8, 2)),
-        },
-        "taylor2": {
-            64: (_T(128, 64, 8, 3), _T(64, 64, 4, 3)),
-            128: (_T(64, 64, 8, 2), _T(64, 64, 4, 3)),
-            256: (_T(64, 32, 8, 1), _T(64, 32, 8, 2)),
-        },
-        "float32": {
-            64: (_T(64, 32, 4, 2), _T(64, 32, 8, 2)),
-            128: (_T(64, 32, 8, 2), _T(32, 32, 4, 2)),
-        },
-    },
-    "sm100": {
-        "plain": {
-            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 32, 8, 2), _T(128, 64, 8, 2)),
-        },
-        "state": {
-            64: (_T(128, 64, 8, 2), _T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            128: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            256: (_T(64, 32, 8, 2),),
-        },
-        "taylor2": {
-            64: (_T(128, 64, 8, 3), _T(128, 128, 8, 2)),
-            128: (_T(64, 64, 8, 3), _T(128, 64, 8, 2)),
-            256: (_T(64, 32, 8, 1), _T(64, 64, 8, 1)),
-        },
-        "float32": {
-            64: (_T(64, 32, 8, 2),),
-            128: (_T(64, 32, 8, 2),),
-        },
-    },
-    "gfx942": {
-        "plain": {
-            64: (_T(128, 64, 4, 1), _T(128, 32, 4, 1)),
-            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
-            256: (_T(64, 32, 4, 1),),
-        },
-        "state": {
-            64: (_T(128, 64, 4, 1), _T(128, 32, 4, 1)),
-            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
-            256: (_T(64, 32, 4, 1),),
-        },
-        "taylor2": {
-            64: (_T(64, 64, 4, 1), _T(128, 64, 4, 1)),
-            128: (_T(128, 32, 8, 1), _T(128, 64, 4, 1)),
-            256: (_T(64, 32, 4, 1),),
-        },
-        "float32": {
-            64: (_T(64, 32, 4, 1),),
-            128: (_T(64, 16, 4, 1),),
-        },
-    },
-}
-
-
-_DKDV = {
-    "sm90": {
-        "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2), _T(64, 64, 8, 2))},
-        "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
-    },
-    "sm80": {
-        "plain": {64: (_T(32, 128, 8, 2), _T(64, 128, 8, 2)), 128: (_T(32, 64, 8, 2), _T(64, 64, 8, 2))},
-        "float32": {64: (_T(32, 32, 4, 1),), 128: (_T(32, 32, 8, 1),)},
-    },
-    "sm100": {
-        "plain": {64: (_T(64, 64, 8, 2), _T(64, 128, 8, 2)), 128: (_T(64, 64, 8, 2), _T(64, 128, 8, 2))},
-        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 64, 8, 1),)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(32, 128, 4, 1),), 128: (_T(32, 64, 4, 1),)},
-        "float32": {64: (_T(16, 64, 4, 1),), 128: (_T(16, 32, 4, 1),)},
-    },
-}
-# For wide heads, where the two do not fit into the registers together, a launch each.
-_DK = {
-    "sm90": {"plain": {256: (_T(64, 64, 8, 2, parts=4), _T(64, 64, 8, 2))}},
-    "sm80": {"plain": {256: (_T(64, 64, 8, 1), _T(32, 64, 8, 1))}},
-    "sm100": {"plain": {256: (_T(32, 64, 8, 1),)}},
-    "gfx942": {"plain": {256: (_T(16, 64, 4, 1),)}},
-}
-_DV = {
-    "sm90": {"plain": {256: (_T(64, 64, 8, 2),)}},
-    "sm80": {"plain": {256: (_T(64, 64, 8, 1), _T(32, 64, 8, 1))}},
-    "sm100": {"plain": {256: (_T(64, 64, 8, 1),)}},
-    "gfx942": {"plain": {256: (_T(32, 64, 4, 1),)}},
-}
-_DQ = {
-    "sm90": {
-        "plain": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 3),), 256: (_T(64, 64, 8, 2),)},
-        "taylor2": {64: (_T(128, 64, 8, 3),), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 64, 8, 2),)},
-        # Z may exceed float16: more tiles in shared memory
-        "taylor2 float16": {64: (_T(128, 64, 8, 3),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 2),)},
-        "float32": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 64, 8, 1),)},
-    },
-    "sm80": {
-        "plain": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
-        "state": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 32, 8, 1), _T(64, 32, 8, 1))},
-        "taylor2": {
-            64: (_T(128, 64, 8, 2), _T(64, 32, 8, 1)),
-            128: (_T(64, 64, 8, 2), _T(32, 32, 8, 1)),
-            256: (_T(32, 32, 8, 1), _T(16, 16, 8, 1)),
-        },
-        "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(32, 32, 8, 1),)},
-    },
-    "sm100": {
-        "plain": {64: (_T(128, 32, 8, 2), _T(128, 64, 8, 2)), 128: (_T(128, 64, 8, 2),), 256: (_T(64, 32, 8, 1),)},
-        "taylor2": {64: (_T(128, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {64: (_T(64, 32, 8, 1),), 128: (_T(64, 32, 8, 1),)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
-        "state": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
-        "taylor2": {64: (_T(128, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 16, 4, 1),)},
-        "float32": {64: (_T(64, 16, 4, 1),), 128: (_T(32, 16, 4, 1),)},
-    },
-}
-_CLASSES = ("sm80", "sm90", "sm100", "gfx942")
-_DELTA = {arch: {"plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
-_STATE = {
-    arch: {
-        "plain": {
-            64: (_T(64, 64, 8 if arch == "sm100" else 4, 3),),
-            128: (_T(64, 64, 8, 3),),
-            256: (_T(64, 64, 8, 2), _T(64, 64, 8, 1)),
-        },
-        "float32": {dim: (_T(64 if arch == "sm90" else 32, 64, 8, 1),) for dim in (64, 128)},
-    }
-    for arch in ("sm80", "sm90", "sm100")
-} | {
-    "gfx942": {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
-    }
-}
-_ROWS = {
-    "sm90": {
-        "plain": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128, 256)},
-        "float32": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "sm80": {
-        "plain": {64: (_T(64, 64, 8, 1),), 128: (_T(64, 32, 8, 1),), 256: (_T(64, 32, 8, 1),)},
-        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
-    },
-    "sm100": {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 32, 8, 1),)},
-        "float32": {dim: (_T(32, 32, 8, 1),) for dim in (64, 128)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(64, 32, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(32, 32, 4, 1),)},
-        "float32": {dim: (_T(32, 32, 4, 1),) for dim in (64, 128)},
-    },
-}
-# Decode waits for memory: small tiles, several in flight. Fewer rows of queries get smaller ones.
-_DECODE = {
-    "sm90": {
-        "plain": {
-            64: (_T(64, 64, 4, 3), _T(64, 128, 4, 3), _T(64, 64, 4, 4)),
-            128: (_T(64, 64, 4, 3), _T(64, 64, 4, 4), _T(64, 64, 8, 3)),
-            256: (_T(64, 64, 8, 2),),
-        },
-        "taylor2": {64: (_T(64, 64, 8, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 64, 8, 2),)},
-        "float32": {64: (_T(64, 64, 4, 2),), 128: (_T(64, 64, 8, 1),)},
-    },
-    "sm80": {
-        "plain": {
-            64: (_T(64, 64, 4, 3), _T(64, 128, 4, 2)),
-            128: (_T(64, 64, 4, 3), _T(64, 64, 8, 3), _T(64, 32, 4, 3)),
-            256: (_T(64, 32, 8, 2),),
-        },
-        "float32": {64: (_T(64, 32, 4, 2),), 128: (_T(64, 32, 8, 1),)},
-    },
-    "sm100": {
-        "plain": {
-            64: (_T(64, 64, 4, 3), _T(64, 64, 4, 4)),
-            128: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)),
-            256: (_T(64, 64, 8, 2),),
-        },
-        "state": {
-            64: (_T(64, 64, 4, 3), _T(64, 64, 4, 4)),
-            128: (_T(64, 64, 8, 3, 168), _T(64, 64, 8, 2)),  # left to itself, 3.6 spills to get below 128
-            256: (_T(64, 64, 8, 2),),
-        },
-        "taylor2": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 32, 8, 1),)},
-        "float32": {64: (_T(64, 32, 8, 2),), 128: (_T(64, 32, 8, 1),)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 32, 4, 1),), 256: (_T(64, 32, 4, 1),)},
-        "float32": {64: (_T(64, 32, 4, 1),), 128: (_T(64, 16, 4, 1),)},
-    },
-}
-# One row of queries, so many splits at once.
-_MERGE = {arch: {"plain": {dim: (_T(1, 16, 4, 1),) for dim in (64, 128, 256)}} for arch in _CLASSES}
-# Rows of a prefix and features that a program has at once: all up to 128, so that keys and values are read once, but in
-# float16, whose values need twice the registers.
-_SUMS_FLOAT16 = {64: (_T(64, 64, 4, 3),), 128: (_T(64, 64, 8, 3),), 256: (_T(64, 64, 8, 2),)}
-_SUMS = {
-    "sm90": {
-        "plain": {64: (_T(64, 64, 4, 3),), 128: (_T(64, 128, 8, 3),), 256: (_T(64, 64, 8, 2),)},
-        "state float16": _SUMS_FLOAT16,
-        "taylor2 float16": _SUMS_FLOAT16,
-        "float32": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "sm80": {
-        "plain": {64: (_T(32, 64, 4, 3),), 128: (_T(32, 128, 8, 2),), 256: (_T(32, 64, 8, 2),)},
-        "taylor2": {64: (_T(32, 64, 4, 3),), 128: (_T(32, 128, 8, 3),), 256: (_T(32, 64, 8, 2),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "sm100": {
-        "plain": {64: (_T(64, 64, 8, 3),), 128: (_T(64, 128, 8, 3),), 256: (_T(64, 64, 8, 2),)},
-        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 128, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
-    },
-}
-_SUMS_BACKWARD = {
-    "sm90": {
-        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
-        "taylor2": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
-        "float32": {dim: (_T(64, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "sm80": {
-        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(32, 64, 16, 1),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "sm100": {
-        "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2, 168),), 256: (_T(32, 64, 8, 1),)},
-        "taylor2": {64: (_T(64, 64, 8, 2),), 128: (_T(32, 64, 8, 2),), 256: (_T(16, 64, 16, 1),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
-    },
-    "gfx942": {
-        "plain": {64: (_T(64, 64, 4, 1),), 128: (_T(64, 64, 8, 1),), 256: (_T(32, 64, 8, 1),)},
-        "taylor2": {64: (_T(64, 64, 4, 1),), 128: (_T(32, 64, 4, 1),), 256: (_T(32, 64, 8, 1),)},
-        "float32": {dim: (_T(32, 64, 8, 1),) for dim in (64, 128)},
-    },
-}
-_TABLES = {
-    "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
-    "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
-    "rows": _ROWS, "sums": _SUMS, "sums_backward": _SUMS_BACKWARD,
-}  # fmt: skip
-KERNELS = tuple(_TABLES)
+KERNELS = tuple(TABLES)
 
 
 def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype, kind: str) -> int:
@@ -464,7 +168,7 @@ def candidates(
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
     kinds, dim = kinds_of(dtype, feature_map), max(64, blocks.block_d, blocks.block_dv)
-    table = _TABLES[kernel]["sm80" if arch == "sm86" else arch]
+    table = TABLES[kernel]["sm80" if arch == "sm86" else arch]
     entries = next(table[name] for name in (*kinds, "plain") if name in table)[dim]
     tuned = _read_tuned(arch).get(tuned_key(kernel, kinds[0], dim))
     if tuned is not None and not crowded:  # it may not fit beside them
