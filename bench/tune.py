@@ -1,8 +1,9 @@
 """Measures the tiles that the kernels may run with, shape class by shape class, and checks each against the default.
 
-Every candidate in ntk_kernels/kernels/tile_tables.py (--search: a grid of tiles beyond them too) is compiled, in as many
-processes as there are cores; its results must agree with those of the default; then it is timed. With --write the fastest become the defaults for GPUs of this class, in ntk_kernels/kernels/tuned/; run `python -m bench
-static` afterwards. Without a GPU, TRITON_INTERPRET=1 tries the command out; its times say nothing.
+Every candidate in ntk_kernels/kernels/tile_tables.py (--search: a grid of tiles beyond them too) is compiled, in as
+many processes as there are cores; its results must agree with those of the default; then it is timed. With --write the
+fastest become the defaults for GPUs of this class, in ntk_kernels/kernels/tuned/; run `python -m bench static`
+afterwards. Without a GPU, TRITON_INTERPRET=1 tries the command out; its times say nothing.
 """
 
 import argparse

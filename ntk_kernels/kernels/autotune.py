@@ -1,6 +1,7 @@
 """Measures the candidate tiles of a shape class once and remembers the fastest, in memory and on disk.
 
-Off by default: a call then runs with the first candidate in `tile_tables.py`. NTK_KERNELS_AUTOTUNE=1 switches it on; the file lies in NTK_KERNELS_CACHE (default ~/.cache/ntk_kernels), one for each GPU and version of triton.
+Off by default: a call then runs with the first candidate in `tile_tables.py`. NTK_KERNELS_AUTOTUNE=1 switches it on;
+the file lies in NTK_KERNELS_CACHE (default ~/.cache/ntk_kernels), one for each GPU and version of triton.
 """
 
 import json
