@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
     parser.add_argument("--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
                         default=[2**10, 2**12, 2**14], help="default: 1k, 4k, 16k")  # fmt: skip
+    parser.add_argument("--only", choices=KINDS, nargs="+", metavar="KIND", default=list(KINDS),
+                        help=f"kinds of states, of {', '.join(map(repr, KINDS))} (default: all)")  # fmt: skip
     parser.add_argument(
         "--seconds", type=record.positive(float), default=3, help="of timing for each length (default: %(default)s)"
     )
@@ -49,7 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
         task = progress.add_task("converting", total=len(lengths))
         for m in lengths:
             key, value = torch.randn(2, arguments.heads, m, arguments.head_dim, device=device).to(dtype)
-            kinds = {name: options for name, options in KINDS.items() if m > 16 or options["centers"] != 16}
+            kinds = {
+                name: options
+                for name, options in KINDS.items()
+                if name in arguments.only and (m > 16 or options["centers"] != 16)
+            }
             for name, options in kinds.items():
                 if name.endswith("given"):
                     kinds[name] = options | {"centers": key[:, :16]}
