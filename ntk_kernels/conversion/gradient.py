@@ -14,7 +14,7 @@ from ..merge import merge_attention, prefix_attention_state
 from ..state import PrefixState
 from .targets import TINY, Targets, check_enough, held_out_errors
 
-_STEPS = 300
+_STEPS = 600
 _JUDGED_EVERY = 50
 _BATCH = 2048  # queries of a head that a step looks at
 _RATE = 0.1
