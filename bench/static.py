@@ -39,6 +39,8 @@ from ntk_kernels.kernels.convert import (
 from ntk_kernels.kernels.decode import decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.launch import prepare
+from ntk_kernels.kernels.prefix_pass import prefix_pass_launch
+from ntk_kernels.kernels.prefix_pass_backward import prefix_pass_backward_launch
 from ntk_kernels.kernels.tiles import INTERPRETED
 
 from . import aot, record
@@ -90,7 +92,7 @@ class Shape:
                 arguments |= {"z": meta(1, heads, 1, r, 64), "z_b": meta(1, heads, 1, 64, dim)}
             else:
                 arguments["z"] = meta(1, heads, centers, r, dim, dtype=state)
-            if centers > 1:
+            if centers > 1 or self.option == "centre":
                 arguments |= {"centers": meta(1, heads, centers, dim), "log_scale": meta(1, heads, centers)}
         options = {
             "rows": {"row_keys": meta(1, heads, 4, dim), "row_values": meta(1, heads, 4, dim),
@@ -115,7 +117,7 @@ class Shape:
             return self._decode_launch(query, key, value, arguments, meta)
         if kernel in ("sums", "sums_backward"):
             return self._sums_launch(section, meta)
-        if section == WITHOUT_KEYS:
+        if section == WITHOUT_KEYS or kernel in ("prefix_pass", "prefix_pass_backward"):
             key, section = None, ""
             arguments["window_right"] = -1
         call = prepare(query, key, value, arch=self.arch, **arguments)
@@ -131,6 +133,10 @@ class Shape:
         )
         return {
             "forward": lambda: fwd_launch(call, out, lse, config),
+            "prefix_pass": lambda: prefix_pass_launch(call, out, lse, config),
+            "prefix_pass_backward": lambda: prefix_pass_backward_launch(
+                call, grad, None, out, lse, query, sums, 2, config
+            ),
             "delta": lambda: delta_launch(call, grad, None, out, terms, config),
             "dkdv": lambda: dkdv_launch(call, grad, terms, key, value, config),
             "dk": lambda: dkdv_launch(call, grad, terms, key, None, config),
@@ -211,6 +217,10 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             if arch == "sm90":
                 listed += [Shape(arch, dim, name, kernel=f"{kernel} {WITHOUT_KEYS}")
                            for kernel in ("forward", "dq") for name in FEATURE_MAPS[1:]]  # fmt: skip
+            if arch == "sm90" and dim <= 128:
+                passes = ("prefix_pass", "prefix_pass_backward")
+                listed += [Shape(arch, dim, name, kernel=kernel) for kernel in passes for name in ("elu", "taylor1")]
+                listed += [Shape(arch, dim, "taylor1", "centre", kernel="prefix_pass")]
         if quick and arch != "sm90":
             continue
         for dim in (64,) if quick else (64, 128):

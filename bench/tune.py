@@ -28,6 +28,8 @@ from ntk_kernels.kernels.tiles import INTERPRETED
 from . import record, timing
 
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
+_PASSES = ("prefix_pass", "prefix_pass_backward")  # of the torch backend, for the maps of "state" below
+_KERNELS = (*_TRAINING, *_PASSES, "decode")
 # Rows, keys and warps of more tiles, and stages for each.
 _GRID = {
     (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3), (64, 128, 8): (2, 3),
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--length", type=int, nargs="+", default=[4096], help="tokens (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="also without causality")
-    parser.add_argument("--kernel", choices=(*_TRAINING, "decode"), nargs="+", default=[*_TRAINING, "decode"],
+    parser.add_argument("--kernel", choices=_KERNELS, nargs="+", default=_KERNELS,
                         help="default: all")  # fmt: skip
     parser.add_argument("--search", action="store_true", help="also tiles that are in no table")
     parser.add_argument("--write", action="store_true", help="make the fastest tiles those that the package ships")
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
             (True, False) if arguments.full else (True,),
         )
     ]  # fmt: skip
-    jobs = [(shape, kernel) for shape in shapes for kernel in arguments.kernel if kernel in _TRAINING]
+    jobs = [(shape, kernel) for shape in shapes for kernel in arguments.kernel if _runs(kernel, shape)]
     if "decode" in arguments.kernel:
         decodes = {Shape(s.dtype, s.head_dim, s.feature_map, True, s.length, decode=True) for s in shapes}
         jobs += [(shape, "decode") for shape in sorted(decodes, key=str)]
@@ -132,6 +134,13 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"{len(found)} entries written: {configs.tuned_file(arch)}", soft_wrap=True)
 
 
+def _runs(kernel: str, shape: Shape) -> bool:
+    """Whether a call of that shape, forward and backward, launches the kernel."""
+    if kernel in _PASSES:
+        return shape.dtype == "bfloat16" and shape.head_dim <= 128 and shape.feature_map in _MAPS_OF["state"]
+    return kernel in _TRAINING
+
+
 def best_tiles(results: list[dict], arch: str) -> dict[str, TileConfig]:
     """For each entry of the tuned file the tile with the least geometric mean of times, as multiples of the default's.
 
@@ -168,14 +177,14 @@ def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) ->
         for (m, n, warps), all_stages in _GRID.items()
         for stages in all_stages
         for tma in ((False, True) if kernel == "forward" else (False,))
-        if kernel != "decode" or m == 64
+        if kernel in _TRAINING or (m == 64 and (kernel == "decode" or n == 64))
     ]
     return tuple(dict.fromkeys([*default, *grid]))
 
 
 def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> dict[str, str]:
     """Runs a part of the candidates of a kernel on a small batch; what is wrong with those that fail, by name."""
-    call, found = maker(shape, device, _CHECKED_HEADS, tokens=shape.length), []
+    call, found = maker(shape, kernel, device, _CHECKED_HEADS, tokens=shape.length), []
 
     def look(key, candidates, launch_with, device_name):
         if key.split()[0] == kernel:
@@ -218,7 +227,7 @@ def time(shape: Shape, kernel: str, wrong: dict[str, str], arguments: argparse.N
         return candidates[0]
 
     tokens = max(arguments.tokens, shape.length)
-    _with(measure, maker(shape, arguments.device, arguments.heads, tokens))
+    _with(measure, maker(shape, kernel, arguments.device, arguments.heads, tokens))
     return results
 
 
@@ -234,8 +243,8 @@ def _with(choose, call):
         return call()
 
 
-def maker(shape: Shape, device: str, heads: int, tokens: int):
-    """A call of that shape, forward and backward, that gives its results by name."""
+def maker(shape: Shape, kernel: str, device: str, heads: int, tokens: int):
+    """A call of that shape that launches the kernel, forward and backward, and gives its results by name."""
     torch.manual_seed(0)
     dtype, dim = record.DTYPES[shape.dtype], shape.head_dim
     batch = max(1, tokens // shape.length)
@@ -254,7 +263,8 @@ def maker(shape: Shape, device: str, heads: int, tokens: int):
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
 
     def call():
-        out = ntk_attention(query, key, value, state, is_causal=shape.causal, backend="triton")
+        backend = "torch" if kernel in _PASSES else "triton"
+        out = ntk_attention(query, key, value, state, is_causal=shape.causal, backend=backend)
         grads = torch.autograd.grad(out, leaves, grad)
         return {"out": out.detach()} | {f"gradient of {name}": g for name, g in zip(inputs, grads, strict=True)}
 

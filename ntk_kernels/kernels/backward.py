@@ -23,6 +23,7 @@ from .backward_keys import run_dkdv
 from .backward_query import dq_launch
 from .backward_state import run_state_backward
 from .launch import Call, contiguous, made_addressable, prepare, run_with_best_tiles
+from .prefix_pass_backward import run_prefix_pass_backward, takes_backward
 
 
 def run_ntk_bwd(
@@ -41,13 +42,18 @@ def run_ntk_bwd(
     """
     call = prepare(query, key, value, **arguments)
     grad_out, out = made_addressable(grad_out), made_addressable(out)
+    if takes_backward(call):
+        return run_prefix_pass_backward(
+            call, grad_out, contiguous(grad_lse), out, lse.contiguous(), grad_query, wanted
+        )  # fmt: skip
     needs_weights = grad_query is not None or not wanted.keys().isdisjoint(("z", "k", "centers", "log_scale"))
     row_terms = _row_terms(call, lse, needs_weights)
     delta_launch(call, grad_out, contiguous(grad_lse), out, row_terms, call.candidates("delta")[0])()
     grad_log_weights = torch.empty_like(row_terms.weights) if wanted.keys() & {"centers", "log_scale"} else None
     run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
     if grad_query is not None or grad_log_weights is not None:
-        run_with_best_tiles(call, "dq", partial(dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights))
+        launch_with = partial(dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights)
+        run_with_best_tiles(call, "dq", launch_with, (grad_query,) if key is None else ())
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
 
 

@@ -305,14 +305,14 @@ def run_state_backward(
         sums = _partial_sums(call, of_features, blocks, config)
         for section in sections:
             state_launch(call, grad_out, row_terms, grad_log_weights, *sums, section, config)()
-        gradients |= _added_up(sums[0], wanted)
+        gradients |= added_up(sums[0], wanted)
     if of_rows:
         config = call.candidates("rows")[0]
         sums = _partial_sums(call, of_rows, triton.cdiv(call.state.num_rows, config.block_n), config)
         for section, names in ROW_SECTIONS.items():
             if wanted.keys() & set(names):
                 rows_launch(call, grad_out, row_terms, *sums, section, config)()
-        gradients |= _added_up(sums[0], wanted)
+        gradients |= added_up(sums[0], wanted)
     return gradients
 
 
@@ -329,7 +329,7 @@ def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileCo
     return StateGrads(**dict.fromkeys(StateGrads._fields) | sums), splits
 
 
-def _added_up(grads: StateGrads, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def added_up(grads: StateGrads, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The sums of the partial sums, in the dtypes of the tensors."""
     return {
         name: (sums[0] if sums.shape[0] == 1 else sums.sum(0)).to(wanted[name].dtype)

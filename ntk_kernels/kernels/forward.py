@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, prefix_pass
 from .launch import Call, Launch, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
@@ -243,4 +243,9 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
 def run_ntk_fwd(query, key, value, out, lse, **arguments) -> None:
     """Fills `out` and `lse`; without keys (None, as values) adds the prefix to the attention that they hold."""
     call = prepare(query, key, value, **arguments)
-    run_with_best_tiles(call, "forward", partial(fwd_launch, call, out, lse))
+    updated = (out, lse) if key is None else ()
+    if prefix_pass.takes(call):
+        launch_with = partial(prefix_pass.prefix_pass_launch, call, out, lse)
+        run_with_best_tiles(call, "prefix_pass", launch_with, updated)
+    else:
+        run_with_best_tiles(call, "forward", partial(fwd_launch, call, out, lse), updated)

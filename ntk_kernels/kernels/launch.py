@@ -280,13 +280,23 @@ def _describe(
     )  # fmt: skip
 
 
-def run_with_best_tiles(call: Call, kernel: str, launch_with: Callable[[configs.TileConfig], Launch]) -> None:
-    """Runs a launch with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for its shape class."""
+def run_with_best_tiles(
+    call: Call, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
+) -> None:
+    """Runs a launch with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for its shape class.
+
+    `updated`: the tensors that it adds to, which are as they were after the launches that are only measured.
+    """
     candidates = call.candidates(kernel)
-    config = candidates[0]
+    config, kept = candidates[0], []
+
+    def run(config: configs.TileConfig) -> None:
+        if not kept:
+            kept.extend((tensor, tensor.clone()) for tensor in updated if tensor is not None)
+        launch_with(config)()
+
     if autotune.enabled():
-        config = autotune.fastest(
-            call.shape_class(kernel), candidates, lambda config: launch_with(config)(),
-            configs.device_name(call.query.device),
-        )  # fmt: skip
+        config = autotune.fastest(call.shape_class(kernel), candidates, run, configs.device_name(call.query.device))
+        for tensor, before in kept:
+            tensor.copy_(before)
     launch_with(config)()

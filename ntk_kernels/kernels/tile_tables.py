@@ -114,6 +114,18 @@ _FORWARD = {
 }
 
 
+# Only where PyTorch's attention over the keys is faster than ours.
+_PREFIX_PASS = {
+    "sm90": {
+        "state": {
+            64: (_T(64, 64, 4, 3), _T(64, 64, 4, 2), _T(64, 64, 8, 3), _T(128, 64, 8, 3)),
+            128: (_T(64, 64, 8, 2), _T(64, 64, 4, 2), _T(64, 64, 8, 3), _T(128, 64, 8, 2)),
+        }
+    }
+}
+_PREFIX_PASS_BACKWARD = {"sm90": {"state": {dim: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)) for dim in (64, 128)}}}
+
+
 _DKDV = {
     "sm90": {
         "plain": {64: (_T(64, 128, 8, 2),), 128: (_T(64, 128, 8, 2), _T(64, 64, 8, 2))},
@@ -298,6 +310,7 @@ _SUMS_BACKWARD = {
 }
 TABLES = {
     "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
+    "prefix_pass": _PREFIX_PASS, "prefix_pass_backward": _PREFIX_PASS_BACKWARD,
     "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS, "sums": _SUMS, "sums_backward": _SUMS_BACKWARD,
 }  # fmt: skip
