@@ -149,6 +149,32 @@ def test_every_tile_that_the_autotuner_may_take(case, monkeypatch):
     assert most > 1 or case.dtype == F32
 
 
+@pytest.mark.parametrize("centers", [None, 1])
+@pytest.mark.parametrize("feature_map", ["elu", "taylor1"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_tile_of_the_prefix_pass(dim, feature_map, centers, monkeypatch):
+    """Added to PyTorch's attention over the keys: right, and twice the same bits."""
+    candidates = configs.candidates
+    case = Case("", "", batch=3, seq_q=700, seq_k=700, dtype=BF16, head_dim=dim,
+                state={"feature_map": feature_map, "centers": centers, "log_scale": True}, options=CAUSAL)  # fmt: skip
+    inputs = make_inputs(case)
+
+    def added(query, key, value, state, **options):
+        grad = torch.ones_like(query)
+        leaves = [query.requires_grad_(), *(tensor.requires_grad_() for tensor in state.tensors().values())]
+        out = ntk_attention(query, key.detach(), value.detach(), state, **options, backend="torch")
+        return out, *torch.autograd.grad(out, leaves[1:], grad)
+
+    for position in range(4):
+        monkeypatch.setattr(
+            configs, "candidates", lambda *args, i=position: (candidates(*args)[min(i, len(candidates(*args)) - 1)],)
+        )
+        check_case(inputs, BF16, backend="torch", backward=True, device="cuda", **TOLERANCE)
+        there = [tensor.to("cuda") for tensor in inputs[:4]]
+        for first, second in zip(added(*there, **inputs[4]), added(*there, **inputs[4]), strict=True):
+            assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("name", [name for name in DECODED if served(name, "triton")])
 def test_every_tile_of_decode(name, monkeypatch):
     candidates = configs.candidates
