@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import record
+from . import convert, record
 
 _HALF = ["--dtype", "bfloat16"]
+_ON_GPU = [kind for kind in convert.KINDS if not kind.endswith("found")]  # which is what a CPU does
 PARTS = {
     "cpu": {
         "ceilings": ["ceilings"],
@@ -35,17 +36,20 @@ PARTS = {
     "cuda": {
         "ceilings": ["ceilings"],
         "attention at D=128": ["attention", *_HALF, "--batch", "2", "--heads", "16", "--length", "4096", "--head-dim",
-                               "128", "--seconds", "3", "--name", "attention-d128"],
+                               "128", "--seconds", "2", "--name", "attention-d128"],
         "attention at D=64": ["attention", *_HALF, "--batch", "2", "--heads", "16", "--length", "4096", "--head-dim",
-                              "64", "--seconds", "3", "--name", "attention-d64"],
+                              "64", "--seconds", "2", "--name", "attention-d64"],
         "attention and an exact prefix": ["attention", *_HALF, "--heads", "16", "--length", "2048", "--head-dim", "128",
-                                          "--prefix-rows", "65536", "--seconds", "3", "--name", "attention-prefix64k"],
+                                          "--prefix-rows", "65536", "--seconds", "2", "--name", "attention-prefix64k"],
         "decode": ["decode", *_HALF, "--batch", "32", "--heads", "32", "--kv-heads", "8", "--head-dim", "128",
-                   "--prefix-rows", "1024", "4096", "16384", "65536", "--seconds", "3"],
+                   "--prefix-rows", "1024", "4096", "16384", "65536", "--seconds", "2"],
+        "convert": ["convert", *_HALF, "--prefix-rows", "4096", "65536", "1048576", "--only", *_ON_GPU, "--seconds", "1"],
+        "attention with taylor2": ["attention", *_HALF, "--batch", "2", "--heads", "16", "--length", "4096",
+                                   "--feature-map", "taylor2", "--only", "ours", "--seconds", "1", "--name",
+                                   "attention-taylor2"],
         "sweep at D=128": ["sweep", *_HALF, "--head-dim", "128", "--seconds", "1"],
         "sweep at D=64": ["sweep", *_HALF, "--seconds", "1"],
         "sweep at D=128, backward": ["sweep", *_HALF, "--head-dim", "128", "--backward", "--seconds", "1"],
-        "convert": ["convert", *_HALF, "--prefix-rows", "4096", "65536", "1048576", "--seconds", "2"],
         "demo": ["demo"],
     },
 }  # fmt: skip
