@@ -5,6 +5,8 @@ errors are those on chunks that no fit has seen, against exact attention over pr
 the errors that the reports of the conversions give, on their held-out queries, and the seconds of each conversion, of
 which the report takes most where a state is made in closed form. Prints tables and leaves figures and a plot in the
 folder it names. Too long for `bench all`.
+
+With several prefix lengths, the shorter prefixes are the ends of the longest.
 """
 
 import argparse
@@ -48,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument("--model", choices=MODELS, default="encoder", help="default: %(default)s")
     parser.add_argument(
-        "--prefix-rows", type=record.positive(int), metavar="M",
-        help="tokens of the prefix, for the encoder a multiple of 512 (default: 32256 for it, 6144 for the decoder)",
+        "--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
+        help="tokens of the prefix, for the encoder multiples of 512 (default: 32256 for it, 6144 for the decoder)",
     )  # fmt: skip
+    parser.add_argument("--name", help="of the file of figures (default: fit-encoder or fit-decoder)")
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N",
         help="default: all six of the encoder, 0 3 8 15 22 29 of the decoder",
@@ -65,38 +68,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     console, model, device = Console(), MODELS[arguments.model], arguments.device
-    prefix_rows = arguments.prefix_rows or model.prefix_rows
+    lengths = sorted(set(arguments.prefix_rows or [model.prefix_rows]))
     numbers, sizes = sorted(set(arguments.layers or model.layers)), sorted(set(arguments.rows))
-    _check(arguments.model, prefix_rows, numbers, sizes)
+    _check(arguments.model, lengths, numbers, sizes)
     try:
-        reader = _reader(arguments.model, prefix_rows, arguments.test + arguments.calibration, numbers)
+        reader = _reader(arguments.model, lengths[-1], arguments.test + arguments.calibration, numbers)
     except (ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"fit: {error}") from error
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     conversions = []
     with Progress(*columns, console=console) as progress:
-        chunks = -(-prefix_rows // CHUNK) + arguments.test + arguments.calibration
+        chunks = -(-lengths[-1] // CHUNK) + arguments.test + arguments.calibration
         reading = progress.add_task(f"the {arguments.model} reads", total=chunks)
         converting = progress.add_task("converting, comparing", total=None)
         layers = reader.layers(lambda: progress.advance(reading))
         if arguments.model == "encoder":
             layers = [layers[i] for i in numbers]
         methods = methods_of(layers[0].prefix_key.shape[2], sizes)
-        progress.update(converting, total=len(layers) * len(methods))
+        progress.update(converting, total=len(layers) * len(lengths) * len(methods))
         for i, layer in zip(numbers, layers, strict=True):
             layer = Layer(*(tensor.to(device) for tensor in layer))
-            of_layer = measure(
-                layer, methods, arguments.test, reader.is_causal, lambda: progress.advance(converting)
-            )  # fmt: skip
-            conversions += [{"layer": i} | conversion for conversion in of_layer]
+            for m in lengths:
+                end = layer._replace(prefix_key=layer.prefix_key[:, -m:], prefix_value=layer.prefix_value[:, -m:])
+                of_layer = measure(
+                    end, methods, arguments.test, reader.is_causal, lambda: progress.advance(converting)
+                )  # fmt: skip
+                conversions += [{"layer": i, "prefix_rows": m} | conversion for conversion in of_layer]
     settings = {
-        "model": model.name, "text": "pydoc_data.topics", "prefix_rows": prefix_rows, "input_rows": CHUNK,
+        "model": model.name, "text": "pydoc_data.topics", "input_rows": CHUNK,
         "calibration": arguments.calibration, "test": arguments.test, "query_heads": layers[0].query.shape[1],
         "heads": layers[0].prefix_key.shape[0], "head_dim": layers[0].prefix_key.shape[2],
     }  # fmt: skip
-    figures = {"settings": settings, "state_rows": sizes, "layers": numbers, "conversions": conversions}
+    figures = {
+        "settings": settings, "prefix_rows": lengths, "state_rows": sizes, "layers": numbers,
+        "conversions": conversions,
+    }  # fmt: skip
     rows = [
-        {"benchmark": "fit", "model": model.name, "prefix_rows": prefix_rows}
+        {"benchmark": "fit", "model": model.name}
         | {name: result for name, result in conversion.items() if not isinstance(result, list)}
         | {"head": head, "relative_error": error, "held_out_error": held_out}
         for conversion in conversions
@@ -104,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
             zip(conversion["relative_error"], conversion["held_out_error"], strict=True)
         )
     ]
-    path = record.results_folder(arguments) / f"fit-{arguments.model}.json"
+    path = record.results_folder(arguments) / f"{arguments.name or f'fit-{arguments.model}'}.json"
     record.save(path, device, rows, **figures)
     plot(path.with_suffix(".png"), figures)
     for table in tables_of(figures):
@@ -112,13 +120,14 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
-def _check(model: str, prefix_rows: int, numbers: list[int], sizes: list[int]) -> None:
-    if model == "encoder" and prefix_rows % CHUNK:
-        raise SystemExit(f"fit: --prefix-rows must be a multiple of {CHUNK} for the encoder, got {prefix_rows}")
+def _check(model: str, lengths: list[int], numbers: list[int], sizes: list[int]) -> None:
+    for prefix_rows in lengths:
+        if model == "encoder" and prefix_rows % CHUNK:
+            raise SystemExit(f"fit: --prefix-rows must be a multiple of {CHUNK} for the encoder, got {prefix_rows}")
     if not 0 <= numbers[0] <= numbers[-1] < MODELS[model].num_layers:
         raise SystemExit(f"fit: --layers must be from 0 to {MODELS[model].num_layers - 1}, got {numbers}")
-    if sizes[-1] >= prefix_rows:
-        raise SystemExit(f"fit: --rows must be less than the {prefix_rows:,} rows of the prefix, got {sizes[-1]:,}")
+    if sizes[-1] >= lengths[0]:
+        raise SystemExit(f"fit: --rows must be less than the {lengths[0]:,} rows of the prefix, got {sizes[-1]:,}")
 
 
 def _reader(model: str, prefix_rows: int, num_inputs: int, numbers: list[int]):
@@ -200,18 +209,25 @@ def _rounded(errors: Tensor) -> list[float]:
 
 
 def tables_of(figures: dict) -> list[Table]:
-    settings, conversions = figures["settings"], figures["conversions"]
+    return [table for m in figures["prefix_rows"] for table in _tables_of_length(figures, m)]
+
+
+def _tables_of_length(figures: dict, m: int) -> list[Table]:
+    settings = figures["settings"]
+    conversions = [c for c in figures["conversions"] if c["prefix_rows"] == m]
     no_prefix = [c for c in conversions if c["method"] == NO_PREFIX]
     of_own_size = [c for c in conversions if c["method"] in OWN_SIZE]
     of_size = {size: [c for c in conversions if c["rows"] == size] for size in figures["state_rows"]}
     on = (
-        f"{settings['model']}, prefix of m={settings['prefix_rows']:,} rows, {settings['test']} chunks of "
-        f"{settings['input_rows']} tokens that no fit has seen (fits see {settings['calibration']} others)"
+        f"{settings['model']}, prefix of m={m:,} rows, {settings['test']} chunks of {settings['input_rows']} tokens "
+        f"that no fit has seen (fits see {settings['calibration']} others)"
     )
     tables = [
         _error_table(f"States of {size:,} rows a head: {on}", no_prefix + of_this_size, settings)
         for size, of_this_size in of_size.items()
     ]
+    if len(figures["prefix_rows"]) > 1:
+        return tables
     tables.append(_error_table(f"States that have one size only: {on}", of_own_size, settings))
     failed = [
         (c["layer"], head, error)
@@ -222,8 +238,8 @@ def tables_of(figures: dict) -> list[Table]:
     ]
     if failed:
         table = Table(
-            title=f"Heads that do not compress ({settings['model']}, m={settings['prefix_rows']:,}): an error above "
-            f"{FAILED} with {max(of_size):,} rows by the gradient"
+            title=f"Heads that do not compress ({settings['model']}, m={m:,}): an error above {FAILED} with "
+            f"{max(of_size):,} rows by the gradient"
         )
         for column in ("layer", "head", "error"):
             table.add_column(column, justify="right")
@@ -264,28 +280,34 @@ def _short(x: float) -> str:
 
 
 def plot(path, figures: dict) -> None:
-    numbers, settings = figures["layers"], figures["settings"]
+    """Errors against the size of the state; of several prefixes against their length, at the largest size."""
+    numbers, settings, lengths = figures["layers"], figures["settings"], figures["prefix_rows"]
+    by_length, conversions, largest = len(lengths) > 1, figures["conversions"], figures["state_rows"][-1]
+    if by_length:
+        conversions = [c for c in conversions if c["rows"] in (None, largest)]
     columns = min(len(numbers), 3)
     figure, panels = plots.canvas(columns, math.ceil(len(numbers) / columns), width=5.2, height=3.8)
-    names = list(dict.fromkeys(c["method"] for c in figures["conversions"]))
+    names = list(dict.fromkeys(c["method"] for c in conversions))
     lines = {}
     for number, axes in zip(numbers, panels, strict=False):
         for i, name in enumerate(names):
             points = [
-                (c["rows_per_head"], _median(c["relative_error"]))
-                for c in figures["conversions"]
+                (c["prefix_rows" if by_length else "rows_per_head"], _median(c["relative_error"]))
+                for c in conversions
                 if (c["layer"], c["method"]) == (number, name)
             ]
-            if name == NO_PREFIX:
+            if name == NO_PREFIX and not by_length:
                 lines[name] = axes.axhline(points[0][1], ls=":", color="black")
             else:
-                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="osD^vXP"[i - 1], color=f"C{i - 1}")
-        axes.set(xscale="log", yscale="log", xlabel="rows of the state per head",
-                 ylabel="relative error, median over heads", title=f"layer {number}")  # fmt: skip
-        plots.mark(axes.xaxis, figures["state_rows"])
+                style = {"ls": ":", "color": "black"} if name == NO_PREFIX else {"color": f"C{i - 1}"}
+                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="osD^vXP"[i - 1], **style)
+        axes.set(xscale="log", yscale="log", ylabel="relative error, median over heads", title=f"layer {number}",
+                 xlabel="rows of the prefix" if by_length else "rows of the state per head")  # fmt: skip
+        plots.mark(axes.xaxis, lengths if by_length else figures["state_rows"])
         plots.plain_log(axes.yaxis)
     for axes in panels[len(numbers) :]:
         axes.remove()
-    figure.suptitle(f"{settings['model']}: states of a {settings['prefix_rows']:,}-row prefix, on unseen text")
+    of = f"{largest:,} rows a head" if by_length else f"a {lengths[0]:,}-row prefix"
+    figure.suptitle(f"{settings['model']}: states of {of}, on unseen text")
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(columns + 1, 4), fontsize=9)
     plots.save(figure, path)

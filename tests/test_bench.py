@@ -345,6 +345,27 @@ def test_fit(monkeypatch, tmp_path, capsys, one_thread, model):
         assert gradient_at_18["held_out_error"] == pytest.approx(gradient_at_18["relative_error"], rel=0.3)
 
 
+def test_fit_of_several_lengths(monkeypatch, tmp_path, one_thread):
+    """The shorter prefix is the end of the longer one, and its figures are those that it has alone."""
+    monkeypatch.setattr(encoder, "Reader", ClusteredReader)
+    monkeypatch.setattr(gradient, "_STEPS", 50)
+    monkeypatch.setattr(gradient, "_BATCH", 256)
+    sizes = ["--layers", "1", "--rows", "4", "--calibration", "5", "--test", "1", "--out", str(tmp_path)]
+    main(["fit", "--device", "cpu", "--prefix-rows", "1024", "512", *sizes, "--name", "fit-lengths"])
+    figures = json.loads((tmp_path / "fit-lengths.json").read_text())
+    assert figures["prefix_rows"] == [512, 1024]
+    first, second = (table.title for table in fit.tables_of(figures))
+    assert "prefix of m=512 rows" in first and "prefix of m=1,024 rows" in second
+    short = [c for c in figures["conversions"] if c["prefix_rows"] == 512]
+    reader = ClusteredReader(1024, 6)
+    layer = reader.kept[1]
+    layer = layer._replace(prefix_key=layer.prefix_key[:, -512:], prefix_value=layer.prefix_value[:, -512:])
+    alone = fit.measure(layer, fit.methods_of(8, [4]), 1, is_causal=False)
+    for found, expected in zip(short, alone, strict=True):
+        assert found["relative_error"] == pytest.approx(expected["relative_error"], rel=1e-3, abs=1e-5)
+    assert (tmp_path / "fit-lengths.png").read_bytes()[:8] == PNG
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--prefix-rows", "1000"], "--prefix-rows must be a multiple of 512 for the encoder, got 1000"),
