@@ -176,7 +176,7 @@ def candidates_of(kernel: str, default: tuple[TileConfig, ...], search: bool) ->
         TileConfig(m, n, warps, stages, use_descriptors=tma)
         for (m, n, warps), all_stages in _GRID.items()
         for stages in all_stages
-        for tma in ((False, True) if kernel == "forward" else (False,))
+        for tma in ((False, True) if kernel == "forward" and stages < 3 else (False,))  # as in configs.candidates
         if kernel in _TRAINING or (m == 64 and (kernel == "decode" or n == 64))
     ]
     return tuple(dict.fromkeys([*default, *grid]))

@@ -121,14 +121,15 @@ def exact(query, key_cache, value_cache, state, *, cache_seqlens, **options):
     return reference.ntk_attention_decode(query, key_cache, value_cache, cache_seqlens, state, **options)
 
 
-def check(name, call, ours, dtype):
+def check(name, call, ours, dtype, **tolerance):
     eager = run(lambda *args, **kwargs: exact(*args, **kwargs, compute_dtype=torch.float32), *call)
     expected = run(exact, *call, dtype=F64)
     lse = expected["lse"][expected["lse"].isfinite()]
     for result in ours:
         assert_as_accurate(
-            f"{name}: {result}", ours[result], eager[result], expected[result], dtype, lse_size=lse.abs().max().item()
-        )
+            f"{name}: {result}", ours[result], eager[result], expected[result], dtype, lse_size=lse.abs().max().item(),
+            **tolerance,
+        )  # fmt: skip
 
 
 def served(name, backend):

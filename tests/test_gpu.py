@@ -25,7 +25,8 @@ from ntk_kernels.kernels import configs
 pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "triton"]
 # The kernels multiply float32 as three products of TensorFloat-32, which keep 22 bits. Gradients of half precision go
-# through a rounded `out`, and PyTorch's attention is rounded once more when the prefix is added to it.
+# through a rounded `out`, and PyTorch's attention is rounded once more when the prefix is added to it; so is, to 11 bits
+# of TensorFloat-32, what a float16 model multiplies with the second half of a low-rank pair.
 TOLERANCE = {"float32_bits": 22, "roundings": 2}
 
 
@@ -82,7 +83,7 @@ def test_decode(name, splits, page_size):
         *caches, table = in_pages(key_cache, value_cache, options["cache_seqlens"], page_size)
         call = query, *caches, state, options | {"block_table": table}
     ours = run(decode_by("triton", num_splits=splits), *call, device="cuda")
-    check(name, make_call(name), ours, query.dtype)
+    check(name, make_call(name), ours, query.dtype, **TOLERANCE)
     again = run(decode_by("triton", num_splits=splits), *call, device="cuda")
     for result in ours:
         assert torch.equal(ours[result], again[result]), result
@@ -90,7 +91,8 @@ def test_decode(name, splits, page_size):
 
 @pytest.mark.parametrize("name", [name for name in DECODED if served(name, "torch")])
 def test_decode_by_pytorch(name):
-    check(name, make_call(name), run(decode_by("torch"), *make_call(name), device="cuda"), make_call(name)[0].dtype)
+    check(name, make_call(name), run(decode_by("torch"), *make_call(name), device="cuda"), make_call(name)[0].dtype,
+          **TOLERANCE)  # fmt: skip
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -183,7 +185,8 @@ def test_every_tile_of_decode(name, monkeypatch):
         monkeypatch.setattr(
             configs, "candidates", lambda *args, i=position: (candidates(*args)[min(i, len(candidates(*args)) - 1)],)
         )
-        check(name, call, run(decode_by("triton", num_splits=3), *call, device="cuda"), call[0].dtype)
+        check(name, call, run(decode_by("triton", num_splits=3), *call, device="cuda"), call[0].dtype,
+              **TOLERANCE)  # fmt: skip
 
 
 def test_tensors_of_more_elements_than_int32_counts():

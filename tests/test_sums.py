@@ -31,6 +31,10 @@ def a_prefix(heads=2, rows=40, head_dim=3, value_dim=2, centers=None, weighted=F
     mu = None if centers is None else 0.5 * torch.randn(heads, centers, head_dim)
     if centers is not None and centers > 1:
         mu[:, -1] = 30
+        keys, mu = keys.to(dtype), mu.to(dtype)
+        nearest = torch.cdist(keys.double(), mu.double()).topk(2, largest=False).values
+        between = nearest[..., 1] - nearest[..., 0] < 1e-2  # two centres: rounding would decide for one
+        keys = torch.where(between[..., None], mu[:, :1], keys)
     return [None if tensor is None else tensor.to(dtype) for tensor in (keys, values, weights, mu)]
 
 

@@ -138,6 +138,17 @@ def tuned_key(kernel: str, kind: str, dim: int) -> str:
     return f"{kernel}, {kind}, {dim}"
 
 
+def tuned_tile(
+    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None
+) -> TileConfig | None:
+    """What the file has for such a call."""
+    return _read_tuned(arch).get(tuned_key(kernel, kinds_of(dtype, feature_map)[0], _padded_dim(blocks)))
+
+
+def _padded_dim(blocks: Blocks) -> int:
+    return max(64, blocks.block_d, blocks.block_dv)
+
+
 def write_tuned(arch: str, found: dict[str, TileConfig]) -> None:
     """Adds to the file of that class, or replaces what is there."""
     entries = _read_tuned(arch) | found
@@ -167,10 +178,10 @@ def candidates(
     """
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
-    kinds, dim = kinds_of(dtype, feature_map), max(64, blocks.block_d, blocks.block_dv)
+    kinds, dim = kinds_of(dtype, feature_map), _padded_dim(blocks)
     table = TABLES[kernel]["sm80" if arch == "sm86" else arch]
     entries = next(table[name] for name in (*kinds, "plain") if name in table)[dim]
-    tuned = _read_tuned(arch).get(tuned_key(kernel, kinds[0], dim))
+    tuned = tuned_tile(kernel, arch, blocks, dtype, feature_map)
     if tuned is not None and not crowded:  # it may not fit beside them
         entries = tuple(dict.fromkeys((tuned, *entries)))
     if arch == "sm86":
