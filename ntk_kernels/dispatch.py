@@ -16,7 +16,9 @@ from . import checks
 
 BACKENDS = ("triton", "torch", "reference")
 _MAX_TRITON_HEAD_DIM = 256
-_MAX_TRITON_FLOAT32_HEAD_DIM = 128  # its tiles would go to memory and back (but in the interpreter)
+# In float32, and in half precision where rows begin between multiples of 16 bytes, the tiles of wider heads would go to
+# memory and back (not in the interpreter); in bfloat16 with D=130 triton 3.6.0 compiles them to what reads elsewhere.
+_MAX_TRITON_HEAD_DIM_ANYHOW = 128
 # From so many query rows and keys on, by head dimension, PyTorch's attention (cuDNN's) and the prefix added to it take
 # less time on Hopper than the fused kernel (bench/NOTES.md).
 _CUDNN_FROM = {64: 2048, 128: 1024}
@@ -127,8 +129,11 @@ def kernels_lack(query: Tensor, value: Tensor) -> str | None:
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > _MAX_TRITON_HEAD_DIM:
         return f"head dimensions above {_MAX_TRITON_HEAD_DIM}"
-    if query.dtype == torch.float32 and head_dim > _MAX_TRITON_FLOAT32_HEAD_DIM and device.type == "cuda":
-        return f"float32 with head dimensions above {_MAX_TRITON_FLOAT32_HEAD_DIM}"
+    if head_dim > _MAX_TRITON_HEAD_DIM_ANYHOW and device.type == "cuda":
+        if query.dtype == torch.float32:
+            return f"float32 with head dimensions above {_MAX_TRITON_HEAD_DIM_ANYHOW}"
+        if query.shape[-1] % 8 or value.shape[-1] % 8:
+            return f"head dimensions above {_MAX_TRITON_HEAD_DIM_ANYHOW} that are not multiples of 8"
     return _device_lacks(device.type, device.index)
 
 

@@ -251,6 +251,8 @@ CASES = [
          state=TAYLOR2, options=CAUSAL),
     Case("bf16_d130", "Z of taylor1 in two parts", head_dim=130, batch=1, heads=2, kv_heads=1, seq_q=9, seq_k=5, dtype=BF16,
          state=TAYLOR1, options=CAUSAL),
+    Case("bf16_d192", "wide heads that are no powers of two", head_dim=192, value_dim=136, batch=1, heads=2, kv_heads=1,
+         seq_q=70, seq_k=70, dtype=BF16, state=TAYLOR1, options=CAUSAL),
     Case("d256", "", head_dim=256, batch=1, state=TAYLOR1, options=CAUSAL),
     Case("blhd", "views of [B, L, H, D]", layout="BLHD", options=CAUSAL),
     Case("blhd_cache", "views of [B, L, H, D], several ranges", layout="BLHD", seq_q=19, seq_k=63, options=CAUSAL),

@@ -103,6 +103,25 @@ def test_what_triton_lacks(served_by, monkeypatch):
     assert served_by == ["triton", "torch", "torch"]
 
 
+@pytest.mark.parametrize(
+    "head_dim, value_dim, dtype, expected",
+    [
+        (256, 136, torch.bfloat16, None),
+        (130, 64, torch.bfloat16, "head dimensions above 128 that are not multiples of 8"),
+        (64, 130, torch.float16, "head dimensions above 128 that are not multiples of 8"),
+        (136, 64, torch.float32, "float32 with head dimensions above 128"),
+        (37, 65, torch.bfloat16, None),
+    ],
+)
+def test_wide_heads_on_a_gpu(head_dim, value_dim, dtype, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "_device_lacks", lambda *device: None)
+    query, value = (
+        SimpleNamespace(device=torch.device("cuda", 0), shape=(1, 1, 1, dim), dtype=dtype)
+        for dim in (head_dim, value_dim)
+    )
+    assert dispatch.kernels_lack(query, value) == expected
+
+
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     """In a process of its own: the interpreter is chosen when Triton's kernels load."""
     code = (
