@@ -1,0 +1,509 @@
+"""NTK-Attention in the models of Hugging Face transformers.
+
+Importing this module registers the attention implementation "ntk" with transformers: softmax attention by
+`ntk_attention`, to which a module that has a child `ntk_prefix` adds a prefix. `attach_prefix` gives a model such
+children:
+
+    from ntk_kernels.integrations.transformers import attach_prefix, load_prefix, save_prefix
+
+    prefixes = attach_prefix(model, "elu", rank=8)  # freezes the model
+    optimizer = torch.optim.AdamW([p for prefix in prefixes.values() for p in prefix.parameters()])
+
+Any child will do that has a method `state_and_index(batch)`, giving a `PrefixState` (or None), and None or, with a stack
+of states, the state of each batch row ([batch] int, -1 for none; of fewer rows, if beams multiplied the batch). It is
+asked in each forward, so that what it gives may depend on which task is active.
+"""
+
+import inspect
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..attention import ntk_attention
+from ..decode import ntk_attention_decode
+from ..modules import NTKPrefix
+from ..state import PrefixState, _safetensors
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+except ImportError as error:
+    raise ImportError(
+        "ntk_kernels.integrations.transformers needs transformers (4.57 or later): "
+        "pip install 'ntk-kernels[transformers]'"
+    ) from error
+
+IMPLEMENTATION = "ntk"  # no part of it may be a word that transformers looks for ("flash", "sdpa", "paged|", ...)
+CHILD = "ntk_prefix"
+_FORMAT, _VERSION = "ntk-kernels prefixes of a model", 1
+_RECORD = "_ntk_attachment"
+# What some models hand to an attention function because the keys that it may look at, or the result, depend on it.
+_UNSUPPORTED = ("cache", "indices", "block_indices", "sinks", "head_mask")
+_warned: set[str] = set()
+
+
+# What transformers calls -----------------------------------------------------------------------------------------
+
+
+def ntk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention with the prefix that `module` has, as transformers' `AttentionInterface` calls it.
+
+    Args:
+        query, key, value: [B, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], rotated, the cache included.
+        attention_mask: [B or 1, Hq or 1, Lq, Lk], bool (True = visible) or added to the scores; sliding windows are
+            part of it. None: all keys, or, if the module is causal and Lq > 1, row i sees keys 0 to i (the first rows
+            of a cache with room for more).
+        s_aux: [Hq], a logit per head that takes its share of the softmax and adds no value (attention sinks).
+        position_bias: [B or 1, Hq, Lq, Lk], added to the scores.
+
+    Returns:
+        out [B, Lq, Hq, Dv], and None for the attention weights. A row that sees nothing gives 0.
+    """
+    _check_call(module, dropout, kwargs)
+    seq_q, head_dim = query.shape[2], query.shape[3]
+    scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
+    state, state_index = _prefix_of(module, query, scale)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal) and attention_mask is None and seq_q > 1
+    if is_causal and key.shape[2] > seq_q:  # a static cache, of which nothing but these tokens is filled
+        key, value = key[:, :, :seq_q], value[:, :, :seq_q]
+    mask = _mask(attention_mask, position_bias, key.shape[2])
+    options = {"scale": scale, "softcap": softcap, "state_index": state_index, "return_lse": s_aux is not None}
+    if seq_q == 1 and mask is None and not torch.is_grad_enabled():
+        out = ntk_attention_decode(query, key, value, None, state, is_causal=False, **options)
+    else:
+        offset = {"causal_offset": 0} if is_causal else {}
+        out = ntk_attention(query, key, value, state, attn_mask=mask, is_causal=is_causal, **offset, **options)
+    if s_aux is not None:
+        out, lse = out
+        sink = s_aux.reshape(1, -1, 1).to(lse.dtype)
+        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)  # e^lse / (e^lse + e^sink)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_call(module: nn.Module, dropout: float, kwargs: dict) -> None:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"the attention implementation {IMPLEMENTATION!r} does not support `{name}`, which "
+                f"{type(module).__name__} gives it"
+            )
+    if dropout:
+        _warn(
+            f"dropout of attention weights is not applied, the model asks for {dropout}; set it to 0 in the model's "
+            f"configuration to train without this warning"
+        )
+    if kwargs.get("output_attentions"):
+        _warn("attention weights are never computed: `output_attentions` gives None for them")
+
+
+def _warn(what: str) -> None:
+    if not torch.compiler.is_compiling() and what not in _warned:
+        _warned.add(what)
+        warnings.warn(f"ntk_kernels: {what}", stacklevel=4)
+
+
+def _prefix_of(module: nn.Module, query: Tensor, scale: float) -> tuple[PrefixState | None, Tensor | None]:
+    child = getattr(module, CHILD, None)
+    if child is None:
+        return None, None
+    batch, head_dim = query.shape[0], query.shape[3]
+    state, index = child.state_and_index(batch)
+    if state is None:
+        return None, None
+    if index is not None and index.shape[0] != batch:
+        if index.dim() != 1 or index.shape[0] == 0 or batch % index.shape[0]:
+            raise ValueError(
+                f"`{CHILD}` must give the state of each batch row, [batch={batch}] or a divisor of it, got "
+                f"{list(index.shape)}"
+            )
+        index = index.repeat_interleave(batch // index.shape[0])  # the beams of a row lie side by side
+    own_scale = getattr(module, "scaling", None)
+    if (
+        state.k is not None
+        and scale == 1.0
+        and isinstance(own_scale, float)
+        and math.isclose(own_scale, 1 / math.sqrt(head_dim))
+    ):
+        # OPT, Whisper: the query comes scaled, and φ is to see the one that it was before.
+        feature_scale = math.sqrt(own_scale) if state.feature_scale is None else state.feature_scale
+        state = replace(state, feature_scale=feature_scale / own_scale)
+    return state, index
+
+
+def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, seq_k: int) -> Tensor | None:
+    """Both together, for the keys that there are."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :seq_k]
+    if position_bias is None:
+        return attention_mask
+    position_bias = position_bias[..., :seq_k]
+    if attention_mask is None:
+        return position_bias
+    if attention_mask.dtype == torch.bool:
+        return position_bias.masked_fill(~attention_mask, -math.inf)
+    return position_bias + attention_mask
+
+
+AttentionInterface.register(IMPLEMENTATION, ntk_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without one, transformers drops padding masks silently
+
+
+# Attaching -------------------------------------------------------------------------------------------------------
+
+
+class AttentionShape(NamedTuple):
+    """Query heads Hq, key/value heads Hkv, and head dimensions D and Dv of an attention module."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass
+class _Attachment:
+    """What `detach_prefix` gives back to the model."""
+
+    names: list[str]
+    implementations: list[tuple[PretrainedConfig, str | None]]
+    frozen: list[nn.Parameter]
+
+
+def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict[str, AttentionShape]:
+    """The attention modules of a model that can have a prefix, by name, with their heads and head dimensions.
+
+    Args:
+        modules: a regular expression that is searched for in the names; None for all modules.
+
+    Raises:
+        TypeError, ValueError: if the model is no transformers model, does not dispatch its attention through
+            transformers' `AttentionInterface`, or no name matches.
+    """
+    return {name: _shape(name, module) for name, module in _attention_modules(model, modules).items()}
+
+
+def attach_prefix(
+    model: PreTrainedModel,
+    feature_map: str | None = "elu",
+    *,
+    modules: str | None = None,
+    prefixes: Mapping[str, NTKPrefix | PrefixState] | None = None,
+    freeze: bool = True,
+    **options,
+) -> dict[str, NTKPrefix]:
+    """Gives attention modules of a model a trainable prefix each, as their child `ntk_prefix`.
+
+    The model then computes its attention by the implementation "ntk". Its weights keep their names and values. If an
+    argument is refused, nothing of the model has changed.
+
+    Args:
+        model: any model that dispatches its attention through transformers' `AttentionInterface`.
+        feature_map, options: of `NTKPrefix`, the same for every module. A prefix has the key/value heads of its module
+            and is float32 (float64 in a float64 model) on its device.
+        modules: a regular expression that is searched for in the names of the modules: r"decoder.*self_attn",
+            r"layers\\.[0-7]\\.". None for all: cross-attention and the encoders of images too.
+        prefixes: instead, what to attach to which module, by its name: an `NTKPrefix`, or a `PrefixState`, converted
+            from a real prefix, say, from which one is made; they have the query heads or the key/value heads of the
+            module. `attention_shapes(model)` tells names and sizes.
+        freeze: let only the prefixes be trained, until `detach_prefix`.
+
+    Returns:
+        The prefixes by the names of their modules.
+
+    Raises:
+        TypeError, ValueError: if the model does not dispatch its attention through `AttentionInterface`, has prefixes
+            already, no name matches, a prefix has other sizes than its module, or an option does not fit.
+
+    A converted state is exact if `scale` of the conversion was the one of the model (1/sqrt(D) in most) and keys and
+    queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper), before that.
+    """
+    found = _attention_modules(model, modules)
+    checks.check_bool("freeze", freeze)
+    if hasattr(model, _RECORD):
+        raise ValueError(
+            f"`model` must have no prefixes yet, got one with {len(getattr(model, _RECORD).names)}; detach_prefix "
+            "takes them away"
+        )
+    if prefixes is None:
+        shapes = {name: _shape(name, module) for name, module in found.items()}
+        children = {
+            name: NTKPrefix(
+                shape.num_kv_heads, shape.head_dim, feature_map, **{"value_dim": shape.value_dim} | options,
+                **_placement(found[name]),
+            )
+            for name, shape in shapes.items()
+        }  # fmt: skip
+    else:
+        given = dict.fromkeys(options) | ({} if feature_map == "elu" else {"feature_map": None})
+        if modules is not None or given:
+            name = "modules" if modules is not None else next(iter(given))
+            raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
+        children = _given_children(found, prefixes)
+    _attach(model, found, children, freeze)
+    return children
+
+
+def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
+    """Takes the prefixes away again: the model is what it was before `attach_prefix`.
+
+    Returns:
+        The prefixes by the names of their modules; `attach_prefix(model, prefixes=...)` attaches them again.
+    """
+    children = attached_prefixes(model)
+    record = getattr(model, _RECORD)
+    for name in record.names:
+        delattr(model.get_submodule(name), CHILD)
+    _restore(record)
+    delattr(model, _RECORD)
+    return children
+
+
+def attached_prefixes(model: PreTrainedModel) -> dict[str, NTKPrefix]:
+    """The prefixes that `attach_prefix` or `load_prefix` gave to the model, by the names of their modules.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    record = getattr(model, _RECORD, None)
+    if record is None:
+        raise ValueError(f"`model` must have prefixes (attach_prefix, load_prefix), got {type(model).__name__} without")
+    return {name: getattr(model.get_submodule(name), CHILD) for name in record.names}
+
+
+def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, nn.Module]:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(type(module))
+    }
+    if not found:
+        raise ValueError(
+            f"`model` must dispatch its attention through transformers' AttentionInterface, got {type(model).__name__}, "
+            "none of whose modules does"
+        )
+    if pattern is None:
+        return found
+    if not isinstance(pattern, str):
+        raise TypeError(f"`modules` must be a regular expression, got {type(pattern).__name__}")
+    matching = {name: module for name, module in found.items() if re.search(pattern, name)}
+    if not matching:
+        raise ValueError(f"`modules` must match a name of {_some(found)}, got {pattern!r}")
+    return matching
+
+
+@lru_cache
+def _dispatches(cls: type) -> bool:
+    """Whether modules of a class ask the interface for their attention function: nothing but the code tells."""
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(cls.forward)
+    except (OSError, TypeError, AttributeError):  # no source at hand
+        return False
+
+
+def _shape(name: str, module: nn.Module) -> AttentionShape:
+    """Heads and head dimensions under the names that models have for them."""
+    config = module.config
+
+    def size(of_module: tuple, of_config: tuple, default: int | None = None) -> int | None:
+        for owner, names in ((module, of_module), (config, of_config)):
+            for attribute in names:
+                if isinstance(value := getattr(owner, attribute, None), int) and value > 0:
+                    return value
+        return default
+
+    heads = size(("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"), ("num_attention_heads",))
+    hidden = size(("embed_dim", "hidden_size"), ("hidden_size",))
+    head_dim = size(
+        ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim"),
+        ("head_dim",),
+        hidden // heads if hidden and heads else None,
+    )
+    if heads is None or head_dim is None:
+        raise ValueError(
+            f"the number of heads and the head dimension of `{name}` ({type(module).__name__}) must be known to make a "
+            f"prefix for it, got {heads} and {head_dim}; give `prefixes`, or leave it out by `modules`"
+        )
+    groups = size(("num_key_value_groups",), ())
+    kv_heads = heads // groups if groups else size(("num_key_value_heads", "num_kv_heads"), (), heads)
+    return AttentionShape(heads, kv_heads, head_dim, size(("v_head_dim",), (), head_dim))
+
+
+def _placement(module: nn.Module) -> dict:
+    """Device and dtype of a prefix for a module."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:  # quantized
+        return {"device": next(module.parameters()).device}
+    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+
+def _given_children(found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
+    if not isinstance(prefixes, Mapping) or not prefixes:
+        raise TypeError(f"`prefixes` must be a mapping from names of modules to prefixes, got {prefixes!r:.80}")
+    children = {}
+    for name, prefix in prefixes.items():
+        if name not in found:
+            raise ValueError(f"`prefixes` must be for attention modules of the model, {_some(found)}, got {name!r}")
+        if not isinstance(prefix, NTKPrefix | PrefixState):
+            raise TypeError(f"`prefixes[{name!r}]` must be an NTKPrefix or a PrefixState, got {type(prefix).__name__}")
+        _check_fits(name, prefix, _shape(name, found[name]))
+        prefix = NTKPrefix.from_state(prefix) if isinstance(prefix, PrefixState) else prefix
+        children[name] = prefix.to(_placement(found[name])["device"])
+    return children
+
+
+def _check_fits(name: str, prefix: NTKPrefix | PrefixState, shape: AttentionShape) -> None:
+    if prefix.num_heads not in (shape.num_heads, shape.num_kv_heads):
+        raise ValueError(
+            f"the prefix of `{name}` must have the Hq={shape.num_heads} or Hkv={shape.num_kv_heads} heads of the "
+            f"module, got {prefix.num_heads}"
+        )
+    for letters, got, want in (
+        ("D", prefix.head_dim, shape.head_dim),
+        ("Dv", prefix.value_dim, shape.value_dim),
+    ):
+        if got != want:
+            raise ValueError(
+                f"the prefix of `{name}` must have the head dimension {letters}={want} of the module, got "
+                f"{letters}={got}"
+            )
+
+
+def _attach(model: PreTrainedModel, found: dict, children: dict[str, NTKPrefix], freeze: bool) -> None:
+    """All or nothing."""
+    taken = [name for name in children if hasattr(found[name], CHILD)]
+    if taken:
+        raise ValueError(f"`{taken[0]}` must have no attribute {CHILD!r} yet, got one that has")
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
+    # The modules read their own configuration, the models around them that make the masks another, perhaps.
+    configs = {id(found[name].config): found[name].config for name in children}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and any(child.startswith(f"{name}.") or not name for child in children):
+            configs[id(module.config)] = module.config
+    record = _Attachment(list(children), [(c, c._attn_implementation) for c in configs.values()], frozen)
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = IMPLEMENTATION
+        for name, child in children.items():
+            if found[name].config._attn_implementation != IMPLEMENTATION:
+                raise RuntimeError(
+                    f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got "
+                    f"{found[name].config._attn_implementation!r} in spite of it being set"
+                )
+            found[name].add_module(CHILD, child)
+    except Exception:
+        for name in children:
+            found[name]._modules.pop(CHILD, None)
+        _restore(record)
+        raise
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    setattr(model, _RECORD, record)
+
+
+def _restore(record: _Attachment) -> None:
+    for config, implementation in record.implementations:
+        config._attn_implementation_internal = implementation
+    for parameter in record.frozen:
+        parameter.requires_grad_(True)
+
+
+def _some(names) -> str:
+    names = [f"`{name}`" for name in names]
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+def save_prefix(model: PreTrainedModel, path) -> None:
+    """Writes the prefixes of a model, and nothing else of it, to `path`, a safetensors file.
+
+    Raises:
+        ValueError: if the model has none.
+        FileNotFoundError: if there is no such folder.
+    """
+    children = attached_prefixes(model)
+    _, save_file = _safetensors()
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}")
+    options = {name: child.options for name, child in children.items()}
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "model": type(model).__name__,
+        "prefixes": json.dumps(options),
+    }
+    tensors = {
+        f"{name}.{CHILD}.{key}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, child in children.items()
+        for key, tensor in child.state_dict().items()
+    }
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[str, NTKPrefix]:
+    """Attaches the prefixes that `save_prefix` wrote; arguments and result as in `attach_prefix`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, of another version, or its prefixes don't fit the model; then nothing of the
+            model has changed.
+    """
+    safe_open, _ = _safetensors()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a file written by save_prefix, got {str(path)!r}, which is no file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own types for what isn't one of its files
+        raise ValueError(f"`path` must be a safetensors file, got {str(path)!r}: {error}") from error
+    for name, want in (("format", _FORMAT), ("version", str(_VERSION))):
+        if metadata.get(name) != want:
+            raise ValueError(
+                f"`path` must be a file written by save_prefix with {name} {want!r}, got {str(path)!r} with {name} "
+                f"{metadata.get(name)!r}"
+            )
+    try:
+        prefixes = {}
+        for name, options in json.loads(metadata["prefixes"]).items():
+            start = f"{name}.{CHILD}."
+            own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+            dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own.values()) else torch.float32
+            prefixes[name] = NTKPrefix(**options, dtype=dtype)
+            prefixes[name].load_state_dict(own)
+        if tensors:
+            raise ValueError(f"unknown tensors {sorted(tensors)}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"`path` must hold valid prefixes, got {str(path)!r}: {error}") from error
+    try:
+        return attach_prefix(model, prefixes=prefixes, freeze=freeze)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}, of a {metadata.get('model')}, does not fit: {error}") from error
