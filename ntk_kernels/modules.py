@@ -42,7 +42,10 @@ class NTKPrefix(nn.Module):
             belong to a feature, but what each is worth, which does not change as k does.
         log_scale: train β_c as well, the log weight of each centre (of all of Z and k without centres), from 0.
         feature_scale: factor on the query inside φ; default sqrt(scale) of the call.
-        init_mass: what features, and rows, add to the denominator at the start, about.
+        init_mass: what features, and rows, add to the denominator at the start, about. Where it is not small against
+            the softmax's own (at an attention sink, say), it takes its share of it and gives zeros. But a row, or a
+            feature with `scale_by_k`, has an effect in proportion to its mass, which grows by a factor of e in about
+            1 / learning rate steps of Adam: 0.01 spares them half of the way.
         device, dtype: of the parameters; float32 or float64.
 
     Raises:
