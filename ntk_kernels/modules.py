@@ -17,8 +17,8 @@ _STD = 0.1  # of keys and centres that start at random: they have to differ, and
 class NTKPrefix(nn.Module):
     """The trainable prefix of one attention layer; calling it gives the `PrefixState` to be given to `ntk_attention`.
 
-    It starts close to no prefix at all: `Z` is zero, and the mass that the prefix adds to the denominator of the softmax
-    about `init_mass`, while the gradient of every parameter, but for `z_a` in the first step, is there from the start.
+    It starts close to no prefix at all: `Z` is zero, and the mass that the prefix adds to the denominator of the
+    softmax about `init_mass`, while every parameter has a gradient from the first step on (`z_a` from the second).
 
     `k` has to stay positive: attention divides by it. So its logarithm is trained, or close to that (`positive`):
     all of k with "elu"; with "taylor1" and "taylor2" the factor k_0 in k = k_0·[1, u], whose other entries have either
@@ -142,8 +142,8 @@ class NTKPrefix(nn.Module):
     def from_state(cls, state: PrefixState, *, positive: str | None = None, scale_by_k: bool = False) -> "NTKPrefix":
         """A prefix that starts as `state`, converted from a real prefix, say; every tensor of it is trained.
 
-        By default what it gives is `state` to the bit. With `positive` and `scale_by_k` (which the class explains) it is
-        the same up to rounding.
+        By default what it gives is `state` to the bit. With `positive` and `scale_by_k` (which the class explains) it
+        is the same up to rounding.
 
         Args:
             state: one state, no stack; kept in float32, or float64 if one of its tensors is.

@@ -54,6 +54,18 @@ except ImportError as error:
     assert "not installed; run `pip install -e .`" in result.stdout, result.stderr
 
 
+def test_integrations_name_the_package_that_they_need():
+    result = run("""
+import sys
+sys.modules["transformers"] = None
+try:
+    import ntk_kernels.integrations.transformers
+except ImportError as error:
+    print(error)
+""")
+    assert "needs transformers (4.57 or later): pip install 'ntk-kernels[transformers]'" in result.stdout, result.stderr
+
+
 def test_public_names():
     import ntk_kernels
 

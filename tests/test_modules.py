@@ -7,8 +7,7 @@ import pytest
 import torch
 from oracle import F64
 
-from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
-from ntk_kernels.modules import NTKPrefix
+from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, prefix_to_state, reference
 
 HEADS, DIM = 2, 8
 OPTIONS = {
@@ -266,7 +265,10 @@ def test_state_and_index():
         ({"value_dim": 0}, "`value_dim` must be at least 1, got 0"),
         ({"feature_map": "relu"}, "`feature_map` must be one of 'elu', 'taylor1', 'taylor2', None, got 'relu'"),
         ({"feature_map": None}, "`num_rows` must be at least 1 with feature_map=None, got 0"),
-        ({"feature_map": None, "num_rows": 2, "rank": 2}, "`rank` must come with a `feature_map`, got feature_map=None"),
+        (
+            {"feature_map": None, "num_rows": 2, "rank": 2},
+            "`rank` must come with a `feature_map`, got feature_map=None",
+        ),
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"num_rows": -1}, "`num_rows` must be at least 0, got -1"),
         ({"positive": "abs"}, "`positive` must be one of 'softplus', 'exp', None, got 'abs'"),
@@ -290,5 +292,7 @@ def test_refused_states():
         NTKPrefix.from_state(PrefixState.stack([state, state]))
     negative = PrefixState(state.z, state.k - 1, "elu")
     assert NTKPrefix.from_state(negative)().k.min() < 0
-    with pytest.raises(ValueError, match=r"`state.k` must be positive with positive='softplus' .* got values down to -"):
+    with pytest.raises(
+        ValueError, match=r"`state.k` must be positive with positive='softplus' .* got values down to -"
+    ):
         NTKPrefix.from_state(negative, positive="softplus")

@@ -11,9 +11,9 @@ from oracle import F64, assert_as_accurate
 pytest.importorskip("transformers")
 
 import transformers
-from model_cases import BATCH, BY_NAME, FAMILIES, LENGTH, VOCABULARY, build, inputs, visible_logits, with_labels
+from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
 
-from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
+from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, prefix_to_state
 from ntk_kernels.integrations import transformers as integration
 from ntk_kernels.integrations.transformers import (
     AttentionShape,
@@ -25,7 +25,6 @@ from ntk_kernels.integrations.transformers import (
     ntk_attention_forward,
     save_prefix,
 )
-from ntk_kernels.modules import NTKPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
 all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -33,7 +32,9 @@ GENERATING = [family for family in FAMILIES if family.kind not in ("encoder", "i
 
 
 def some(*names):
-    return pytest.mark.parametrize("family", [BY_NAME[n] for n in names if n in BY_NAME], ids=lambda family: family.name)
+    return pytest.mark.parametrize(
+        "family", [BY_NAME[n] for n in names if n in BY_NAME], ids=lambda family: family.name
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,26 @@ def exact_of(model, family, given):
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._attn_implementation = "definition64"
     return visible_logits(model, given)
+
+
+@some("llama", "gpt2", "esm")
+def test_autocast(family):
+    """Rotated queries and keys come in float32 there, values in bfloat16."""
+    given = inputs(family)
+    model = build(family)
+    expected = exact(family, given=given)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = visible_logits(model, given)
+        prefixes = attach(family, model)
+        for prefix in prefixes.values():
+            torch.nn.init.constant_(prefix.raw_k, -100)  # no mass
+        ours = visible_logits(model, given)
+        randomise(prefixes)
+        model(**with_labels(family, given)).loss.backward()
+    assert ours.dtype == own.dtype
+    assert_as_accurate("logits", ours, own, expected, torch.bfloat16)
+    for prefix in prefixes.values():
+        assert all(parameter.grad.abs().sum() > 0 for parameter in prefix.parameters())
 
 
 def test_opt_scales_its_query_and_features_see_it_unscaled():
@@ -322,6 +343,21 @@ def test_unfrozen_and_detached_again():
     assert torch.equal(visible_logits(model, given), before)
 
 
+def implementations(model):
+    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+
+@all_families
+def test_every_configuration_is_put_back(family):
+    """Models have several, copies too."""
+    model = build(family)
+    before = implementations(model)
+    names = attach(family, model)
+    assert {model.get_submodule(name).config._attn_implementation for name in names} == {"ntk"}
+    detach_prefix(model)
+    assert implementations(model) == before
+
+
 def test_a_copy_of_a_model_is_a_model_of_its_own():
     model = build(BY_NAME["llama"])
     attach_prefix(model)
@@ -443,7 +479,9 @@ def test_each_row_may_have_its_own_task(family, beams):
 def test_rows_of_tasks_must_divide_the_batch():
     module = torch.nn.Module()
     module.ntk_prefix = Tasks(NTKPrefix(2, 8), index=[0, 0, -1])
-    with pytest.raises(ValueError, match=r"`ntk_prefix` must give the state of each batch row, \[batch=4\] or a divisor"):
+    with pytest.raises(
+        ValueError, match=r"`ntk_prefix` must give the state of each batch row, \[batch=4\] or a divisor"
+    ):
         ntk_attention_forward(module, *torch.randn(3, 4, 2, 5, 8), None)
 
 
@@ -548,7 +586,9 @@ def test_models_that_it_is_not_for():
     config = transformers.GPTJConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2)  # fmt: skip
     model = transformers.GPTJForCausalLM(config)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="`model` must dispatch its attention through .*, got GPTJForCausalLM, none of"):
+    with pytest.raises(
+        ValueError, match="`model` must dispatch its attention through .*, got GPTJForCausalLM, none of"
+    ):
         attach_prefix(model)
     assert snapshot(model) == before
     with pytest.raises(TypeError, match="`model` must be a transformers.PreTrainedModel, got Linear"):
@@ -596,12 +636,14 @@ def test_files_that_do_not_fit(tmp_path):
         return tmp_path / "changed"
 
     refused(written(tensors, version="2"), "with version '1', got .* with version '2'")
-    refused(written(tensors, format="ntk-kernels prefix state"), "with format .* with format 'ntk-kernels prefix state'")
+    refused(
+        written(tensors, format="ntk-kernels prefix state"), "with format .* with format 'ntk-kernels prefix state'"
+    )
     refused(written(tensors, prefixes="[]"), "`path` must hold valid prefixes")
     refused(written(tensors | {"x": torch.zeros(1)}), r"unknown tensors \['x'\]")
     name = "model.layers.0.self_attn.ntk_prefix.z"
     refused(written(tensors | {name: torch.zeros(2, 8, 4)}), r"torch.Size\(\[2, 8, 4\]\)")
-    refused(written({key: tensor for key, tensor in tensors.items() if key != name}), "Missing key.* \"z\"")
+    refused(written({key: tensor for key, tensor in tensors.items() if key != name}), 'Missing key.* "z"')
     with pytest.raises(ValueError, match="must have no prefixes yet"):
         load_prefix(model, path)
 

@@ -9,9 +9,9 @@ children:
     prefixes = attach_prefix(model, "elu", rank=8)  # freezes the model
     optimizer = torch.optim.AdamW([p for prefix in prefixes.values() for p in prefix.parameters()])
 
-Any child will do that has a method `state_and_index(batch)`, giving a `PrefixState` (or None), and None or, with a stack
-of states, the state of each batch row ([batch] int, -1 for none; of fewer rows, if beams multiplied the batch). It is
-asked in each forward, so that what it gives may depend on which task is active.
+Any child will do that has a method `state_and_index(batch)`. It gives a `PrefixState`, or None for no prefix; and None
+or, with a stack of states, which of them each batch row uses: [batch] int, -1 for none, or shorter, if each row became
+several (beams), which lie side by side. It is asked in each forward, so that the answer may depend on the task at hand.
 """
 
 import inspect
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..attention import ntk_attention
+from ..attention import autocast, ntk_attention
 from ..decode import ntk_attention_decode
 from ..modules import NTKPrefix
 from ..state import PrefixState, _safetensors
@@ -83,6 +83,8 @@ def ntk_attention_forward(
         out [B, Lq, Hq, Dv], and None for the attention weights. A row that sees nothing gives 0.
     """
     _check_call(module, dropout, kwargs)
+    # Under autocast a rotation leaves query and key in float32, and value in half precision.
+    query, key, value = autocast(query, key, value)
     seq_q, head_dim = query.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
     state, state_index = _prefix_of(module, query, scale)
@@ -253,16 +255,16 @@ def attach_prefix(
         shapes = {name: _shape(name, module) for name, module in found.items()}
         children = {
             name: NTKPrefix(
-                shape.num_kv_heads, shape.head_dim, feature_map, **{"value_dim": shape.value_dim} | options,
+                shape.num_kv_heads, shape.head_dim, feature_map, value_dim=shape.value_dim, **options,
                 **_placement(found[name]),
             )
             for name, shape in shapes.items()
         }  # fmt: skip
     else:
-        given = dict.fromkeys(options) | ({} if feature_map == "elu" else {"feature_map": None})
-        if modules is not None or given:
-            name = "modules" if modules is not None else next(iter(given))
-            raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
+        given = {"feature_map": feature_map != "elu", "modules": modules is not None} | dict.fromkeys(options, True)
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
         children = _given_children(found, prefixes)
     _attach(model, found, children, freeze)
     return children
@@ -305,8 +307,8 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
     }
     if not found:
         raise ValueError(
-            f"`model` must dispatch its attention through transformers' AttentionInterface, got {type(model).__name__}, "
-            "none of whose modules does"
+            f"`model` must dispatch its attention through transformers' AttentionInterface, got "
+            f"{type(model).__name__}, none of whose modules does"
         )
     if pattern is None:
         return found
@@ -339,7 +341,7 @@ def _shape(name: str, module: nn.Module) -> AttentionShape:
         return default
 
     heads = size(("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"), ("num_attention_heads",))
-    hidden = size(("embed_dim", "hidden_size"), ("hidden_size",))
+    hidden = size(("internal_dim", "embed_dim", "hidden_size"), ("hidden_size",))
     head_dim = size(
         ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim"),
         ("head_dim",),
