@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import transformers
 from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
 
-from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, prefix_to_state
+from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode, prefix_to_state
 from ntk_kernels.integrations import transformers as integration
 from ntk_kernels.integrations.transformers import (
     AttentionShape,
@@ -82,6 +82,14 @@ def test_without_a_prefix_it_is_the_models_own_attention(family, padding):
     assert_as_accurate("own", own, own, expected, torch.float32)  # the definition is what the model does
     assert (own - expected).norm() < torch.finfo(torch.float32).eps ** 0.5 * expected.norm()
     assert_as_accurate("logits", ours, own, expected, torch.float32)
+
+
+@all_families
+def test_transformers_own_way_to_set_it(family):
+    model = build(family)
+    model.set_attn_implementation("ntk")
+    given = inputs(family)
+    assert torch.equal(visible_logits(model, given), visible_logits(build(family, "ntk"), given))
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_map": "taylor1", "centers": 2, "num_rows": 2}], ids=["elu", "parts"])
@@ -194,6 +202,13 @@ def test_causal_without_a_mask_is_aligned_top_left(seq_k):
     torch.testing.assert_close(ours, expected.transpose(1, 2))
     ours, _ = ntk_attention_forward(module, query[:, :, :1], key, value, None, is_causal=True)
     torch.testing.assert_close(ours, expected[:, :, :1].transpose(1, 2))
+
+
+def test_learned_queries_are_shared_by_the_batch():
+    query, key, value = torch.randn(1, 2, 3, 8), torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
+    ours, _ = ntk_attention_forward(torch.nn.Module(), query, key, value, None, is_causal=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(query.expand(4, -1, -1, -1), key, value)
+    torch.testing.assert_close(ours, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("mask", ["bool", "additive", None])
@@ -358,6 +373,28 @@ def test_every_configuration_is_put_back(family):
     assert implementations(model) == before
 
 
+def test_one_part_of_a_model_of_two():
+    """The other part keeps the attention implementation that it has."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 2}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config).eval()
+    before = snapshot(model)
+    prefixes = randomise(attach_prefix(model, modules="text"))
+    assert len(prefixes) == 1
+    given = {"input_ids": inputs(BY_NAME["llama"])["input_ids"], "pixel_values": inputs(BY_NAME["vit"])["pixel_values"]}
+    with torch.no_grad():
+        changed = model(**given)
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    detach_prefix(model)
+    assert snapshot(model) == before
+    with torch.no_grad():
+        plain = model(**given)
+    assert torch.equal(changed.image_embeds, plain.image_embeds)
+    assert not torch.equal(changed.text_embeds, plain.text_embeds)
+
+
 def test_a_copy_of_a_model_is_a_model_of_its_own():
     model = build(BY_NAME["llama"])
     attach_prefix(model)
@@ -418,6 +455,21 @@ def test_generation_with_a_cache_is_generation_without(family):
     assert torch.equal(generated(model, given), expected)
     expected = generated(model, given, use_cache=False, num_beams=3)
     assert torch.equal(generated(model, given, num_beams=3), expected)
+
+
+def test_a_token_takes_the_kernel_for_it(monkeypatch):
+    """`ntk_attention_decode`, where nothing is hidden and nothing is to be differentiated."""
+    calls = []
+
+    def decode(query, *args, **options):
+        calls.append(query.shape[2])
+        return ntk_attention_decode(query, *args, **options)
+
+    monkeypatch.setattr(integration, "ntk_attention_decode", decode)
+    model = build(BY_NAME["llama"])
+    attach_prefix(model)
+    generated(model, inputs(BY_NAME["llama"]), max_new_tokens=3)
+    assert calls == [1] * 2 * 2  # layers, tokens after the first
 
 
 @some("llama", "gemma2", "gpt_oss", "gpt2")
@@ -620,7 +672,7 @@ def test_files_that_do_not_fit(tmp_path):
             load_prefix(target, path)
         assert snapshot(target) == before
 
-    refused(path, r"of a LlamaForCausalLM, does not fit: .* Hq=8 or Hkv=8 heads of the module, got 2", num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
+    refused(path, r"got .* of a LlamaForCausalLM: .* Hq=8 or Hkv=8 heads of the module, got 2", num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     refused(path, "head dimension D=16 of the module, got D=8", head_dim=16)
     refused(path, "must be for attention modules of the model, .*, got 'model.layers.1.self_attn'", num_hidden_layers=1)
     refused(tmp_path / "other", "which is no file", FileNotFoundError)

@@ -72,7 +72,7 @@ def ntk_attention_forward(
     """Attention with the prefix that `module` has, as transformers' `AttentionInterface` calls it.
 
     Args:
-        query, key, value: [B, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], rotated, the cache included.
+        query, key, value: [B or 1, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], rotated, the cache included.
         attention_mask: [B or 1, Hq or 1, Lq, Lk], bool (True = visible) or added to the scores; sliding windows are
             part of it. None: all keys, or, if the module is causal and Lq > 1, row i sees keys 0 to i (the first rows
             of a cache with room for more).
@@ -85,6 +85,8 @@ def ntk_attention_forward(
     _check_call(module, dropout, kwargs)
     # Under autocast a rotation leaves query and key in float32, and value in half precision.
     query, key, value = autocast(query, key, value)
+    if query.shape[0] != key.shape[0]:  # learned queries, which all rows share
+        query = query.expand(key.shape[0], -1, -1, -1)
     seq_q, head_dim = query.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
     state, state_index = _prefix_of(module, query, scale)
@@ -245,18 +247,14 @@ def attach_prefix(
     queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper), before that.
     """
     found = _attention_modules(model, modules)
+    _check_bare(model)
     checks.check_bool("freeze", freeze)
-    if hasattr(model, _RECORD):
-        raise ValueError(
-            f"`model` must have no prefixes yet, got one with {len(getattr(model, _RECORD).names)}; detach_prefix "
-            "takes them away"
-        )
     if prefixes is None:
         shapes = {name: _shape(name, module) for name, module in found.items()}
         children = {
             name: NTKPrefix(
                 shape.num_kv_heads, shape.head_dim, feature_map, value_dim=shape.value_dim, **options,
-                **_placement(found[name]),
+                **_placement(found[name], model),
             )
             for name, shape in shapes.items()
         }  # fmt: skip
@@ -265,7 +263,7 @@ def attach_prefix(
         for name, is_given in given.items():
             if is_given:
                 raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
-        children = _given_children(found, prefixes)
+        children = _given_children(model, found, prefixes)
     _attach(model, found, children, freeze)
     return children
 
@@ -295,6 +293,14 @@ def attached_prefixes(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     if record is None:
         raise ValueError(f"`model` must have prefixes (attach_prefix, load_prefix), got {type(model).__name__} without")
     return {name: getattr(model.get_submodule(name), CHILD) for name in record.names}
+
+
+def _check_bare(model: PreTrainedModel) -> None:
+    if hasattr(model, _RECORD):
+        raise ValueError(
+            f"`model` must have no prefixes yet, got one with {len(getattr(model, _RECORD).names)}; detach_prefix "
+            "takes them away"
+        )
 
 
 def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, nn.Module]:
@@ -357,15 +363,14 @@ def _shape(name: str, module: nn.Module) -> AttentionShape:
     return AttentionShape(heads, kv_heads, head_dim, size(("v_head_dim",), (), head_dim))
 
 
-def _placement(module: nn.Module) -> dict:
-    """Device and dtype of a prefix for a module."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None:  # quantized
-        return {"device": next(module.parameters()).device}
-    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+def _placement(module: nn.Module, model: PreTrainedModel) -> dict:
+    """Device and dtype of a prefix for a module: float32, in float64 models that."""
+    weights = [*module.parameters()] or [*model.parameters()]
+    is_wide = any(weight.dtype == torch.float64 for weight in weights)
+    return {"device": weights[0].device, "dtype": torch.float64 if is_wide else torch.float32}
 
 
-def _given_children(found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
+def _given_children(model: PreTrainedModel, found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
     if not isinstance(prefixes, Mapping) or not prefixes:
         raise TypeError(f"`prefixes` must be a mapping from names of modules to prefixes, got {prefixes!r:.80}")
     children = {}
@@ -376,7 +381,7 @@ def _given_children(found: dict[str, nn.Module], prefixes: Mapping) -> dict[str,
             raise TypeError(f"`prefixes[{name!r}]` must be an NTKPrefix or a PrefixState, got {type(prefix).__name__}")
         _check_fits(name, prefix, _shape(name, found[name]))
         prefix = NTKPrefix.from_state(prefix) if isinstance(prefix, PrefixState) else prefix
-        children[name] = prefix.to(_placement(found[name])["device"])
+        children[name] = prefix.to(_placement(found[name], model)["device"])
     return children
 
 
@@ -475,9 +480,11 @@ def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[st
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, of another version, or its prefixes don't fit the model; then nothing of the
-            model has changed.
+        TypeError, ValueError: if the model is one that `attach_prefix` refuses, or the file no such file, of another
+            version, or its prefixes don't fit the model. Then nothing of the model has changed.
     """
+    _attention_modules(model, None)
+    _check_bare(model)
     safe_open, _ = _safetensors()
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` must be a file written by save_prefix, got {str(path)!r}, which is no file")
@@ -508,4 +515,7 @@ def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[st
     try:
         return attach_prefix(model, prefixes=prefixes, freeze=freeze)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}, of a {metadata.get('model')}, does not fit: {error}") from error
+        raise ValueError(
+            f"`path` must hold prefixes that fit the model, a {type(model).__name__}, got {str(path)!r}, of a "
+            f"{metadata.get('model')}: {error}"
+        ) from error
