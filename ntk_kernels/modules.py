@@ -39,7 +39,9 @@ class NTKPrefix(nn.Module):
         num_rows: R, rows kept exactly (keys, values and log weights), as prefix tuning trains them.
         positive: "softplus" or "exp", what makes k of its parameter; None trains k as it is, which may go below zero.
         scale_by_k: train U in Z = diag(k)·U (with "taylor1" and "taylor2" Z = k_0·U): not the sum of the values that
-            belong to a feature, but what each is worth, which does not change as k does.
+            belong to a feature, but their mean. What the prefix adds is then a mean of rows of U, bounded as values are.
+            False trains Z itself, which is multiplied by e^-lse of the softmax: thousands at an attention sink, where
+            the first steps of an optimizer can undo a real model.
         log_scale: train β_c as well, the log weight of each centre (of all of Z and k without centres), from 0.
         feature_scale: factor on the query inside φ; default sqrt(scale) of the call.
         init_mass: what features, and rows, add to the denominator at the start, about. Where it is not small against
@@ -63,7 +65,7 @@ class NTKPrefix(nn.Module):
         centers: int | Tensor | None = None,
         num_rows: int = 0,
         positive: str | None = "softplus",
-        scale_by_k: bool = False,
+        scale_by_k: bool = True,
         log_scale: bool = False,
         feature_scale: float | None = None,
         init_mass: float = 1e-4,
@@ -85,8 +87,8 @@ class NTKPrefix(nn.Module):
         checks.check_one_of("dtype", dtype, (torch.float32, torch.float64))
         if feature_map is None:
             for name, given in (
-                ("rank", rank is not None), ("centers", centers is not None), ("scale_by_k", scale_by_k),
-                ("log_scale", log_scale), ("feature_scale", feature_scale is not None),
+                ("rank", rank is not None), ("centers", centers is not None), ("log_scale", log_scale),
+                ("feature_scale", feature_scale is not None),
             ):  # fmt: skip
                 if given:
                     raise ValueError(f"`{name}` must come with a `feature_map`, got feature_map=None")

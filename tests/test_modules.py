@@ -16,13 +16,15 @@ OPTIONS = {
     "taylor2": {"feature_map": "taylor2"},
     "low_rank": {"rank": 3},
     "centers": {"feature_map": "taylor1", "centers": 3, "log_scale": True},
-    "values_of_features": {"scale_by_k": True},
-    "all_parts": {"feature_map": "taylor1", "centers": 2, "rank": 2, "num_rows": 3, "scale_by_k": True, "value_dim": 5},
-    "taylor2_values": {"feature_map": "taylor2", "centers": 1, "scale_by_k": True, "positive": "exp"},
+    "sums": {"scale_by_k": False},
+    "taylor1_sums": {"feature_map": "taylor1", "scale_by_k": False},
+    "low_rank_sums": {"rank": 3, "scale_by_k": False},
+    "all_parts": {"feature_map": "taylor1", "centers": 2, "rank": 2, "num_rows": 3, "value_dim": 5},
+    "taylor2_exp": {"feature_map": "taylor2", "centers": 1, "positive": "exp"},
     "rows": {"feature_map": None, "num_rows": 4},
     "exp": {"positive": "exp"},
     "free": {"positive": None, "feature_scale": 0.5},
-    "taylor1_free": {"feature_map": "taylor1", "positive": None, "scale_by_k": True},
+    "taylor1_free": {"feature_map": "taylor1", "positive": None},
 }
 
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -75,7 +77,7 @@ def test_every_parameter_has_a_gradient_from_the_start(options):
 @all_options
 def test_training_lowers_the_loss(options):
     # Values in proportion to the mass wait for it to grow: by a factor of e in 1 / lr steps.
-    in_proportion = options.get("scale_by_k", False) or options.get("num_rows", 0) > 0
+    in_proportion = options.get("scale_by_k", True) or options.get("num_rows", 0) > 0
     prefix = make(options, init_mass=0.01 if in_proportion else 1e-4)
     query, key, value = inputs(prefix.value_dim)
     prefix_key, prefix_value = torch.randn(HEADS, 50, DIM), torch.randn(HEADS, 50, prefix.value_dim)
@@ -115,7 +117,7 @@ def test_the_state_is_what_the_parametrisation_says(options):
         weight = make_positive(raw[..., :1])
         k = weight * torch.cat([torch.ones_like(weight), raw[..., 1:]], dim=-1)
     z = prefix.z if "rank" not in options else prefix.z_a @ prefix.z_b
-    if options.get("scale_by_k"):
+    if options.get("scale_by_k", True):
         z = weight.unsqueeze(-1) * z
     torch.testing.assert_close(state.k, k)
     torch.testing.assert_close(state.full_z, z)
