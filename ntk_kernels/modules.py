@@ -19,6 +19,7 @@ class NTKPrefix(nn.Module):
 
     It starts close to no prefix at all: `Z` is zero, and the mass that the prefix adds to the denominator of the
     softmax about `init_mass`, while every parameter has a gradient from the first step on (`z_a` from the second).
+    Gradients are as small as that mass: give Adam `eps=1e-15`, its default of 1e-8 would be larger than they are.
 
     `k` has to stay positive: attention divides by it. So its logarithm is trained, or close to that (`positive`):
     all of k with "elu"; with "taylor1" and "taylor2" the factor k_0 in k = k_0·[1, u], whose other entries have either
@@ -38,16 +39,16 @@ class NTKPrefix(nn.Module):
             number C, to start at random; None is the origin, not trained. More than one goes with "taylor1" only.
         num_rows: R, rows kept exactly (keys, values and log weights), as prefix tuning trains them.
         positive: "softplus" or "exp", what makes k of its parameter; None trains k as it is, which may go below zero.
-        scale_by_k: train U in Z = diag(k)·U (with "taylor1" and "taylor2" Z = k_0·U): not the sum of the values that
-            belong to a feature, but their mean. What the prefix adds is then a mean of rows of U, bounded as values are.
-            False trains Z itself, which is multiplied by e^-lse of the softmax: thousands at an attention sink, where
-            the first steps of an optimizer can undo a real model.
+        scale_by_k: train U in Z = diag(k)·U (with "taylor1" and "taylor2" Z = k_0·U): what a feature is worth, not the
+            sum of what belongs to it. With "elu" the prefix then gives a mean of the rows of U. False trains Z itself,
+            which attention multiplies by e^-lse: by thousands where all of a row's scores are low (the first token in
+            some layers of real decoders), and the first steps of an optimizer undo the model.
         log_scale: train β_c as well, the log weight of each centre (of all of Z and k without centres), from 0.
         feature_scale: factor on the query inside φ; default sqrt(scale) of the call.
-        init_mass: what features, and rows, add to the denominator at the start, about. Where it is not small against
-            the softmax's own (at an attention sink, say), it takes its share of it and gives zeros. But a row, or a
-            feature with `scale_by_k`, has an effect in proportion to its mass, which grows by a factor of e in about
-            1 / learning rate steps of Adam: 0.01 spares them half of the way.
+        init_mass: about what the features, and the rows, add to the denominator of the softmax at the start. Where a
+            row's own softmax is small (see `scale_by_k`), even 1e-4 takes a share that is felt. In turn, what is in
+            proportion to the mass begins to matter when that has grown, in Adam by a factor of e in 1 / learning rate
+            steps: a model that bears it learns sooner from 0.01.
         device, dtype: of the parameters; float32 or float64.
 
     Raises:
@@ -68,7 +69,7 @@ class NTKPrefix(nn.Module):
         scale_by_k: bool = True,
         log_scale: bool = False,
         feature_scale: float | None = None,
-        init_mass: float = 1e-4,
+        init_mass: float = 1e-6,
         device=None,
         dtype: torch.dtype = torch.float32,
     ):

@@ -7,7 +7,7 @@ children:
     from ntk_kernels.integrations.transformers import attach_prefix, load_prefix, save_prefix
 
     prefixes = attach_prefix(model, "elu", rank=8)  # freezes the model
-    optimizer = torch.optim.AdamW([p for prefix in prefixes.values() for p in prefix.parameters()])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-15)
 
 Any child will do that has a method `state_and_index(batch)`. It gives a `PrefixState`, or None for no prefix; and None
 or, with a stack of states, which of them each batch row uses: [batch] int, -1 for none, or shorter, if each row became
