@@ -14,7 +14,7 @@ import transformers
 from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
 
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode, prefix_to_state
-from ntk_kernels.integrations import transformers as integration
+from ntk_kernels.integrations import attention_interface
 from ntk_kernels.integrations.transformers import (
     AttentionShape,
     attach_prefix,
@@ -39,7 +39,7 @@ def some(*names):
 
 @pytest.fixture(autouse=True)
 def warn_again(monkeypatch):
-    monkeypatch.setattr(integration, "_warned", set())
+    monkeypatch.setattr(attention_interface, "_warned", set())
 
 
 def randomise(prefixes, seed=3):
@@ -465,7 +465,7 @@ def test_a_token_takes_the_kernel_for_it(monkeypatch):
         calls.append(query.shape[2])
         return ntk_attention_decode(query, *args, **options)
 
-    monkeypatch.setattr(integration, "ntk_attention_decode", decode)
+    monkeypatch.setattr(attention_interface, "ntk_attention_decode", decode)
     model = build(BY_NAME["llama"])
     attach_prefix(model)
     generated(model, inputs(BY_NAME["llama"]), max_new_tokens=3)
@@ -655,6 +655,7 @@ def test_models_that_it_is_not_for():
 
 
 def test_files_that_do_not_fit(tmp_path):
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     family = BY_NAME["llama"]
@@ -680,7 +681,7 @@ def test_files_that_do_not_fit(tmp_path):
     refused(tmp_path / "text", "`path` must be a safetensors file")
 
     tensors = load_file(path)
-    with integration._safetensors()[0](str(path), framework="pt") as file:
+    with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
 
     def written(tensors, **changes):
