@@ -621,6 +621,35 @@ def test_refused_and_nothing_changed(options, error, message):
     assert snapshot(model) == before
 
 
+def test_sizes_under_unusual_names():
+    model = build(BY_NAME["llama"])
+    model.config.num_attention_heads = 0
+    name = "model.layers.0.self_attn"
+    with pytest.raises(ValueError, match=r"`modules` must leave out `model.layers.0.self_attn` \(LlamaAttention\), or"):
+        attach_prefix(model)
+    attach_prefix(model, prefixes={name: NTKPrefix(3, 8)})
+    with pytest.raises(ValueError, match="`state` must have Hq=4 or Hkv=2 heads, .*, got 3"):
+        model(**inputs(BY_NAME["llama"]))
+
+
+def test_modules_that_have_such_a_child_are_left_alone():
+    model = build(BY_NAME["llama"])
+    model.model.layers[1].self_attn.ntk_prefix = torch.nn.Identity()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="`model.layers.1.self_attn` must have no attribute 'ntk_prefix' yet"):
+        attach_prefix(model)
+    assert snapshot(model) == before
+
+
+def test_configurations_that_cannot_be_set(monkeypatch):
+    model = build(BY_NAME["llama"])
+    before = snapshot(model)
+    monkeypatch.setattr(type(model.config), "_attn_implementation", property(lambda config: "sdpa"))
+    with pytest.raises(RuntimeError, match="must take the attention implementation 'ntk', got 'sdpa' in spite of it"):
+        attach_prefix(model)
+    assert snapshot(model) == before
+
+
 def test_failing_half_way_changes_nothing(monkeypatch):
     model = build(BY_NAME["llama"])
     before = snapshot(model)

@@ -210,13 +210,22 @@ def _dispatches(cls: type) -> bool:
 
 
 def _shape(name: str, module: nn.Module) -> AttentionShape:
+    shape = _find_shape(module)
+    if shape is None:
+        raise ValueError(
+            f"`modules` must leave out `{name}` ({type(module).__name__}), or `prefixes` be given: got neither, and "
+            "its number of heads and head dimension are not under any of the usual names"
+        )
+    return shape
+
+
+def _find_shape(module: nn.Module) -> AttentionShape | None:
     """Heads and head dimensions under the names that models have for them."""
-    config = module.config
 
     def size(of_module: tuple, of_config: tuple, default: int | None = None) -> int | None:
-        for owner, names in ((module, of_module), (config, of_config)):
-            for attribute in names:
-                if isinstance(value := getattr(owner, attribute, None), int) and value > 0:
+        for owner, names in ((module, of_module), (module.config, of_config)):
+            for name in names:
+                if isinstance(value := getattr(owner, name, None), int) and value > 0:
                     return value
         return default
 
@@ -228,10 +237,7 @@ def _shape(name: str, module: nn.Module) -> AttentionShape:
         hidden // heads if hidden and heads else None,
     )
     if heads is None or head_dim is None:
-        raise ValueError(
-            f"the number of heads and the head dimension of `{name}` ({type(module).__name__}) must be known to make a "
-            f"prefix for it, got {heads} and {head_dim}; give `prefixes`, or leave it out by `modules`"
-        )
+        return None
     groups = size(("num_key_value_groups",), ())
     kv_heads = heads // groups if groups else size(("num_key_value_heads", "num_kv_heads"), (), heads)
     return AttentionShape(heads, kv_heads, head_dim, size(("v_head_dim",), (), head_dim))
@@ -253,7 +259,8 @@ def _given_children(model: PreTrainedModel, found: dict[str, nn.Module], prefixe
             raise ValueError(f"`prefixes` must be for attention modules of the model, {_some(found)}, got {name!r}")
         if not isinstance(prefix, NTKPrefix | PrefixState):
             raise TypeError(f"`prefixes[{name!r}]` must be an NTKPrefix or a PrefixState, got {type(prefix).__name__}")
-        _check_fits(name, prefix, _shape(name, found[name]))
+        if (shape := _find_shape(found[name])) is not None:  # else the first call finds out
+            _check_fits(name, prefix, shape)
         prefix = NTKPrefix.from_state(prefix) if isinstance(prefix, PrefixState) else prefix
         children[name] = prefix.to(_placement(found[name], model)["device"])
     return children
