@@ -152,7 +152,9 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     record = getattr(model, _RECORD)
     for name in record.names:
         delattr(model.get_submodule(name), CHILD)
-    _restore(record)
+    _restore(record.implementations)
+    for parameter in record.frozen:
+        parameter.requires_grad_(True)
     delattr(model, _RECORD)
     return children
 
@@ -289,37 +291,44 @@ def _attach(model: PreTrainedModel, found: dict, children: dict[str, NTKPrefix],
     if taken:
         raise ValueError(f"`{taken[0]}` must have no attribute {CHILD!r} yet, got one that has")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
-    # The modules read their own configuration, the models around them that make the masks another, perhaps.
-    configs = {id(found[name].config): found[name].config for name in children}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and any(child.startswith(f"{name}.") or not name for child in children):
-            configs[id(module.config)] = module.config
-    record = _Attachment(list(children), [(c, c._attn_implementation) for c in configs.values()], frozen)
+    implementations = _use_ntk(model, {name: found[name] for name in children})
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = IMPLEMENTATION
         for name, child in children.items():
-            if found[name].config._attn_implementation != IMPLEMENTATION:
-                raise RuntimeError(
-                    f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got "
-                    f"{found[name].config._attn_implementation!r} in spite of it being set"
-                )
             found[name].add_module(CHILD, child)
     except Exception:
         for name in children:
             found[name]._modules.pop(CHILD, None)
-        _restore(record)
+        _restore(implementations)
         raise
     for parameter in frozen:
         parameter.requires_grad_(False)
-    setattr(model, _RECORD, record)
+    setattr(model, _RECORD, _Attachment(list(children), implementations, frozen))
 
 
-def _restore(record: _Attachment) -> None:
-    for config, implementation in record.implementations:
+def _use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[tuple[PretrainedConfig, str | None]]:
+    """Makes modules of a model compute attention by "ntk"; returns what their configurations said before."""
+    # The modules read their own configuration, the models around them that make the masks another, perhaps.
+    configs = {id(module.config): module.config for module in modules.values()}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and any(child.startswith(f"{name}.") or not name for child in modules):
+            configs[id(module.config)] = module.config
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config in configs.values():
+        config._attn_implementation_internal = IMPLEMENTATION
+    for name, module in modules.items():
+        if module.config._attn_implementation != IMPLEMENTATION:
+            got = module.config._attn_implementation
+            _restore(before)
+            raise RuntimeError(
+                f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got {got!r} in spite of it being "
+                "set"
+            )
+    return before
+
+
+def _restore(implementations: list[tuple[PretrainedConfig, str | None]]) -> None:
+    for config, implementation in implementations:
         config._attn_implementation_internal = implementation
-    for parameter in record.frozen:
-        parameter.requires_grad_(True)
 
 
 def _some(names) -> str:

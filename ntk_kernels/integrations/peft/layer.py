@@ -1,0 +1,87 @@
+"""`NTKLayer`: the prefixes that the adapters of a model have in one attention module."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import reduce
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...modules import NTKPrefix
+from ...state import PrefixState
+from .config import STATES, NTKConfig
+
+BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+class NTKLayer(nn.Module, BaseTunerLayer):
+    """The child `ntk_prefix` of an attention module; it wraps nothing, so the weights of the model keep their names.
+
+    The attention implementation "ntk" asks it in each forward for the state to be used: that of the active adapter,
+    the sum of the states of several, or a stack of states for a batch whose rows have different ones.
+    """
+
+    adapter_layer_names = (STATES,)
+    other_param_names = ()
+
+    def __init__(self):
+        super().__init__()
+        self.ntk_states = nn.ModuleDict({})  # of an NTKPrefix for each adapter
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._rows: tuple[str, ...] | None = None  # the adapter of each row, while it differs
+        self._copies = 1
+        self._stack: tuple[PrefixState, Tensor] | None = None
+
+    def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
+        """Adds an adapter: a prefix of `shape` [Hs, D, Dv]; `placement` is its device and dtype."""
+        num_heads, head_dim, value_dim = shape
+        prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **config.prefix_options, **placement)
+        self.ntk_states[adapter_name] = prefix
+
+    def state_and_index(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
+        """The state for a batch, and which state of a stack each row uses: [rows] int, -1 for none; else None.
+
+        Raises:
+            ValueError: if the adapters of the rows are known, but not those of `batch` rows.
+        """
+        if self.disable_adapters:
+            return None, None
+        if self._rows is not None:
+            return self._state_of_rows(batch)
+        states = [self.ntk_states[name]() for name in self.active_adapters if name in self.ntk_states]
+        return (reduce(PrefixState.merge, states) if states else None), None
+
+    @contextmanager
+    def rows_of(self, adapter_names: Sequence[str], copies: int):
+        """Within it, row i of a batch has the adapter `adapter_names[i]`, and so have its `copies` (beams), if any."""
+        before = self._rows, self._copies, self._stack
+        self._rows, self._copies, self._stack = tuple(adapter_names), copies, None
+        try:
+            yield
+        finally:
+            self._rows, self._copies, self._stack = before
+
+    def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
+        if batch not in (len(self._rows), len(self._rows) * self._copies):
+            raise ValueError(
+                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {len(self._rows)}"
+            )
+        if self._stack is not None and not torch.is_grad_enabled():
+            return self._stack
+        present = [name for name in dict.fromkeys(self._rows) if name in self.ntk_states]
+        if not present:
+            return None, None
+        state = PrefixState.stack([self.ntk_states[name]() for name in present])
+        number = {name: i for i, name in enumerate(present)}
+        index = torch.tensor([number.get(name, -1) for name in self._rows], device=state.device)
+        if not torch.is_grad_enabled():  # in generation, the next token finds it made
+            self._stack = state, index
+        return state, index
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to be done: a prefix is made on the device of its module, and keeps its dtype."""
+
+    def __repr__(self) -> str:
+        return "ntk." + super().__repr__()
