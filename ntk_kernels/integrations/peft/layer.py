@@ -31,7 +31,7 @@ class NTKLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._rows: tuple[str, ...] | None = None  # the adapter of each row, while it differs
-        self._copies = 1
+        self._copies = frozenset({1})
         self._stack: tuple[PrefixState, Tensor] | None = None
 
     def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
@@ -54,8 +54,11 @@ class NTKLayer(nn.Module, BaseTunerLayer):
         return (reduce(PrefixState.merge, states) if states else None), None
 
     @contextmanager
-    def rows_of(self, adapter_names: Sequence[str], copies: int):
-        """Within it, row i of a batch has the adapter `adapter_names[i]`, and so have its `copies` (beams), if any."""
+    def rows_of(self, adapter_names: Sequence[str], copies: frozenset[int]):
+        """Within it, row i of a batch has the adapter `adapter_names[i]`.
+
+        Where each row has become several (beams), side by side, as many as one of `copies`, all of them have it.
+        """
         before = self._rows, self._copies, self._stack
         self._rows, self._copies, self._stack = tuple(adapter_names), copies, None
         try:
@@ -64,7 +67,7 @@ class NTKLayer(nn.Module, BaseTunerLayer):
             self._rows, self._copies, self._stack = before
 
     def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
-        if batch not in (len(self._rows), len(self._rows) * self._copies):
+        if batch not in {len(self._rows) * copies for copies in self._copies}:
             raise ValueError(
                 f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {len(self._rows)}"
             )

@@ -241,15 +241,16 @@ def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
         )
 
 
-def _copies(model: PreTrainedModel, kwargs: dict) -> int:
-    """How many rows `generate` makes of each."""
+def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
+    """How many rows `generate`, called with `kwargs`, may make of each: beams, and what it returns of them."""
     options = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    sizes = [kwargs.get(name) or getattr(options, name, None) for name in ("num_beams", "num_return_sequences")]
-    return max(size or 1 for size in sizes)
+    names = ("num_beams", "num_return_sequences")
+    beams, sequences = (kwargs.get(name) or getattr(options, name, None) or 1 for name in names)
+    return frozenset({1, beams, sequences, beams * sequences})  # encoders have none or, in Whisper, one per sequence
 
 
 @contextmanager
-def _rows_of(model: nn.Module, names: Sequence[str], copies: int):
+def _rows_of(model: nn.Module, names: Sequence[str], copies: frozenset[int]):
     """Within it, every layer in `model` takes row i's adapter to be `names[i]`, and so do the `modules_to_save`."""
     with ExitStack() as stack:
         for module in model.modules():
