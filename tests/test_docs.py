@@ -24,3 +24,18 @@ def test_transformers():
     assert names["losses"][-1] < names["losses"][0]
     assert names["tokens"].shape[1] > 4
     assert names["out"].logits.shape == (4, 32, 64)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in")  # PEFT, of a model without a name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings(
+    "ignore:(You are trying to modify a model|Already found a `peft_config`)"
+)  # as the page says
+def test_peft():
+    pytest.importorskip("peft")
+    count, names = run_examples("peft.md")
+    assert count == 5
+    for losses in names["losses"].values():
+        assert losses[-1] < losses[0] - 0.05
+    assert names["tokens"].shape[0] == 3
+    assert names["same"]

@@ -21,6 +21,7 @@ import transformers
 from model_cases import BATCH, BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 from ntk_kernels import NTKPrefix
 from ntk_kernels.integrations import attention_interface
@@ -230,7 +231,7 @@ def test_a_mixed_batch_is_one_call_with_a_stack(monkeypatch):
 
     monkeypatch.setattr(attention_interface, "ntk_attention", recorded)
     adapted(LLAMA)(input_ids=torch.ones(4, 5, dtype=torch.int64), adapter_names=["b", "__base__", "a", "b"])
-    assert calls == [(4, 2, [0, -1, 1, 0])] * 2
+    assert calls == [(4, 2, [1, -1, 0, 1])] * 2
 
 
 GENERATIONS = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}]
@@ -337,6 +338,20 @@ def test_checkpointing_with_one_adapter(reentrant):
     model(**given).loss.backward()
     for name, gradient in expected.items():
         close(model.get_parameter(name).grad, gradient)
+
+
+def test_compiled_with_mixed_batches():
+    """In one graph, which serves other rows of the same adapters."""
+    model, given = adapted(LLAMA), inputs(LLAMA) | {"use_cache": False}
+    batches = [["b", "a"], ["a", "b"], ["a", "a"]]
+    with torch.no_grad():
+        expected = [model(**given, adapter_names=names).logits for names in batches]
+        counter = CompileCounter()
+        base = model.get_base_model()
+        base.forward = torch.compile(base.forward, backend=counter, fullgraph=True)
+        for names, logits, graphs in zip(batches, expected, (1, 1, 2), strict=True):
+            close(model(**given, adapter_names=names).logits, logits)
+            assert counter.frame_count == graphs
 
 
 BATCHES = [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +14,15 @@ from ...state import PrefixState
 from .config import STATES, NTKConfig
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+class _Rows(NamedTuple):
+    """The adapters in use in this layer, which of them each row of a batch has, and what may become of the batch."""
+
+    used: list[str]
+    index: Tensor | None
+    count: int
+    copies: frozenset[int]
 
 
 class NTKLayer(nn.Module, BaseTunerLayer):
@@ -30,9 +40,8 @@ class NTKLayer(nn.Module, BaseTunerLayer):
         self.ntk_states = nn.ModuleDict({})  # of an NTKPrefix for each adapter
         self._disable_adapters = False
         self.merged_adapters = []
-        self._rows: tuple[str, ...] | None = None  # the adapter of each row, while it differs
-        self._copies = frozenset({1})
-        self._stack: tuple[PrefixState, Tensor] | None = None
+        self._rows: _Rows | None = None  # while rows have adapters of their own
+        self._stack: PrefixState | None = None
 
     def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
         """Adds an adapter: a prefix of `shape` [Hs, D, Dv]; `placement` is its device and dtype."""
@@ -59,29 +68,30 @@ class NTKLayer(nn.Module, BaseTunerLayer):
 
         Where each row has become several (beams), side by side, as many as one of `copies`, all of them have it.
         """
-        before = self._rows, self._copies, self._stack
-        self._rows, self._copies, self._stack = tuple(adapter_names), copies, None
+        # Made here, and in the order of the layer: so a compiled model may be given other rows of the same adapters.
+        used = [name for name in self.ntk_states if name in adapter_names]
+        numbers = [used.index(name) if name in used else -1 for name in adapter_names]
+        index = torch.tensor(numbers, device=next(self.parameters()).device) if used else None
+        before = self._rows, self._stack
+        self._rows, self._stack = _Rows(used, index, len(numbers), copies), None
         try:
             yield
         finally:
-            self._rows, self._copies, self._stack = before
+            self._rows, self._stack = before
 
     def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
-        if batch not in {len(self._rows) * copies for copies in self._copies}:
+        rows = self._rows
+        if batch not in {rows.count * copies for copies in rows.copies}:
             raise ValueError(
-                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {len(self._rows)}"
+                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.count}"
             )
-        if self._stack is not None and not torch.is_grad_enabled():
-            return self._stack
-        present = [name for name in dict.fromkeys(self._rows) if name in self.ntk_states]
-        if not present:
+        if not rows.used:
             return None, None
-        state = PrefixState.stack([self.ntk_states[name]() for name in present])
-        number = {name: i for i, name in enumerate(present)}
-        index = torch.tensor([number.get(name, -1) for name in self._rows], device=state.device)
-        if not torch.is_grad_enabled():  # in generation, the next token finds it made
-            self._stack = state, index
-        return state, index
+        if torch.is_grad_enabled():
+            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.index
+        if self._stack is None:  # in generation, the next token finds it made
+            self._stack = PrefixState.stack([self.ntk_states[name]() for name in rows.used])
+        return self._stack, rows.index
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing to be done: a prefix is made on the device of its module, and keeps its dtype."""
