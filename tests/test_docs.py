@@ -34,7 +34,7 @@ def test_transformers():
 def test_peft():
     pytest.importorskip("peft")
     count, names = run_examples("peft.md")
-    assert count == 5
+    assert count == 6
     for losses in names["losses"].values():
         assert losses[-1] < losses[0] - 0.05
     assert names["tokens"].shape[0] == 3

@@ -23,10 +23,10 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
-from ntk_kernels import NTKPrefix
+from ntk_kernels import NTKPrefix, prefix_to_state
 from ntk_kernels.integrations import attention_interface
 from ntk_kernels.integrations.peft import NTKConfig, NTKLayer, NTKModel
-from ntk_kernels.integrations.transformers import attach_prefix
+from ntk_kernels.integrations.transformers import attach_prefix, attention_shapes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap"),
@@ -189,6 +189,63 @@ def test_a_process_without_the_module_says_so(folder):
         "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])", str(folder / "llama")
     )
     assert result.stderr.splitlines()[-1] == "KeyError: 'NTK'"
+
+
+# Started from real prefixes --------------------------------------------------------------------------------------
+
+
+def converted(model, **options):
+    """States of a real text, of all modules."""
+    tokens = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        layers = model(tokens, use_cache=True).past_key_values.layers
+    return {
+        name: prefix_to_state(layer.keys[0], layer.values[0], **options)
+        for name, layer in zip(attention_shapes(model), layers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"centers": None}, {"feature_map": "elu"}], ids=str)
+@some("llama", "gpt2", "qwen3")
+def test_adapters_that_start_from_real_prefixes(family, options, tmp_path):
+    given = inputs(family)
+    states = converted(build(family), **options)
+    other = build(family)
+    attach_prefix(other, prefixes=states)
+    expected = visible_logits(other, given)
+    state = next(iter(states.values()))
+    for exact in ({"positive": None, "scale_by_k": False}, {}):
+        model = get_peft_model(build(family), NTKConfig.of_state(state, **exact)).eval()
+        model.init_from_states(states)
+        ours = visible_logits(model, given)
+        assert torch.equal(ours, expected) if exact else (ours - expected).norm() < 1e-4 * expected.norm()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path)
+    assert torch.equal(visible_logits(loaded, given), ours)
+
+
+def test_states_that_are_refused():
+    states = converted(build(LLAMA))
+    names = list(states)
+    model = get_peft_model(build(LLAMA), NTKConfig.of_state(states[names[0]]))
+    before = snapshot(model)
+    more_heads = prefix_to_state(torch.randn(4, 20, 8), torch.randn(4, 20, 8))
+    for given, error, message in (
+        (list(states), TypeError, "`states` must be a mapping from names of modules to PrefixStates, got"),
+        ({names[0]: states[names[0]]}, ValueError, f"the modules of the adapter, .*, got none for `{names[1]}`"),
+        (states | {"lm_head": states[names[0]]}, ValueError, "the modules of the adapter, .*, got one for `lm_head`"),
+        (states | {names[1]: more_heads}, ValueError, f"`states\\['{names[1]}'\\]` must have num_heads=2, as the adapter has, got 4"),
+        (converted(build(LLAMA), feature_map="elu"), ValueError, "must have feature_map='taylor1', as the adapter has, got 'elu'"),
+        (converted(build(LLAMA), centers=None), ValueError, "must have centers=1, as the adapter has, got None"),
+        (states | {names[1]: None}, TypeError, "`state` must be a PrefixState, got NoneType"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            model.init_from_states(given)
+    with pytest.raises(ValueError, match="adapters must be of those that the model has, .*, got 'b'"):
+        model.init_from_states(states, "b")
+    assert snapshot(model) == before
+    with pytest.raises(TypeError, match="`state` must be a PrefixState, got dict"):
+        NTKConfig.of_state(states)
 
 
 # Several adapters, mixed batches ---------------------------------------------------------------------------------

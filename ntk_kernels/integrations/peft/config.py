@@ -9,7 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ... import checks
 from ...modules import NTKPrefix
-from ...state import _safetensors
+from ...state import PrefixState, _safetensors
 from ..attention_interface import CHILD
 from ..transformers import _some
 
@@ -98,6 +98,26 @@ class NTKConfig(PeftConfig):
     def prefix_options(self) -> dict:
         """The options of `NTKPrefix`."""
         return {name: getattr(self, name) for name in _OF_PREFIX}
+
+    @classmethod
+    def of_state(cls, state: PrefixState, **options) -> "NTKConfig":
+        """The configuration of an adapter that may start as this state and others of its form.
+
+        Args:
+            state: of any of the modules; `NTKModel.init_from_states` takes them all.
+            options: all that the state does not tell.
+        """
+        if not isinstance(state, PrefixState):
+            raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+        return cls(
+            feature_map=state.feature_map,
+            rank=state.rank,
+            centers=None if state.centers is None else state.num_centers,
+            num_rows=state.num_rows,
+            log_scale=state.log_scale is not None,
+            feature_scale=state.feature_scale,
+            **options,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> PeftConfig:

@@ -1,7 +1,7 @@
 """`NTKModel`: puts the prefixes into a model, and tells each of them which adapters are in use."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...modules import NTKPrefix
+from ...state import PrefixState
 from ..attention_interface import CHILD, IMPLEMENTATION
 from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _restore, _some, _use_ntk
 from .config import STATES, NTKConfig
@@ -97,6 +99,38 @@ class NTKModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **_placement(target, self.model))
         if adapter_name not in self.active_adapters:
             layer.ntk_states[adapter_name].requires_grad_(False)
+
+    def init_from_states(self, states: Mapping[str, PrefixState], adapter_name: str = "default") -> None:
+        """Lets an adapter start from states, such as are converted from the keys and values of real text.
+
+        Args:
+            states: one for each module of the adapter, by the names of the modules in the base model, with the
+                key/value heads of the module. `NTKConfig.of_state` makes the configuration that goes with them.
+
+        Raises:
+            TypeError, ValueError: if they are not of the adapter's modules and form. Then nothing has changed.
+        """
+        self._check_names([adapter_name])
+        config = self.peft_config[adapter_name]
+        if not isinstance(states, Mapping):
+            raise TypeError(f"`states` must be a mapping from names of modules to PrefixStates, got {states!r:.80}")
+        for name in config.shapes.keys() ^ states.keys():
+            raise ValueError(
+                f"`states` must be for the modules of the adapter, {_some(config.shapes)}, got "
+                f"{'one' if name in states else 'none'} for `{name}`"
+            )
+        starts = {}
+        for name, state in states.items():
+            prefix = getattr(self.model.get_submodule(name), CHILD).ntk_states[adapter_name]
+            start = NTKPrefix.from_state(state, positive=config.positive, scale_by_k=config.scale_by_k)
+            for key, value in prefix.options.items():
+                if start.options[key] != value:
+                    raise ValueError(
+                        f"`states[{name!r}]` must have {key}={value!r}, as the adapter has, got {start.options[key]!r}"
+                    )
+            starts[prefix] = start
+        for prefix, start in starts.items():
+            prefix.load_state_dict(start.state_dict())
 
     # Using -----------------------------------------------------------------------------------------------------------
 
