@@ -33,7 +33,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),  # PEFT, of models without a name
     pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix"),  # harmless here
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:(You are trying to modify a model|Already found a `peft_config`)"),  # meant
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = BY_NAME["llama"]
@@ -241,7 +243,7 @@ def test_states_that_are_refused():
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             model.init_from_states(given)
-    with pytest.raises(ValueError, match="adapters must be of those that the model has, .*, got 'b'"):
+    with pytest.raises(ValueError, match="`adapter_name` must be of the NTK adapters that the model has, .*, got 'b'"):
         model.init_from_states(states, "b")
     assert snapshot(model) == before
     with pytest.raises(TypeError, match="`state` must be a PrefixState, got dict"):
@@ -412,7 +414,11 @@ def test_compiled_with_mixed_batches():
 
 
 BATCHES = [
-    (["a", "c"], ValueError, r"adapters must be of those that the model has, \['a', 'b', 'd', 'e'\], got 'c'"),
+    (
+        ["a", "c"],
+        ValueError,
+        r"`adapter_names` must be of the NTK adapters that the model has, \['a', 'b', 'd', 'e'\], got 'c'",
+    ),
     (["a", "b", "a"], ValueError, "`adapter_names` must have a name for each of the 2 rows of the batch, got 3"),
     (["a"], ValueError, "`adapter_names` must have a name for each of the 2 rows of the batch, got 1"),
     ("a", TypeError, "`adapter_names` must be a list with a name for each row, got 'a'"),
@@ -490,8 +496,8 @@ SETS = [
         ["a", "b", "e"],
         "the adapters 'a' and 'e' must have no centers, or feature_map='taylor1', to be active together, got centers=None and 1 with 'elu'",
     ),
-    (["a", "c"], "adapters must be of those that the model has, .*, got 'c'"),
-    ("c", "adapters must be of those that the model has, .*, got 'c'"),
+    (["a", "c"], "`adapter_name` must be of the NTK adapters that the model has, .*, got 'c'"),
+    ("c", "`adapter_name` must be of the NTK adapters that the model has, .*, got 'c'"),
 ]
 
 
@@ -523,7 +529,9 @@ def test_disabled_it_is_the_base_model_to_the_bit(family):
 @all_families
 def test_unload_gives_the_base_model_back(family):
     expected = snapshot(build(family))
-    base = adapted(family).unload()
+    model = adapted(family)
+    base = model.unload()
+    assert model.unload() is base
     assert type(base).__name__ == family.model
     ours = snapshot(base)
     assert ours[1:] == expected[1:]
@@ -567,8 +575,6 @@ def lora():
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
 def test_lora_beside_it(tmp_path):
     torch.manual_seed(0)
     given = inputs(LLAMA)
@@ -592,8 +598,61 @@ def test_lora_beside_it(tmp_path):
     model.unload()
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_lora_put_after_it():
+    given = inputs(LLAMA)
+    torch.manual_seed(0)
+    first = get_peft_model(build(LLAMA), lora(), adapter_name="lora")
+    first = get_peft_model(first.get_base_model(), config_of(LLAMA), adapter_name="ntk")
+    expected = visible_logits(randomise(first, "ntk").eval(), given)
+    torch.manual_seed(0)
+    model = randomise(get_peft_model(build(LLAMA), config_of(LLAMA), adapter_name="ntk"), "ntk").eval()
+    alone = visible_logits(model, given)
+    model = get_peft_model(model.get_base_model(), lora(), adapter_name="lora").eval()
+    for name, parameter in first.named_parameters():
+        if ".lora_" in name:
+            model.get_parameter(name).data.copy_(parameter)
+    assert torch.equal(visible_logits(model, given), expected)
+    close(visible_logits(model.merge_and_unload(), given), expected)  # of LoRA; the prefixes stay
+    assert not torch.equal(alone, expected)
+
+
+def test_transformers_own_way_to_load_it(tmp_path):
+    model = adapted(LLAMA, {"a": config_of(LLAMA)})
+    model.save_pretrained(tmp_path)
+    base = build(LLAMA)
+    base.load_adapter(str(tmp_path / "a"))
+    base.load_adapter(str(tmp_path / "a"), adapter_name="other")
+    assert torch.equal(visible_logits(base, inputs(LLAMA)), visible_logits(model, inputs(LLAMA)))
+    base.disable_adapters()
+    close(visible_logits(base, inputs(LLAMA)), visible_logits(build(LLAMA), inputs(LLAMA)))
+
+
+def test_a_trainer_that_is_interrupted(tmp_path):
+    """Training from a checkpoint goes on as if nothing had happened."""
+    data = [{"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)}] * 4
+    options = transformers.TrainingArguments(
+        tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=0.1, adam_epsilon=1e-15,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    results = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model = get_peft_model(build(LLAMA), config_of(LLAMA))
+        transformers.Trainer(model, options, train_dataset=data).train(resume_from_checkpoint=checkpoint)
+        results.append({name: p for name, p in model.named_parameters() if ".ntk_states." in name})
+    assert all(torch.equal(results[1][name], p) for name, p in results[0].items())
+
+
+def test_a_copy_stands_by_itself():
+    model, given = adapted(LLAMA), inputs(LLAMA)
+    expected = visible_logits(model, given)
+    other = copy.deepcopy(model)
+    with other.disable_adapter():
+        assert torch.equal(visible_logits(model, given), expected)
+        assert torch.equal(visible_logits(other, given), visible_logits(build(LLAMA), given))
+    assert torch.equal(visible_logits(other, given), expected)
+
+
 def test_the_names_of_adapters_beside_each_other_differ():
     model = get_peft_model(build(LLAMA), lora())
     expected, config = snapshot(model), model.peft_config["default"]
@@ -812,7 +871,6 @@ def test_models_that_do_not_fit():
         attach_prefix(model)
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 def test_a_second_adapter_by_get_peft_model():
     """Of another name, it joins the first, whichever PeftModel is asked."""
     base, given = build(LLAMA), inputs(LLAMA)

@@ -79,8 +79,8 @@ class NTKModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             _restore(implementations)
             raise
-        known = getattr(model, _IMPLEMENTATIONS, [])
-        setattr(model, _IMPLEMENTATIONS, known + [pair for pair in implementations if pair[1] != IMPLEMENTATION])
+        ours = [pair for pair in implementations if pair[1] != IMPLEMENTATION]
+        setattr(model, _IMPLEMENTATIONS, getattr(model, _IMPLEMENTATIONS, []) + ours)
 
     def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict) -> NTKConfig:
         return peft_config
@@ -110,7 +110,7 @@ class NTKModel(BaseTuner):
         Raises:
             TypeError, ValueError: if they are not of the adapter's modules and form. Then nothing has changed.
         """
-        self._check_names([adapter_name])
+        self._check_names("adapter_name", [adapter_name])
         config = self.peft_config[adapter_name]
         if not isinstance(states, Mapping):
             raise TypeError(f"`states` must be a mapping from names of modules to PrefixStates, got {states!r:.80}")
@@ -141,7 +141,7 @@ class NTKModel(BaseTuner):
             ValueError: if there is no such adapter, or the states of several cannot be added.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_names(names)
+        self._check_names("adapter_name", names)
         for i, name in enumerate(names):
             for other in names[:i]:
                 _check_together(self.peft_config, other, name, is_sum=True)
@@ -150,12 +150,12 @@ class NTKModel(BaseTuner):
     def disable_adapter_layers(self) -> None:
         """Takes all adapters out of use: the model is the base model, its own attention implementation included."""
         super().disable_adapter_layers()
-        _restore(getattr(self.model, _IMPLEMENTATIONS))
+        _restore(getattr(self.model, _IMPLEMENTATIONS, []))
 
     def enable_adapter_layers(self) -> None:
         """Puts the active adapters to use again."""
         super().enable_adapter_layers()
-        _restore([(config, IMPLEMENTATION) for config, _ in getattr(self.model, _IMPLEMENTATIONS)])
+        _restore([(config, IMPLEMENTATION) for config, _ in getattr(self.model, _IMPLEMENTATIONS, [])])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -167,18 +167,18 @@ class NTKModel(BaseTuner):
         if not isinstance(names, list | tuple) or not names:
             raise TypeError(f"`adapter_names` must be a list with a name for each row, got {names!r}")
         used = [name for name in dict.fromkeys(names) if name != BASE]
-        self._check_names(used)
+        self._check_names("adapter_names", used)
         for name in used[1:]:
             _check_together(self.peft_config, used[0], name, is_sum=False)
         rows = partial(_rows_of, names=names, copies=_copies(self.model, kwargs))
         with rows(self.model), _in_checkpoints(self.model, rows):
             yield
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _check_names(self, argument: str, names: Sequence[str]) -> None:
         for name in names:
             if not isinstance(self.peft_config.get(name), NTKConfig):
                 known = sorted(key for key, config in self.peft_config.items() if isinstance(config, NTKConfig))
-                raise ValueError(f"adapters must be of those that the model has, {known}, got {name!r}")
+                raise ValueError(f"`{argument}` must be of the NTK adapters that the model has, {known}, got {name!r}")
 
     # Taking away -----------------------------------------------------------------------------------------------------
 
@@ -195,10 +195,8 @@ class NTKModel(BaseTuner):
             if isinstance(getattr(module, CHILD, None), NTKLayer):
                 delattr(module, CHILD)
         super()._unload_and_optionally_merge(False, *args, **kwargs)
-        _restore(getattr(self.model, _IMPLEMENTATIONS))
-        delattr(self.model, _IMPLEMENTATIONS)
-        if hasattr(self.model, "peft_config"):  # PEFT leaves it there up to 0.18
-            del self.model.peft_config
+        _restore(self.model.__dict__.pop(_IMPLEMENTATIONS, []))
+        self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
         return self.model
 
     @classmethod
