@@ -211,6 +211,27 @@ def test_learned_queries_are_shared_by_the_batch():
     torch.testing.assert_close(ours, expected.transpose(1, 2))
 
 
+def test_a_single_query_has_gradients():
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    module = torch.nn.Module()
+    module.ntk_prefix = randomise({"": NTKPrefix(2, 8)})[""]
+    out, _ = ntk_attention_forward(module, query, key, value, None)
+    with torch.no_grad():
+        decoded, _ = ntk_attention_forward(module, query, key, value, None)
+    torch.testing.assert_close(out, decoded)
+    out.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+def test_a_mask_may_have_room_for_more_keys():
+    query, key, value = torch.randn(3, 2, 2, 5, 8).unbind()
+    mask = torch.rand(2, 1, 5, 9) < 0.7
+    mask[..., 0] = True
+    ours, _ = ntk_attention_forward(torch.nn.Module(), query, key, value, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[..., :5])
+    torch.testing.assert_close(ours, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("mask", ["bool", "additive", None])
 def test_position_bias(mask):
     """T5's: added to the scores, with whatever mask there is."""
