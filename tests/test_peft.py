@@ -417,7 +417,7 @@ BATCHES = [
     (
         ["a", "c"],
         ValueError,
-        r"`adapter_names` must be of the NTK adapters that the model has, \['a', 'b', 'd', 'e'\], got 'c'",
+        r"`adapter_names` must be of the NTK adapters that the model has, \['a', 'b', 'd', 'e', 'f'\], got 'c'",
     ),
     (["a", "b", "a"], ValueError, "`adapter_names` must have a name for each of the 2 rows of the batch, got 3"),
     (["a"], ValueError, "`adapter_names` must have a name for each of the 2 rows of the batch, got 1"),
@@ -438,7 +438,11 @@ BATCHES = [
 
 @pytest.mark.parametrize("names, error, message", BATCHES, ids=[str(row[0]) for row in BATCHES])
 def test_batches_that_are_refused(names, error, message):
-    others = {"d": config_of(LLAMA, feature_map="taylor1"), "e": config_of(LLAMA, feature_scale=0.5)}
+    others = {
+        "d": config_of(LLAMA, feature_map="taylor1"),
+        "e": config_of(LLAMA, feature_scale=0.5),
+        "f": config_of(LLAMA, feature_map=None, rank=None, num_rows=1),
+    }
     model = adapted(LLAMA, {"a": config_of(LLAMA), "b": config_of(LLAMA)} | others)
     expected = model(**inputs(LLAMA)).logits
     with pytest.raises(error, match=message):

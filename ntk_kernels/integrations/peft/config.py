@@ -13,7 +13,9 @@ from ...state import PrefixState, _safetensors
 from ..attention_interface import CHILD
 from ..transformers import _some
 
-STATES = "ntk_states"  # in which an `NTKLayer` keeps the prefixes of its adapters; no module's name may hold it
+# In which an `NTKLayer` keeps the prefixes of its adapters. PEFT takes parameters with this in their names to be ours,
+# and overlooks layers with this in theirs, so it must not be a part of `CHILD`.
+STATES = "ntk_states"
 _VERSION = 1
 _OF_PREFIX = (
     "feature_map", "rank", "centers", "num_rows", "positive", "scale_by_k", "log_scale", "feature_scale", "init_mass",
@@ -46,7 +48,7 @@ class NTKConfig(PeftConfig):
         feature_map, rank, centers, num_rows, positive, scale_by_k, log_scale, feature_scale, init_mass: as `NTKPrefix`
             has them; `centers` is a number.
         modules_to_save: other modules of the model to be trained and saved as a whole, such as a classifier's head.
-        shapes: filled in when the adapter meets a model, and saved: [Hs, D, Dv] by the names of its modules. A model
+        shapes: filled in when the adapter meets a model, and saved: [Hkv, D, Dv] by the names of its modules. A model
             that has others is refused.
         format_version: of the files.
 

@@ -44,7 +44,7 @@ class NTKLayer(nn.Module, BaseTunerLayer):
         self._stack: PrefixState | None = None
 
     def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
-        """Adds an adapter: a prefix of `shape` [Hs, D, Dv]; `placement` is its device and dtype."""
+        """Adds an adapter: a prefix of `shape` [Hkv, D, Dv]; `placement` is its device and dtype."""
         num_heads, head_dim, value_dim = shape
         prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **config.prefix_options, **placement)
         self.ntk_states[adapter_name] = prefix

@@ -47,7 +47,7 @@ class NTKModel(BaseTuner):
 
     def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
         _check_bare(model)
-        others = getattr(model, "peft_config", {})  # of LoRA beside it; PEFT would put ours among them unasked
+        others = getattr(model, "peft_config", {})  # LoRA's, say; PEFT adds ours to them, over one of the same name
         if adapter_name in others:
             raise ValueError(
                 f"`adapter_name` must be none of those that the model has, {sorted(others)}, got {adapter_name!r}"
@@ -114,7 +114,8 @@ class NTKModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not isinstance(states, Mapping):
             raise TypeError(f"`states` must be a mapping from names of modules to PrefixStates, got {states!r:.80}")
-        for name in config.shapes.keys() ^ states.keys():
+        if different := config.shapes.keys() ^ states.keys():
+            name = min(different, key=str)
             raise ValueError(
                 f"`states` must be for the modules of the adapter, {_some(config.shapes)}, got "
                 f"{'one' if name in states else 'none'} for `{name}`"
