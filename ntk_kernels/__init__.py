@@ -23,6 +23,7 @@ from .convert import prefix_to_state
 from .decode import ntk_attention_decode
 from .feature_maps import FEATURE_MAPS, feature_dim
 from .merge import merge_attention, prefix_attention_state
+from .modules import NTKPrefix
 from .state import PrefixState
 from .varlen import ntk_attention_varlen
 
@@ -30,6 +31,7 @@ __version__ = _version("ntk-kernels")
 __all__ = [
     "FEATURE_MAPS",
     "ConversionReport",
+    "NTKPrefix",
     "PrefixAccumulator",
     "PrefixState",
     "feature_dim",

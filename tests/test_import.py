@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -16,7 +18,7 @@ def test_import_needs_neither_triton_nor_a_device():
     result = run(
         """
 import sys
-for name in ("triton", "safetensors", "sklearn", "matplotlib", "rich", "transformers"):
+for name in ("triton", "safetensors", "sklearn", "matplotlib", "rich", "transformers", "peft"):
     sys.modules[name] = None
 import torch
 def touched(*args, **kwargs):
@@ -52,6 +54,19 @@ except ImportError as error:
     print(error)
 """)
     assert "not installed; run `pip install -e .`" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("package, version", [("transformers", "4.57"), ("peft", "0.18")])
+def test_integrations_name_the_package_that_they_need(package, version):
+    result = run(f"""
+import sys
+sys.modules[{package!r}] = None
+try:
+    import ntk_kernels.integrations.{package}
+except ImportError as error:
+    print(error)
+""")
+    assert f"needs {package} ({version} or later): pip install 'ntk-kernels[{package}]'" in result.stdout, result.stderr
 
 
 def test_public_names():

@@ -1,0 +1,142 @@
+"""The attention implementation "ntk": what transformers calls instead of its own attention functions."""
+
+import math
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..attention import autocast, ntk_attention
+from ..decode import ntk_attention_decode
+from ..state import PrefixState
+
+IMPLEMENTATION = "ntk"  # no part of it may be a word that transformers looks for ("flash", "sdpa", "paged|", ...)
+CHILD = "ntk_prefix"
+# What some models hand to an attention function because the keys that it may look at, or the result, depend on it.
+_UNSUPPORTED = ("cache", "indices", "block_indices", "sinks", "head_mask")
+_warned: set[str] = set()
+
+
+def ntk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention with the prefix that `module` has, as transformers' `AttentionInterface` calls it.
+
+    Args:
+        query, key, value: [B or 1, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], rotated, the cache included.
+        attention_mask: [B or 1, Hq or 1, Lq, Lk], bool (True = visible) or added to the scores; sliding windows are
+            part of it. None: all keys, or, if the module is causal and Lq > 1, row i sees keys 0 to i (the first rows
+            of a cache with room for more).
+        s_aux: [Hq], a logit per head that takes its share of the softmax and adds no value (attention sinks).
+        position_bias: [B or 1, Hq, Lq, Lk], added to the scores.
+
+    Returns:
+        out [B, Lq, Hq, Dv], and None for the attention weights. A row that sees nothing gives 0.
+    """
+    _check_call(module, dropout, kwargs)
+    # Under autocast a rotation leaves query and key in float32, and value in half precision.
+    query, key, value = autocast(query, key, value)
+    if query.shape[0] != key.shape[0]:  # learned queries, which all rows share
+        query = query.expand(key.shape[0], -1, -1, -1)
+    seq_q, head_dim = query.shape[2], query.shape[3]
+    scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
+    state, state_index = _prefix_of(module, query, scale)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal) and attention_mask is None and seq_q > 1
+    if is_causal and key.shape[2] > seq_q:  # a static cache, of which nothing but these tokens is filled
+        key, value = key[:, :, :seq_q], value[:, :, :seq_q]
+    mask = _mask(attention_mask, position_bias, key.shape[2])
+    options = {"scale": scale, "softcap": softcap, "state_index": state_index, "return_lse": s_aux is not None}
+    if seq_q == 1 and mask is None and not torch.is_grad_enabled():
+        out = ntk_attention_decode(query, key, value, None, state, is_causal=False, **options)
+    else:
+        offset = {"causal_offset": 0} if is_causal else {}
+        out = ntk_attention(query, key, value, state, attn_mask=mask, is_causal=is_causal, **offset, **options)
+    if s_aux is not None:
+        out, lse = out
+        sink = s_aux.reshape(1, -1, 1).to(lse.dtype)
+        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)  # e^lse / (e^lse + e^sink)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_call(module: nn.Module, dropout: float, kwargs: dict) -> None:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"the attention implementation {IMPLEMENTATION!r} does not support `{name}`, which "
+                f"{type(module).__name__} gives it"
+            )
+    if dropout:
+        _warn(
+            f"dropout of attention weights is not applied, the model asks for {dropout}; set it to 0 in the model's "
+            f"configuration to train without this warning"
+        )
+    if kwargs.get("output_attentions"):
+        _warn("attention weights are never computed: `output_attentions` gives None for them")
+
+
+def _warn(what: str) -> None:
+    if not torch.compiler.is_compiling() and what not in _warned:
+        _warned.add(what)
+        warnings.warn(f"ntk_kernels: {what}", stacklevel=4)
+
+
+def _prefix_of(module: nn.Module, query: Tensor, scale: float) -> tuple[PrefixState | None, Tensor | None]:
+    child = getattr(module, CHILD, None)
+    if child is None:
+        return None, None
+    batch, head_dim = query.shape[0], query.shape[3]
+    state, index = child.state_and_index(batch)
+    if state is None:
+        return None, None
+    if index is not None and index.shape[0] != batch:
+        if index.dim() != 1 or index.shape[0] == 0 or batch % index.shape[0]:
+            raise ValueError(
+                f"`{CHILD}` must give the state of each batch row, [batch={batch}] or a divisor of it, got "
+                f"{list(index.shape)}"
+            )
+        index = index.repeat_interleave(batch // index.shape[0])  # the beams of a row lie side by side
+    own_scale = getattr(module, "scaling", None)
+    if (
+        state.k is not None
+        and scale == 1.0
+        and isinstance(own_scale, float)
+        and math.isclose(own_scale, 1 / math.sqrt(head_dim))
+    ):
+        # OPT, Whisper: the query comes scaled, and φ is to see the one that it was before.
+        feature_scale = math.sqrt(own_scale) if state.feature_scale is None else state.feature_scale
+        state = replace(state, feature_scale=feature_scale / own_scale)
+    return state, index
+
+
+def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, seq_k: int) -> Tensor | None:
+    """Both together, for the keys that there are."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :seq_k]
+    if position_bias is None:
+        return attention_mask
+    position_bias = position_bias[..., :seq_k]
+    if attention_mask is None:
+        return position_bias
+    if attention_mask.dtype == torch.bool:
+        return position_bias.masked_fill(~attention_mask, -math.inf)
+    return position_bias + attention_mask
+
+
+AttentionInterface.register(IMPLEMENTATION, ntk_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without one, transformers drops padding masks silently

@@ -1,0 +1,169 @@
+"""`NTKConfig`: what an adapter is, and what adapter_config.json says of it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ... import checks
+from ...modules import NTKPrefix
+from ...state import PrefixState, _safetensors
+from ..attention_interface import CHILD
+from ..transformers import _some
+
+# In which an `NTKLayer` keeps the prefixes of its adapters. PEFT takes parameters with this in their names to be ours,
+# and overlooks layers with this in theirs, so it must not be a part of `CHILD`.
+STATES = "ntk_states"
+_VERSION = 1
+_OF_PREFIX = (
+    "feature_map", "rank", "centers", "num_rows", "positive", "scale_by_k", "log_scale", "feature_scale", "init_mass",
+)  # fmt: skip
+
+
+def _add_peft_type(name: str) -> None:
+    """One more member of `PeftType`: PEFT registers no method that is not among them, and has no other way in."""
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # an enum's own __setattr__ refuses
+
+
+if "NTK" not in PeftType.__members__:
+    _add_peft_type("NTK")
+
+
+@dataclass
+class NTKConfig(PeftConfig):
+    """The prefixes of one adapter: one in each attention module, all made with the same options of `NTKPrefix`.
+
+    Args:
+        target_modules: names of attention modules, or the ends of names (["self_attn"]), or one regular expression that
+            matches whole names (r".*layers\\.[0-7]\\.self_attn"). Default: all that dispatch their attention through
+            transformers' `AttentionInterface`; `attention_shapes` in `ntk_kernels.integrations.transformers` lists
+            them.
+        layers_to_transform: of these, only the ones in layers of these numbers, or this number.
+        feature_map, rank, centers, num_rows, positive, scale_by_k, log_scale, feature_scale, init_mass: as `NTKPrefix`
+            has them; `centers` is a number.
+        modules_to_save: other modules of the model to be trained and saved as a whole, such as a classifier's head.
+        shapes: filled in when the adapter meets a model, and saved: [Hkv, D, Dv] by the names of its modules. A model
+            that has others is refused.
+        format_version: of the files.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    feature_map: str | None = "elu"
+    rank: int | None = None
+    centers: int | None = None
+    num_rows: int = 0
+    positive: str | None = "softplus"
+    scale_by_k: bool = True
+    log_scale: bool = False
+    feature_scale: float | None = None
+    init_mass: float = 1e-6
+    modules_to_save: list[str] | None = None
+    shapes: dict[str, list[int]] | None = None
+    format_version: int = _VERSION
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.NTK
+        if self.format_version != _VERSION:
+            raise ValueError(
+                f"`format_version` must be {_VERSION}, which this version of ntk-kernels reads and writes, got "
+                f"{self.format_version!r}"
+            )
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"`target_modules` must be a regular expression, or a list of names, got {self.target_modules!r}: "
+                    f"{error}"
+                ) from error
+        elif self.target_modules is not None:
+            self.target_modules = _list_of("target_modules", self.target_modules, str, "names")
+        if self.layers_to_transform is not None and not _is_int(self.layers_to_transform):
+            self.layers_to_transform = _list_of("layers_to_transform", self.layers_to_transform, int, "numbers")
+        if self.centers is not None:
+            checks.check_int("centers", self.centers, minimum=1)
+        # Refuses what does not fit; on the meta device, which takes neither memory nor random numbers.
+        NTKPrefix(1, 1, **self.prefix_options, device="meta")
+
+    @property
+    def prefix_options(self) -> dict:
+        """The options of `NTKPrefix`."""
+        return {name: getattr(self, name) for name in _OF_PREFIX}
+
+    @classmethod
+    def of_state(cls, state: PrefixState, **options) -> "NTKConfig":
+        """The configuration of an adapter that may start as this state and others of its form.
+
+        Args:
+            state: of any of the modules; `NTKModel.init_from_states` takes them all.
+            options: all that the state does not tell.
+        """
+        if not isinstance(state, PrefixState):
+            raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+        return cls(
+            feature_map=state.feature_map,
+            rank=state.rank,
+            centers=None if state.centers is None else state.num_centers,
+            num_rows=state.num_rows,
+            log_scale=state.log_scale is not None,
+            feature_scale=state.feature_scale,
+            **options,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> PeftConfig:
+        """Reads adapter_config.json, and checks the weights that lie beside it before they meet a model.
+
+        Raises:
+            TypeError, ValueError: if there is no such file, it is of another version, or the weights are not those that
+                it tells of.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, cls) and weights.is_file():
+            config._check_weights(weights)
+        return config
+
+    def _check_weights(self, path: Path) -> None:
+        if self.shapes is None:
+            raise ValueError(f"adapter_config.json must tell the `shapes` of the weights beside it, {path}, got None")
+        expected = {}
+        for name, (num_heads, head_dim, value_dim) in self.shapes.items():
+            prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **self.prefix_options, device="meta")
+            for key, parameter in prefix.named_parameters():
+                expected[f"base_model.model.{name}.{CHILD}.{STATES}.{key}"] = list(parameter.shape)
+        safe_open, _ = _safetensors()
+        with safe_open(str(path), framework="pt") as file:
+            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        if missing := [key for key in expected if key not in found]:
+            raise ValueError(
+                f"{path} must hold the weights that adapter_config.json tells of, `{missing[0]}` among them, got "
+                f"{_some(found) or 'nothing'}"
+            )
+        for key, shape in expected.items():
+            if found[key] != shape:
+                raise ValueError(
+                    f"`{key}` in {path} must have the shape that adapter_config.json tells, {shape}, got {found[key]}"
+                )
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_of(name: str, values, kind: type, what: str) -> list:
+    fits = isinstance(values, list | tuple | set) and len(values) > 0
+    if not fits or not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"`{name}` must be a list of {what}, got {values!r}")
+    return sorted(values) if isinstance(values, set) else list(values)

@@ -1,0 +1,100 @@
+"""`NTKLayer`: the prefixes that the adapters of a model have in one attention module."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...modules import NTKPrefix
+from ...state import PrefixState
+from .config import STATES, NTKConfig
+
+BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+class _Rows(NamedTuple):
+    """The adapters in use in this layer, which of them each row of a batch has, and what may become of the batch."""
+
+    used: list[str]
+    index: Tensor | None
+    count: int
+    copies: frozenset[int]
+
+
+class NTKLayer(nn.Module, BaseTunerLayer):
+    """The child `ntk_prefix` of an attention module; it wraps nothing, so the weights of the model keep their names.
+
+    The attention implementation "ntk" asks it in each forward for the state to be used: that of the active adapter,
+    the sum of the states of several, or a stack of states for a batch whose rows have different ones.
+    """
+
+    adapter_layer_names = (STATES,)
+    other_param_names = ()
+
+    def __init__(self):
+        super().__init__()
+        self.ntk_states = nn.ModuleDict({})  # of an NTKPrefix for each adapter
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._rows: _Rows | None = None  # while rows have adapters of their own
+        self._stack: PrefixState | None = None
+
+    def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
+        """Adds an adapter: a prefix of `shape` [Hkv, D, Dv]; `placement` is its device and dtype."""
+        num_heads, head_dim, value_dim = shape
+        prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **config.prefix_options, **placement)
+        self.ntk_states[adapter_name] = prefix
+
+    def state_and_index(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
+        """The state for a batch, and which state of a stack each row uses: [rows] int, -1 for none; else None.
+
+        Raises:
+            ValueError: if the adapters of the rows are known, but not those of `batch` rows.
+        """
+        if self.disable_adapters:
+            return None, None
+        if self._rows is not None:
+            return self._state_of_rows(batch)
+        states = [self.ntk_states[name]() for name in self.active_adapters if name in self.ntk_states]
+        return (reduce(PrefixState.merge, states) if states else None), None
+
+    @contextmanager
+    def rows_of(self, adapter_names: Sequence[str], copies: frozenset[int]):
+        """Within it, row i of a batch has the adapter `adapter_names[i]`.
+
+        Where each row has become several (beams), side by side, as many as one of `copies`, all of them have it.
+        """
+        # Made here, and in the order of the layer: so a compiled model may be given other rows of the same adapters.
+        used = [name for name in self.ntk_states if name in adapter_names]
+        numbers = [used.index(name) if name in used else -1 for name in adapter_names]
+        index = torch.tensor(numbers, device=next(self.parameters()).device) if used else None
+        before = self._rows, self._stack
+        self._rows, self._stack = _Rows(used, index, len(numbers), copies), None
+        try:
+            yield
+        finally:
+            self._rows, self._stack = before
+
+    def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
+        rows = self._rows
+        if batch not in {rows.count * copies for copies in rows.copies}:
+            raise ValueError(
+                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.count}"
+            )
+        if not rows.used:
+            return None, None
+        if torch.is_grad_enabled():
+            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.index
+        if self._stack is None:  # in generation, the next token finds it made
+            self._stack = PrefixState.stack([self.ntk_states[name]() for name in rows.used])
+        return self._stack, rows.index
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to be done: a prefix is made on the device of its module, and keeps its dtype."""
+
+    def __repr__(self) -> str:
+        return "ntk." + super().__repr__()

@@ -1,0 +1,328 @@
+"""`NTKModel`: puts the prefixes into a model, and tells each of them which adapters are in use."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...modules import NTKPrefix
+from ...state import PrefixState
+from ..attention_interface import CHILD, IMPLEMENTATION
+from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _restore, _some, _use_ntk
+from .config import STATES, NTKConfig
+from .layer import BASE, NTKLayer
+
+_IMPLEMENTATIONS = "_ntk_peft_implementations"  # on the base model: what `unload` gives back to its configurations
+
+
+class NTKModel(BaseTuner):
+    """A transformers model whose attention modules have prefixes as adapters; `peft.get_peft_model` makes it.
+
+    Differences from most tuners: layers are children of attention modules and wrap nothing; nothing can be merged into
+    the weights; rows of a batch may have different adapters in training too, with the model's own gradient
+    checkpointing.
+
+    Args:
+        model: a transformers model that dispatches its attention through `AttentionInterface`.
+        peft_config: an `NTKConfig`, or one by the name of the adapter.
+        adapter_name: of the first adapter.
+        low_cpu_mem_usage: make parameters on the meta device, to be replaced by loaded ones.
+
+    Raises:
+        TypeError, ValueError: if the model is none of these, has an adapter of that name or prefixes of
+            `attach_prefix`, no module is matched, or sizes differ from those that the adapter is for. Then nothing of
+            the model has changed.
+    """
+
+    prefix = STATES
+    tuner_layer_cls = NTKLayer
+    target_module_mapping: dict = {}  # noqa: RUF012  # all attention modules, in whatever model
+
+    def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
+        _check_bare(model)
+        others = getattr(model, "peft_config", {})  # LoRA's, say; PEFT adds ours to them, over one of the same name
+        if adapter_name in others:
+            raise ValueError(
+                f"`adapter_name` must be none of those that the model has, {sorted(others)}, got {adapter_name!r}"
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            others.pop(adapter_name, None)
+            raise
+
+    # Adding ----------------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Makes the prefixes of an adapter: those of all its modules, or, if anything goes wrong, none."""
+        if kwargs.get("state_dict") is not None:
+            raise ValueError("`state_dict` must be None: an adapter's modules are those of its configuration")
+        modules, config = _resolve(model, self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        implementations = _use_ntk(model, modules)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            _restore(implementations)
+            raise
+        ours = [pair for pair in implementations if pair[1] != IMPLEMENTATION]
+        setattr(model, _IMPLEMENTATIONS, getattr(model, _IMPLEMENTATIONS, []) + ours)
+
+    def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict) -> NTKConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NTKConfig, key: str) -> bool:
+        return key in peft_config.shapes
+
+    def _create_and_replace(
+        self, peft_config: NTKConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **optional_kwargs,
+    ) -> None:  # fmt: skip
+        if not hasattr(target, CHILD):
+            target.add_module(CHILD, NTKLayer())
+        layer = getattr(target, CHILD)
+        layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **_placement(target, self.model))
+        if adapter_name not in self.active_adapters:
+            layer.ntk_states[adapter_name].requires_grad_(False)
+
+    def init_from_states(self, states: Mapping[str, PrefixState], adapter_name: str = "default") -> None:
+        """Lets an adapter start from states, such as are converted from the keys and values of real text.
+
+        Args:
+            states: one for each module of the adapter, by the names of the modules in the base model, with the
+                key/value heads of the module. `NTKConfig.of_state` makes the configuration that goes with them.
+
+        Raises:
+            TypeError, ValueError: if they are not of the adapter's modules and form. Then nothing has changed.
+        """
+        self._check_names("adapter_name", [adapter_name])
+        config = self.peft_config[adapter_name]
+        if not isinstance(states, Mapping):
+            raise TypeError(f"`states` must be a mapping from names of modules to PrefixStates, got {states!r:.80}")
+        if different := config.shapes.keys() ^ states.keys():
+            name = min(different, key=str)
+            raise ValueError(
+                f"`states` must be for the modules of the adapter, {_some(config.shapes)}, got "
+                f"{'one' if name in states else 'none'} for `{name}`"
+            )
+        starts = {}
+        for name, state in states.items():
+            prefix = getattr(self.model.get_submodule(name), CHILD).ntk_states[adapter_name]
+            start = NTKPrefix.from_state(state, positive=config.positive, scale_by_k=config.scale_by_k)
+            for key, value in prefix.options.items():
+                if start.options[key] != value:
+                    raise ValueError(
+                        f"`states[{name!r}]` must have {key}={value!r}, as the adapter has, got {start.options[key]!r}"
+                    )
+            starts[prefix] = start
+        for prefix, start in starts.items():
+            prefix.load_state_dict(start.state_dict())
+
+    # Using -----------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter active, or several, whose prefixes then act together, as if one stood after the other.
+
+        Raises:
+            ValueError: if there is no such adapter, or the states of several cannot be added.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names("adapter_name", names)
+        for i, name in enumerate(names):
+            for other in names[:i]:
+                _check_together(self.peft_config, other, name, is_sum=True)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """Takes all adapters out of use: the model is the base model, its own attention implementation included."""
+        super().disable_adapter_layers()
+        _restore(getattr(self.model, _IMPLEMENTATIONS, []))
+
+    def enable_adapter_layers(self) -> None:
+        """Puts the active adapters to use again."""
+        super().enable_adapter_layers()
+        _restore([(config, IMPLEMENTATION) for config, _ in getattr(self.model, _IMPLEMENTATIONS, [])])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """PEFT enters it around each forward and generate, with their arguments."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if not isinstance(names, list | tuple) or not names:
+            raise TypeError(f"`adapter_names` must be a list with a name for each row, got {names!r}")
+        used = [name for name in dict.fromkeys(names) if name != BASE]
+        self._check_names("adapter_names", used)
+        for name in used[1:]:
+            _check_together(self.peft_config, used[0], name, is_sum=False)
+        rows = partial(_rows_of, names=names, copies=_copies(self.model, kwargs))
+        with rows(self.model), _in_checkpoints(self.model, rows):
+            yield
+
+    def _check_names(self, argument: str, names: Sequence[str]) -> None:
+        for name in names:
+            if not isinstance(self.peft_config.get(name), NTKConfig):
+                known = sorted(key for key, config in self.peft_config.items() if isinstance(config, NTKConfig))
+                raise ValueError(f"`{argument}` must be of the NTK adapters that the model has, {known}, got {name!r}")
+
+    # Taking away -----------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "NTK adapters cannot be merged into the weights of a model: what a prefix adds to attention is not linear "
+            "in the layer's input, so no weight matrix gives it; keep the adapter, or unload() it"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(getattr(module, CHILD, None), NTKLayer):
+                delattr(module, CHILD)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
+        _restore(self.model.__dict__.pop(_IMPLEMENTATIONS, []))
+        self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
+        return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """Without the weights of LoRA beside it, which PEFT takes for a part of ours."""
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in tensors.items() if f".{STATES}." in name}
+
+
+def _resolve(model: PreTrainedModel, config: NTKConfig) -> tuple[dict[str, nn.Module], NTKConfig]:
+    """The modules that an adapter is for, and its configuration with their shapes."""
+    found = _attention_modules(model, None)
+    names = _matching(found, config) if config.shapes is None else config.shapes
+    shapes = {}
+    for name in names:
+        if name not in found:
+            raise ValueError(f"the adapter must be for attention modules of the model, {_some(found)}, got `{name}`")
+        shape = _find_shape(found[name])
+        if shape is None:
+            raise ValueError(
+                f"`target_modules` must leave out `{name}` ({type(found[name]).__name__}), whose number of heads and "
+                "head dimension are not under any of the usual names, got it"
+            )
+        shapes[name] = [shape.num_kv_heads, shape.head_dim, shape.value_dim]
+        if config.shapes is not None and list(config.shapes[name]) != shapes[name]:
+            raise ValueError(
+                f"the adapter must be for the heads of `{name}`, [Hkv, D, Dv] = {shapes[name]}, got one for "
+                f"{list(config.shapes[name])}"
+            )
+    return {name: found[name] for name in shapes}, replace(config, shapes=shapes)
+
+
+def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
+    wanted, names = config.target_modules, list(found)
+    if isinstance(wanted, str):
+        names = [name for name in found if re.fullmatch(wanted, name)]
+        if not names:
+            raise ValueError(f"`target_modules` must match a name of {_some(found)}, got {wanted!r}")
+    elif wanted is not None:
+        for end in wanted:
+            if not any(f".{name}".endswith(f".{end}") for name in found):
+                raise ValueError(f"`target_modules` must be names of {_some(found)}, or their ends, got {end!r}")
+        names = [name for name in found if any(f".{name}".endswith(f".{end}") for end in wanted)]
+    if config.layers_to_transform is not None:
+        layers = config.layers_to_transform
+        layers = [layers] if isinstance(layers, int) else layers
+        numbers = {name: int(digits[0]) for name in names if (digits := re.findall(r"\.(\d+)\.", f".{name}."))}
+        for layer in layers:
+            if layer not in numbers.values():
+                raise ValueError(
+                    f"`layers_to_transform` must be of the layers {sorted(set(numbers.values()))} of the targeted "
+                    f"modules, got {layer}"
+                )
+        names = [name for name in names if numbers.get(name) in layers]
+    return names
+
+
+def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
+    """Two adapters can be added, or stacked."""
+    ours, theirs = configs[a], configs[b]
+    what = "to be active together" if is_sum else "to be in one batch"
+    if is_sum and None in (ours.feature_map, theirs.feature_map):
+        return  # rows are joined, whatever else there is
+    for name in ("feature_map", "feature_scale"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"the adapters {a!r} and {b!r} must have the same {name} {what}, got {getattr(ours, name)!r} and "
+                f"{getattr(theirs, name)!r}"
+            )
+    if is_sum and ours.feature_map != "taylor1" and (ours.centers is not None or theirs.centers is not None):
+        raise ValueError(
+            f"the adapters {a!r} and {b!r} must have no centers, or feature_map='taylor1', {what}, got centers="
+            f"{ours.centers} and {theirs.centers} with {ours.feature_map!r}"
+        )
+
+
+def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
+    """How many rows `generate`, called with `kwargs`, may make of each: beams, and what it returns of them."""
+    options = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    beams, sequences = (kwargs.get(name) or getattr(options, name, None) or 1 for name in names)
+    return frozenset({1, beams, sequences, beams * sequences})  # encoders have none or, in Whisper, one per sequence
+
+
+@contextmanager
+def _rows_of(model: nn.Module, names: Sequence[str], copies: frozenset[int]):
+    """Within it, every layer in `model` takes row i's adapter to be `names[i]`, and so do the `modules_to_save`."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, NTKLayer):
+                stack.enter_context(module.rows_of(names, copies))
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                hook = module.register_forward_pre_hook(partial(_give_names, names=names), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _give_names(module: nn.Module, args: tuple, kwargs: dict, names: Sequence[str]) -> tuple[tuple, dict]:
+    copies = max(1, args[0].shape[0] // len(names)) if args else 1
+    return args, kwargs | {"adapter_names": [name for name in names for _ in range(copies)]}
+
+
+@contextmanager
+def _in_checkpoints(model: nn.Module, rows):
+    """Blocks under gradient checkpointing are computed again in backward, long after forward: they keep their rows."""
+
+    def keeping_rows(module, checkpoint):
+        def checkpointed(function, *args, **kwargs):
+            def block(*args, **kwargs):
+                with rows(module):
+                    return function(*args, **kwargs)
+
+            return checkpoint(block, *args, **kwargs)
+
+        return checkpointed
+
+    functions = {
+        module: function
+        for module in model.modules()
+        if (function := module.__dict__.get("_gradient_checkpointing_func")) is not None
+    }
+    for module, function in functions.items():
+        module._gradient_checkpointing_func = keeping_rows(module, function)
+    try:
+        yield
+    finally:
+        for module, function in functions.items():
+            module._gradient_checkpointing_func = function

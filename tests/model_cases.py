@@ -1,0 +1,195 @@
+"""Tiny random models of many families, and a second way to compute what their attention should give."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ntk_kernels import reference
+
+VOCABULARY, BATCH, LENGTH = 61, 2, 9
+DECODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """`own` is the model's own attention that the results are compared with."""
+
+    name: str
+    model: str
+    config: str
+    options: dict
+    own: str = "sdpa"
+    kind: str = "decoder"
+    attention: str = r"self_attn$"  # where its prefixes go in most tests
+    since: int = 4  # the major version of transformers in which it dispatches its attention
+
+
+FAMILIES = [
+    Family("llama", "LlamaForCausalLM", "LlamaConfig", DECODER),
+    Family("qwen2", "Qwen2ForCausalLM", "Qwen2Config", DECODER),
+    Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config", DECODER | {"head_dim": 16}),
+    Family("mistral", "MistralForCausalLM", "MistralConfig", DECODER | {"sliding_window": 4, "head_dim": 8}),
+    Family(
+        "gemma2", "Gemma2ForCausalLM", "Gemma2Config",
+        DECODER | {"sliding_window": 4, "head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16,
+                   "final_logit_softcapping": None, "tie_word_embeddings": False},
+        own="eager",
+    ),
+    Family("glm", "GlmForCausalLM", "GlmConfig", DECODER | {"head_dim": 8}),
+    Family(
+        "gpt_oss", "GptOssForCausalLM", "GptOssConfig",
+        DECODER | {"sliding_window": 4, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 2},
+        own="eager",
+    ),
+    Family(
+        "opt", "OPTForCausalLM", "OPTConfig",
+        DECODER | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    Family(
+        "gpt2", "GPT2LMHeadModel", "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": None, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        attention=r"\.attn$",
+    ),
+    Family(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config",  # another head dimension of values
+        DECODER | {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+                   "qk_nope_head_dim": 8, "v_head_dim": 6, "first_k_dense_replace": 2, "n_routed_experts": 4,
+                   "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    Family(
+        "bert", "BertForMaskedLM", "BertConfig",
+        DECODER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, kind="encoder",
+        attention=r"\.self$", since=5,
+    ),
+    Family(
+        "esm", "EsmForMaskedLM", "EsmConfig",
+        DECODER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "position_embedding_type": "rotary",
+                   "mask_token_id": 2, "token_dropout": False}, kind="encoder", attention=r"\.self$",
+    ),
+    Family(
+        "vit", "ViTForImageClassification", "ViTConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 8,
+         "patch_size": 4, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        kind="image", attention="attention",
+    ),
+    Family(
+        "whisper", "WhisperForConditionalGeneration", "WhisperConfig",
+        {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+         "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 32, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "dropout": 0.0, "suppress_tokens": None,
+         "begin_suppress_tokens": None},
+        kind="speech",
+    ),
+    Family(
+        "t5", "T5ForConditionalGeneration", "T5Config",  # position biases; two copies of its configuration
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+         "dropout_rate": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0},
+        kind="text_to_text", attention=r"SelfAttention$", since=5,
+    ),
+]  # fmt: skip
+FAMILIES = [family for family in FAMILIES if family.since <= int(transformers.__version__.split(".")[0])]
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def build(family, implementation=None, dtype=torch.float32, **options):
+    """The same random weights for a family every time, large enough that attention is far from uniform."""
+    config = getattr(transformers, family.config)(**family.options | options)
+    config._attn_implementation = implementation or family.own
+    config._experts_implementation = "eager"  # others take no float64
+    torch.manual_seed(0)
+    model = getattr(transformers, family.model)(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=2 / math.sqrt(parameter.shape[-1]), generator=generator)
+            elif name.endswith("sinks"):
+                parameter.normal_(generator=generator)
+    return model.to(dtype).eval()
+
+
+def inputs(family, dtype=torch.float32, padding=None):
+    """What a model of the family takes. `padding`: "left" or "right", three tokens of the first row."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    if family.kind == "image":
+        return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator).to(dtype)}
+    if family.kind == "speech":
+        features = torch.randn(BATCH, 4, 16, generator=generator).to(dtype)
+        return {"input_features": features, "decoder_input_ids": ids}
+    if family.kind == "text_to_text":
+        return {"input_ids": ids.flip(1), "decoder_input_ids": ids}
+    if padding is None:
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 3) if padding == "left" else slice(-3, None)] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def with_labels(family, given):
+    if family.kind == "image":
+        return given | {"labels": torch.tensor([0, 2])}
+    labels = given.get("decoder_input_ids", given.get("input_ids"))
+    return given | {"labels": labels}
+
+
+def visible_logits(model, given):
+    """The logits [n, V] of the positions that are no padding."""
+    with torch.no_grad():
+        logits = model(**given).logits
+    return logits[given["attention_mask"].bool()] if "attention_mask" in given else logits
+
+
+def _by_definition(compute_dtype):
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, is_causal=None, softcap=None, s_aux=None,
+        position_bias=None, **kwargs,
+    ):  # fmt: skip
+        """The definition in one dtype: causality as SDPA has it, sinks as one more key, queries that OPT and Whisper
+        have scaled put back."""
+        state = module.ntk_prefix() if hasattr(module, "ntk_prefix") else None
+        seq_q, head_dim = query.shape[2:]
+        if type(module).__name__.startswith(("OPT", "Whisper")):
+            assert scaling == 1.0
+            query, scaling = query * head_dim**0.5, head_dim**-0.5
+        is_causal = module.is_causal if is_causal is None else is_causal
+        if attention_mask is None and is_causal and seq_q > 1:
+            attention_mask = torch.ones(seq_q, key.shape[2], dtype=torch.bool).tril()
+        if position_bias is not None:
+            hidden = False if attention_mask is None else ~attention_mask
+            attention_mask = torch.masked_fill(position_bias, torch.as_tensor(hidden), -math.inf)
+        if s_aux is not None:
+            group = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+            bias = torch.zeros(1, 1, seq_q, key.shape[2], dtype=s_aux.dtype)
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                bias = bias.masked_fill(~attention_mask, -math.inf)
+            elif attention_mask is not None:
+                bias = bias + attention_mask
+            bias = bias.expand(len(query), query.shape[1], -1, -1)
+            sinks = s_aux[None, :, None, None].expand(len(query), -1, seq_q, 1)
+            attention_mask = torch.cat([bias, sinks], dim=-1)
+            key, value = (torch.cat([t, torch.zeros_like(t[:, :, :1])], dim=2) for t in (key, value))
+        out = reference.ntk_attention(
+            query, key, value, state, attn_mask=attention_mask, scale=scaling, softcap=softcap,
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+
+    return attention
+
+
+AttentionInterface.register("definition32", _by_definition(torch.float32))
+AttentionInterface.register("definition64", _by_definition(torch.float64))
+for name in ("definition32", "definition64"):
+    AttentionMaskInterface.register(name, sdpa_mask)
