@@ -156,11 +156,13 @@ def tables_of(figures: dict) -> list[Table]:
 
 def notes_of(figures: dict) -> list[str]:
     """Who was left out, and why."""
-    return [
-        f"left out: {name} ({passes}): {reason}"
-        for name, reasons in figures.get("left_out", {}).items()  # records from before 2026-11-26 have none
-        for passes, reason in reasons.items()
-    ]
+    by_reason = {}
+    for name, reasons in figures.get("left_out", {}).items():  # records from before 2026-11-26 have none
+        for reason in dict.fromkeys(reasons.values()):
+            passes = [which for which in reasons if reasons[which] == reason]
+            of_name = f"{name} ({', '.join(passes)})" if len(passes) < len(PASSES) else name
+            by_reason.setdefault(reason, []).append(of_name)
+    return [f"left out: {'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def cell_of(result: dict | None, matmul_rate: float) -> str:
