@@ -139,8 +139,8 @@ def split(tokens: Tensor, length: int, held_out: int) -> Parts:
     sequences = tokens[: len(tokens) // length * length].view(-1, length)
     if len(sequences) <= 2 * held_out:
         raise SystemExit(
-            f"finetune: --held-out must be less than half of the {len(sequences)} sequences of {length} tokens that the "
-            f"text has, got {held_out}"
+            f"finetune: --held-out must be less than half of the {len(sequences)} sequences of {length} tokens that "
+            f"the text has, got {held_out}"
         )
     return Parts(sequences[: -2 * held_out], sequences[-2 * held_out : -held_out], sequences[-held_out:])
 
@@ -403,40 +403,43 @@ def _finite(losses) -> list[float | None]:
 
 def tables_of(figures: dict) -> list[Table]:
     """Losses, sizes, cost of every method."""
-    settings, base = figures["settings"], figures["base"]
-    trained = f"{settings['steps']} steps of {settings['batch']}×{settings['length']} tokens"
-    if settings["ablation"]:
-        what = "NTK-Attention by feature map and rank of Z"
-    else:
-        what = f"Methods at {settings['budget']:,} trainable parameters, as near as whole sizes come,"
+    settings, base, budget = figures["settings"], figures["base"], figures["settings"]["budget"]
+    what = "NTK-Attention by feature map and rank of Z"
+    if budget is not None:
+        what = f"Methods at {budget:,} trainable parameters, as near as whole sizes come"
+    validation, test = (settings[f"{part}_sequences"] * settings["length"] for part in ("validation", "test"))
+    tried = sorted({len(result["rates"]) for result in figures["results"]})
     table = Table(
-        title=f"{what} on {settings['model']} and {settings['text']}, {trained}. Loss of a token on "
-        f"{settings['test_sequences'] * settings['length']:,} tokens of the test part, mean ± standard deviation over "
-        f"{settings['seeds']} seed(s), and its exponential (perplexity). Learning rate: the best of {_rates_of(figures)} "
-        f"for each method on {settings['validation_sequences'] * settings['length']:,} tokens that are neither trained "
-        "on nor in the test, with the first seed. Memory of the first step beyond the model"
+        title=f"{what}: {settings['model']} on {settings['text']}, {settings['steps']} steps of {settings['batch']}×"
+        f"{settings['length']} tokens. Loss of a token before and after, on {test:,} tokens for the test, mean ± "
+        f"standard deviation over {settings['seeds']} seeds, and the perplexity after. Learning rate: the best of "
+        f"{' or '.join(map(str, tried))} for each method on {validation:,} other tokens, with the first seed. Median "
+        "time of a step; memory of the first step beyond the model"
     )
-    table.add_column("method")
-    size = [] if settings["ablation"] else ["size"]
-    share = [] if settings["ablation"] else ["of budget"]
-    for header in (*size, "parameters", *share, "learning rate", "untrained", "trained", "perplexity", "ms a step", "MiB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    nothing = ["—"] * len(size)
-    loss = f"{base['test_loss']:.3f}"
-    table.add_row(
-        NO_TRAINING, *nothing, "0", *nothing, "—", loss, loss, f"{math.exp(base['test_loss']):.2f}", "—", "—"
-    )  # fmt: skip
+    rows = [
+        {"method": NO_TRAINING, "size": "—", "parameters": "0", "of budget": "—", "learning rate": "—", "before": "—",
+         "after": _number(base["test_loss"], 3), "perplexity": _number(_exp(base["test_loss"]), 2), "step": "—",
+         "memory": "—"}
+    ]  # fmt: skip
     for result in figures["results"]:
-        after, of_budget = result["test_losses"], []
-        if share:
-            of_budget = [f"{100 * result['parameters'] / settings['budget']:.1f}%"]
-        table.add_row(
-            result["method"],
-            *([] if not size else [f"{result['size']} {result['counts']}" if result["size"] != WHOLE else WHOLE]),
-            f"{result['parameters']:,}", *of_budget, f"{result['rate']:g}", _mean_cell(result["test_losses_before"]),
-            _mean_cell(after), _number(_exp(_mean(after)), 2), f"{result['step_ms']:,.0f}",
-            f"{result['peak_bytes'] / 2**20:,.0f}",
-        )  # fmt: skip
+        after = result["test_losses"]
+        rows.append({
+            "method": result["method"],
+            "size": f"{result['counts']} {result['size']}" if result["size"] != WHOLE else WHOLE,
+            "parameters": f"{result['parameters']:,}",
+            "of budget": "—" if budget is None else f"{100 * result['parameters'] / budget:,.1f}%",
+            "learning rate": f"{result['rate']:g}",
+            "before": _number(_mean(result["test_losses_before"]), 3),
+            "after": _number(_mean(after), 3) + _spread(after),
+            "perplexity": _number(_exp(_mean(after)), 2),
+            "step": f"{result['step_ms']:,.0f} ms",
+            "memory": f"{result['peak_bytes'] / 2**20:,.0f} MiB",
+        })  # fmt: skip
+    for name in rows[0]:
+        if budget is not None or name not in ("size", "of budget"):  # which the names of the ablation tell
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[column.header] for column in table.columns))
     return [table]
 
 
@@ -456,26 +459,23 @@ def notes_of(figures: dict) -> list[str]:
 
 def plot(path, figures: dict) -> None:
     """Loss of each step less that of the model as it is, on the same batches; loss on the test part of every run."""
-    results, base = figures["results"], figures["base"]
+    results, base, by_size = figures["results"], figures["base"], figures["settings"]["ablation"]
     figure, (curves, ends) = plots.canvas(2, width=7, height=5.5)
     for i, result in enumerate(results):
-        style = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
         differences = [
             [math.nan if loss is None else loss - untrained for loss, untrained in zip(curve, as_it_is, strict=True)]
             for curve, as_it_is in zip(result["curves"], base["curves"], strict=True)
         ]
-        means = [statistics.fmean(at_step) for at_step in zip(*differences, strict=True)]
-        curves.plot(range(1, len(means) + 1), means, label=result["method"], **style)
+        means = [statistics.fmean(losses) for losses in zip(*differences, strict=True)]
+        (line,) = curves.plot(range(1, len(means) + 1), means, label=result["method"], ls="-" if i < 10 else "--")
         losses = [math.nan if loss is None else loss for loss in result["test_losses"]]
-        if figures["settings"]["ablation"]:
-            ends.plot([result["parameters"]] * len(losses), losses, "o", color=style["color"], mfc="none" if i > 9 else None)
-        else:
-            ends.plot(losses, [-i] * len(losses), "o", color=style["color"])
+        points = ([result["parameters"]] * len(losses), losses) if by_size else (losses, [-i] * len(losses))
+        ends.plot(*points, "o" if i < 10 else "s", color=line.get_color())
+    curves.axhline(0, ls=":", color="black")
     # Where a start at random is far above the model, nothing else could be told apart.
     curves.set_yscale("symlog", linthresh=0.5)
-    curves.axhline(0, ls=":", color="black")
     curves.set(xlabel="step", ylabel="training loss less the untrained model's, mean over seeds")
-    if figures["settings"]["ablation"]:
+    if by_size:
         ends.axhline(base["test_loss"], ls=":", color="black", label=NO_TRAINING)
         ends.set(xscale="log", xlabel="trained parameters", ylabel="loss on the test part, each seed")
     else:
@@ -483,11 +483,6 @@ def plot(path, figures: dict) -> None:
         ends.set_yticks([-i for i in range(len(results))], [result["method"] for result in results])
         ends.set(xlabel="loss on the test part, each seed")
     plots.save(figure, path)
-
-
-def _rates_of(figures: dict) -> str:
-    counts = sorted({len(result["rates"]) for result in figures["results"]})
-    return " or ".join(map(str, counts))
 
 
 def _mean(losses: list[float | None]) -> float | None:
@@ -498,9 +493,8 @@ def _exp(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700))  # the largest that a float holds
 
 
-def _mean_cell(losses: list[float | None]) -> str:
-    mean = _number(_mean(losses), 3)
-    return mean if len(losses) == 1 or None in losses else f"{mean} ± {statistics.stdev(losses):.3f}"
+def _spread(losses: list[float | None]) -> str:
+    return "" if len(losses) == 1 or None in losses else f" ± {statistics.stdev(losses):.3f}"
 
 
 def _number(x: float | None, digits: int) -> str:

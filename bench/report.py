@@ -10,7 +10,20 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import accounting, approximation, attention, ceilings, convert, decode, demo, finetune, fit, record, scaling, sweep
+from . import (
+    accounting,
+    approximation,
+    attention,
+    ceilings,
+    convert,
+    decode,
+    demo,
+    finetune,
+    fit,
+    record,
+    scaling,
+    sweep,
+)  # fmt: skip
 
 # What made a record, by the first word of its name.
 _MODULES = {module.__name__.rpartition(".")[2]: module for module in (
