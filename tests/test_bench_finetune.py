@@ -183,8 +183,8 @@ def test_losses_that_are_no_numbers(tiny, monkeypatch, tmp_path):
     """A learning rate that gives NaN is not chosen; if all do, the table and the record say so."""
     lora = finetune.METHODS["lora"]
     with Progress(disable=True) as progress:
-        one = finetune.Method("one", lora.build, (1e38, 1e-3), "rank", 1)
-        none = finetune.Method("none", lora.build, (1e38,), "rank", 1)
+        one = finetune.Method("one", lora.build, (1e37, 1e-3), "rank", 1)
+        none = finetune.Method("none", lora.build, (1e37,), "rank", 1)
         figures = comparison(tiny).measure([one, none], progress)
     one, none = figures["results"]
     assert one["validation_losses"][0] is None and one["rate"] == 1e-3
@@ -195,7 +195,7 @@ def test_losses_that_are_no_numbers(tiny, monkeypatch, tmp_path):
         zip((column.header for column in table.columns), (list(c.cells)[-1] for c in table.columns), strict=True)
     )
     assert cells["after"] == cells["perplexity"] == "NaN"
-    assert "one: the largest learning rate was the best (loss on validation, 1e+38: NaN, 0.001: " in "\n".join(
+    assert "one: the largest learning rate was the best (loss on validation, 1e+37: NaN, 0.001: " in "\n".join(
         finetune.notes_of(figures)
     )
     finetune.plot(tmp_path / "plot.png", figures)
