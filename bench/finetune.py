@@ -20,7 +20,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, prefix_to_state
 
 from . import decoder, plots, record, timing
 from .reading import text_without_repeats
@@ -173,6 +173,36 @@ def _ntk_from_text(model, size, text):
     return model
 
 
+def _taylor1_from_text(model, size, text):
+    """Ours, from text just before the input: the first token, a sink of attention, stays a row; others make Z and k.
+
+    The rank of such a Z is at most the number of tokens, so there are as many as the rank (as D, where Z is whole).
+    """
+    from peft import get_peft_model
+
+    from ntk_kernels.integrations.peft import NTKConfig
+    from ntk_kernels.integrations.transformers import attention_shapes
+
+    shapes, states = attention_shapes(model), {}
+    taken = max(shape[1] for shape in shapes.values()) if size == WHOLE else size
+    cache = _cache_of(model, text[: 1 + taken], -1 - taken)
+    for name, layer in zip(shapes, cache.layers, strict=True):
+        key, value = layer.keys[0], layer.values[0]
+        state = prefix_to_state(key[:, 1:], value[:, 1:], "taylor1", centers="mean")
+        state = state if size == WHOLE else _factored(state, size)
+        states[name] = state.merge(PrefixState(keys=key[:, :1], values=value[:, :1]))
+    model = get_peft_model(model, NTKConfig.of_state(states[name], task_type=_TASK))
+    model.base_model.init_from_states(states)
+    return model
+
+
+def _factored(state: PrefixState, rank: int) -> PrefixState:
+    """Z as the product of two matrices, as near as the rank allows."""
+    u, s, v = torch.linalg.svd(state.z, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return replace(state, z=None, z_a=u[..., :rank] * root[..., None, :], z_b=root[..., None] * v[..., :rank, :])
+
+
 def _prefix_tuning(model, size, text):
     """PEFT's, as it starts by default: random."""
     from peft import PrefixTuningConfig, get_peft_model
@@ -214,6 +244,8 @@ METHODS = {
     "ntk-taylor1": Method("NTK, taylor1", _ntk("rank", feature_map="taylor1"), (3e-4, 1e-3, 3e-3), "rank", ours=True),
     "ntk-rows": Method("NTK, rows", _ntk("num_rows", feature_map=None), _STEEP, "rows", ours=True),
     "ntk-rows-text": Method("NTK, rows, from text", _ntk_from_text, (1e-3, 3e-3, 0.01), "rows", ours=True),
+    "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_from_text, (1e-3, 3e-3, 0.01), "rank",
+                               ours=True),
     "prefix": Method("prefix tuning (PEFT)", _prefix_tuning, (3e-3, 0.01, 0.03), "virtual tokens"),
     "prefix-text": Method("prefix tuning (PEFT), from text", _prefix_tuning_from_text, (1e-3, 3e-3, 0.01),
                           "virtual tokens"),

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from bench import decoder, finetune, reading, report
 from bench.__main__ import main
+from ntk_kernels import prefix_to_state
 
 LENGTH, PNG = 12, b"\x89PNG\r\n\x1a\n"
 SMALL = ["--device", "cpu", "--steps", "3", "--batch", "2", "--length", str(LENGTH), "--held-out", "3", "--seeds", "2"]
@@ -73,7 +74,7 @@ def test_every_method(tiny, tmp_path, capsys):
 
     same = comparison(tiny)
     assert figures["base"]["test_loss"] == pytest.approx(loss_of(tiny, same.parts.test), rel=1e-5)
-    for name in ("ntk-rows-text", "prefix-text", "lora", "full"):
+    for name in ("ntk-taylor1-text", "prefix-text", "lora", "full"):
         method = finetune.METHODS[name]
         result = results[method.name]
         assert result["rate"] == result["rates"][result["validation_losses"].index(min(result["validation_losses"]))]
@@ -115,14 +116,18 @@ def test_starts(tiny):
     """From text, both kinds of prefix are the model with that text before its input; ours starts as the model."""
     same = comparison(tiny)
     sequences = same.parts.test
-    for name in ("ntk-rows-text", "prefix-text"):
-        text = same.parts.train.roll(-finetune._order(len(same.parts.train), 1)[0], dims=0).flatten()[:5]
+    # With one token besides the row, the expansion around the mean key is exact.
+    for name, size, rows in (("ntk-rows-text", 5, 5), ("prefix-text", 5, 5), ("ntk-taylor1-text", 1, 2)):
+        text = same.parts.train.roll(-finetune._order(len(same.parts.train), 1)[0], dims=0).flatten()[:rows]
         with torch.no_grad():
             longer = torch.cat([text.expand(len(sequences), -1), sequences], dim=1)
-            log_p = tiny(input_ids=longer).logits[:, 5:-1].log_softmax(-1)
+            log_p = tiny(input_ids=longer).logits[:, rows:-1].log_softmax(-1)
         expected = -log_p.gather(2, sequences[:, 1:, None]).mean().item()
         assert expected != pytest.approx(loss_of(tiny, sequences), rel=1e-3)
-        assert loss_of(same.build(finetune.METHODS[name], 5, 1), sequences) == pytest.approx(expected, rel=1e-5)
+        assert loss_of(same.build(finetune.METHODS[name], size, 1), sequences) == pytest.approx(expected, rel=1e-5)
+    state = prefix_to_state(torch.randn(2, 4, 8), torch.randn(2, 4, 8), "taylor1")
+    factored = finetune._factored(state, 4)
+    assert torch.allclose(factored.z_a @ factored.z_b, state.z, atol=1e-5) and torch.equal(factored.k, state.k)
     started = same.build(finetune.METHODS["ntk-elu"], 2, 1)
     assert loss_of(started, sequences) == pytest.approx(loss_of(tiny, sequences), rel=1e-2)
 
