@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         figures = Comparison(model.to(arguments.device).eval(), parts, arguments).measure(methods, progress)
+    if not figures["results"]:
+        raise SystemExit("\n".join(["finetune: no method could be run", *notes_of(figures)]))
     for table in tables_of(figures):
         Console(width=max(console.width, 180)).print(table)
     for note in notes_of(figures):

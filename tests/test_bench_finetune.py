@@ -178,6 +178,8 @@ def test_what_fails_is_left_out(monkeypatch, tmp_path, capsys):
     assert figures["left_out"] == {"prefix tuning (PEFT)": "KeyError: 'no such cache'"}
     assert [result["method"] for result in figures["results"]] == ["LoRA (PEFT), query and value"]
     assert "left out: prefix tuning (PEFT): KeyError: 'no such cache'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no method could be run\nleft out: prefix tuning"):
+        main(["finetune", *SMALL, "--methods", "prefix", "--out", str(tmp_path)])
     ours = finetune.Method("ours", fails, (0.1,), "tokens", ours=True)
     monkeypatch.setitem(finetune.METHODS, "prefix", ours)
     with pytest.raises(KeyError, match="no such cache"):
