@@ -44,7 +44,7 @@ _TASK = "CAUSAL_LM"
 class Method:
     """A way to fine-tune: `build(model, size, text)` gives `model` with what is to be trained, and may start from text.
 
-    `size` is the one that it has, or what its sizes count; then the budget decides.
+    `size` is fixed, or None: then the budget decides how many there are of what `counts` names.
     """
 
     name: str
@@ -102,7 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"finetune: --batch must be at most {len(parts.train)}, the sequences of {arguments.length} tokens that "
             f"--held-out leaves for training, got {arguments.batch}"
         )
-    methods = list(METHODS.values()) if arguments.methods is None else [METHODS[name] for name in arguments.methods]
+    if arguments.length > (most := model.config.max_position_embeddings):
+        raise SystemExit(f"finetune: --length must be at most {most}, which the decoder reads, got {arguments.length}")
+    methods = [METHODS[name] for name in dict.fromkeys(arguments.methods or METHODS)]
     if arguments.ablation:
         methods = ablation(model.config, sorted(set(arguments.ranks or [4, 8, 16])))
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

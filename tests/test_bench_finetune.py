@@ -172,7 +172,7 @@ def test_what_fails_is_left_out(monkeypatch, tmp_path, capsys):
         raise KeyError("no such cache")
 
     monkeypatch.setitem(finetune.METHODS, "prefix", finetune.Method("prefix tuning (PEFT)", fails, (0.1,), "tokens"))
-    command = ["finetune", *SMALL, "--budget", "640", "--methods", "prefix", "lora", "--out", str(tmp_path)]
+    command = ["finetune", *SMALL, "--budget", "640", "--methods", "prefix", "lora", "lora", "--out", str(tmp_path)]
     main(command)
     figures = json.loads((tmp_path / "finetune.json").read_text())
     assert figures["left_out"] == {"prefix tuning (PEFT)": "KeyError: 'no such cache'"}
@@ -212,6 +212,7 @@ def test_losses_that_are_no_numbers(tiny, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--length", "1"], "--length must be at least 2, a token and the one it predicts, got 1"),
+     (["--length", "65", "--held-out", "2"], "--length must be at most 64, which the decoder reads, got 65"),
      (["--held-out", "20"], "--held-out must be less than half of the 40 sequences of 12 tokens .*, got 20"),
      (["--batch", "35"], "--batch must be at most 34, the sequences of 12 tokens .*, got 35"),
      (["--ablation", "--methods", "lora"], "--methods must not come with --ablation, got lora"),
