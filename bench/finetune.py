@@ -37,6 +37,7 @@ from .reading import text_without_repeats
 
 NO_TRAINING = "no training"
 WHOLE = "whole"  # the size of a Z that is not a product of two matrices, and of the model itself
+FAR = 0.5  # above the model as it is, plots end
 _TASK = "CAUSAL_LM"
 
 
@@ -452,9 +453,9 @@ def tables_of(figures: dict) -> list[Table]:
     table = Table(
         title=f"{what}: {settings['model']} on {settings['text']}, {settings['steps']} steps of {settings['batch']}×"
         f"{settings['length']} tokens. Loss of a token before and after, on {test:,} tokens for the test, mean ± "
-        f"standard deviation over {settings['seeds']} seeds, and the perplexity after. Learning rate: the best of "
-        f"{' or '.join(map(str, tried))} for each method on {validation:,} other tokens, with the first seed. Median "
-        "time of a step; memory of the first step beyond the model"
+        f"standard deviation over {_count(settings['seeds'], 'seed')}, and the perplexity after. Learning rate: the "
+        f"best of {' or '.join(map(str, tried))} for each method on {validation:,} other tokens, with the first seed. "
+        "Median time of a step; memory of the first step beyond the model"
     )
     rows = [
         {"method": NO_TRAINING, "size": "—", "parameters": "0", "of budget": "—", "learning rate": "—", "before": "—",
@@ -498,8 +499,13 @@ def notes_of(figures: dict) -> list[str]:
 
 
 def plot(path, figures: dict) -> None:
-    """Loss of each step less that of the model as it is, on the same batches; loss on the test part of every run."""
+    """Loss of each step less that of the model as it is, on the same batches; loss on the test part of every run.
+
+    What is far above the model, as prefixes that start at random are, is not drawn to scale: nothing else could be told
+    apart.
+    """
     results, base, by_size = figures["results"], figures["base"], figures["settings"]["ablation"]
+    far = base["test_loss"] + FAR
     figure, (curves, ends) = plots.canvas(2, width=7, height=5.5)
     for i, result in enumerate(results):
         differences = [
@@ -509,11 +515,15 @@ def plot(path, figures: dict) -> None:
         means = [statistics.fmean(losses) for losses in zip(*differences, strict=True)]
         (line,) = curves.plot(range(1, len(means) + 1), means, label=result["method"], ls="-" if i < 10 else "--")
         losses = [math.nan if loss is None else loss for loss in result["test_losses"]]
-        points = ([result["parameters"]] * len(losses), losses) if by_size else (losses, [-i] * len(losses))
-        ends.plot(*points, "o" if i < 10 else "s", color=line.get_color())
+        if by_size:
+            ends.plot([result["parameters"]] * len(losses), losses, "o", color=line.get_color())
+        else:
+            ends.plot([min(loss, far) for loss in losses], [-i] * len(losses), "o", color=line.get_color())
+            beyond = ", ".join(f"{loss:.2f}" for loss in losses if loss > far)
+            ends.annotate(beyond, (far, -i), (-8, 8), textcoords="offset points", ha="right", fontsize=8)
     curves.axhline(0, ls=":", color="black")
-    # Where a start at random is far above the model, nothing else could be told apart.
-    curves.set_yscale("symlog", linthresh=0.5)
+    curves.set_ylim(top=min(curves.get_ylim()[1], FAR))
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.set(xlabel="step", ylabel="training loss less the untrained model's, mean over seeds")
     if by_size:
         ends.axhline(base["test_loss"], ls=":", color="black", label=NO_TRAINING)
@@ -535,6 +545,10 @@ def _exp(loss: float | None) -> float | None:
 
 def _spread(losses: list[float | None]) -> str:
     return "" if len(losses) == 1 or None in losses else f" ± {statistics.stdev(losses):.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _number(x: float | None, digits: int) -> str:
