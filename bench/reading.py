@@ -51,6 +51,15 @@ def tokens_of_text(tokenizer) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def text_without_repeats() -> str:
+    """The text with each paragraph once: topics share whole sections, so that parts of the text would not be apart."""
+    paragraphs = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n\n")
+    first = {}
+    for paragraph in paragraphs:
+        first.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(first.values())
+
+
 def check_length(most: int, prefix_rows: int) -> None:
     """`most` prefix rows leave enough of the text for the inputs."""
     if prefix_rows > most:

@@ -10,11 +10,24 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import accounting, approximation, attention, ceilings, convert, decode, demo, fit, record, scaling, sweep
+from . import (
+    accounting,
+    approximation,
+    attention,
+    ceilings,
+    convert,
+    decode,
+    demo,
+    finetune,
+    fit,
+    record,
+    scaling,
+    sweep,
+)  # fmt: skip
 
 # What made a record, by the first word of its name.
 _MODULES = {module.__name__.rpartition(".")[2]: module for module in (
-    accounting, approximation, attention, ceilings, convert, decode, demo, fit, scaling, sweep,
+    accounting, approximation, attention, ceilings, convert, decode, demo, finetune, fit, scaling, sweep,
 )}  # fmt: skip
 RESULTS = record.ROOT / "bench" / "results"
 

@@ -67,6 +67,24 @@ def test_decoder_keeps_its_model(small, tmp_path):
         decoder._keep(small, Tokenizer(), tmp_path / "file" / "model")
 
 
+def test_decoder_that_predicts(small, monkeypatch, tmp_path):
+    """The cached model has no head of its own: the decoder's is its embedding."""
+    transformers = reading.quiet_transformers()
+    config = transformers.LlamaConfig(**small.config.to_dict() | {"tie_word_embeddings": True})
+    model = transformers.LlamaModel(config)
+    model.load_state_dict(small.state_dict())
+    model.save_pretrained(tmp_path / decoder.MODEL)
+    monkeypatch.setenv("NTK_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(decoder, "package_folder", lambda *names: tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **source: Tokenizer())
+    found, tokenizer = decoder.language_model()
+    assert isinstance(tokenizer, Tokenizer) and not found.training
+    tokens = torch.randint(40, (1, 9))
+    with torch.no_grad():
+        expected = small(input_ids=tokens).last_hidden_state @ small.embed_tokens.weight.T
+        assert torch.allclose(found(input_ids=tokens).logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "sizes, message",
     [((1024, 4), "the text is long enough for 952 prefix rows, not for 1024"),
