@@ -246,20 +246,21 @@ def _cache_of(model, tokens: Tensor, start: int):
 
 # In a few dozen steps a mass that starts at the default of 1e-6 does not grow to where it counts.
 _MASS = 0.1
-_STEEP = (0.03, 0.1, 0.3)
 METHODS = {
-    "ntk-elu": Method("NTK, elu", _ntk("rank", feature_map="elu", init_mass=_MASS), _STEEP, "rank", ours=True),
+    "ntk-elu": Method("NTK, elu", _ntk("rank", feature_map="elu", init_mass=_MASS), (0.03, 0.1, 0.3), "rank",
+                      ours=True),
     "ntk-taylor1": Method("NTK, taylor1", _ntk("rank", feature_map="taylor1", init_mass=_MASS), (3e-3, 0.01, 0.03),
                           "rank", ours=True),
-    "ntk-rows": Method("NTK, rows", _ntk("num_rows", feature_map=None, init_mass=_MASS), _STEEP, "rows", ours=True),
+    "ntk-rows": Method("NTK, rows", _ntk("num_rows", feature_map=None, init_mass=_MASS), (0.1, 0.3, 1.0), "rows",
+                       ours=True),
     "ntk-rows-text": Method("NTK, rows, from text", _rows_from_text, (0.01, 0.03, 0.1), "rows", ours=True),
-    "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_from_text, (0.01, 0.03, 0.1), "rank",
+    "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_from_text, (3e-3, 0.01, 0.03), "rank",
                                ours=True),
-    "prefix": Method("prefix tuning (PEFT)", _prefix_tuning, _STEEP, "virtual tokens"),
+    "prefix": Method("prefix tuning (PEFT)", _prefix_tuning, (0.01, 0.03, 0.1), "virtual tokens"),
     "prefix-text": Method("prefix tuning (PEFT), from text", _prefix_tuning_from_text, (0.01, 0.03, 0.1),
                           "virtual tokens"),
     "lora": Method("LoRA (PEFT), query and value", _lora, (3e-3, 0.01, 0.03), "rank"),
-    "full": Method("the whole model", _whole_model, (3e-5, 1e-4, 3e-4), size=WHOLE),
+    "full": Method("the whole model", _whole_model, (1e-4, 3e-4, 1e-3), size=WHOLE),
 }  # fmt: skip
 
 
