@@ -5,7 +5,7 @@ import torch
 from cases import BF16, CAUSAL, F32, HALF, TAYLOR1, TAYLOR2, Case, make_inputs
 from oracle import check_case
 
-from ntk_kernels import ntk_attention
+from ntk_kernels import PrefixState, ntk_attention
 from ntk_kernels.backends import torch as torch_backend
 from ntk_kernels.backends import triton as triton_backend
 from ntk_kernels.kernels import configs, launch
@@ -31,6 +31,10 @@ TAKEN = [
     Case("centre_elu", "a mass of 0 at a weight that moves with the query", state={"centers": 1, "mass": "none"}),
     Case("bf16", "rounded once", dtype=BF16, seq_q=70, seq_k=70, options=CAUSAL),
     Case("huge", "logits of ±1000", magnitude=20.0, state={"centers": 1, "log_scale": True} | TAYLOR1),
+    Case("nothing", "neither a key nor mass: 0 and no gradient, whatever the weight", magnitude=20.0,
+         options=CAUSAL | {"causal_offset": -40}, state={"mass": "none", "centers": 1, "center_magnitude": 20.0}),
+    Case("no_key", "the prefix alone on some rows", options=CAUSAL | {"causal_offset": -9},
+         state={"centers": 1, "log_scale": True} | TAYLOR1),
     Case("state_for_none", "a batch row without a state", batch=3, state={"stack": 2}, state_index=(1, -1, 0)),
 ]  # fmt: skip
 
@@ -50,20 +54,23 @@ def test_against_the_reference(case, tile, launched, monkeypatch):
     assert ("_ntk_bwd_dq_kernel" in launched) != one_state
 
 
-def test_a_frozen_state_needs_the_query_gradient_alone(launched):
-    query, key, value, state, options = make_inputs(TAKEN[0])
+def test_each_gradient_alone_is_what_it_is_among_all(launched):
+    """A frozen state needs that of the query, a frozen model those of the state."""
+    query, key, value, state, options = make_inputs(TAKEN[2])
+    inputs = {"query": query} | state.tensors()
 
     def gradients(*names):
-        inputs = {"query": query, "z": state.z, "k": state.k}
-        inputs = {name: tensor.detach().requires_grad_(name in names) for name, tensor in inputs.items()}
-        other = type(state)(inputs["z"], inputs["k"], "elu")
-        out = ntk_attention(inputs["query"], key, value, other, **options, backend="torch")
-        return torch.autograd.grad(out.square().sum(), [inputs[name] for name in names])
+        leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in inputs.items()}
+        of_state = {name: leaf for name, leaf in leaves.items() if name != "query"}
+        other = PrefixState(**of_state, feature_map=state.feature_map)
+        out = ntk_attention(leaves["query"], key, value, other, **options, backend="torch")
+        return torch.autograd.grad(out.square().sum(), [leaves[name] for name in names])
 
-    everything = gradients("query", "z", "k")
-    for i, name in enumerate(("query", "z", "k")):
-        assert torch.equal(gradients(name)[0], everything[i]), name
-    assert launched.count("_prefix_pass_backward_kernel") == 4
+    everything = gradients(*inputs)
+    for name, expected in zip(inputs, everything, strict=True):
+        assert expected.any(), name
+        assert torch.equal(gradients(name)[0], expected), name
+    assert launched.count("_prefix_pass_backward_kernel") == 1 + len(inputs)
 
 
 def prepared(arch="sm90", **fields):
