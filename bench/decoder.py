@@ -58,24 +58,33 @@ def language_model():
     return _load(_folder(), "AutoModelForCausalLM")
 
 
-def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None) -> list[Layer]:
-    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk as what follows the prefix."""
+def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None, start: int = 0) -> list[Layer]:
+    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk as what follows the prefix.
+
+    The prefix has the positions from `start` on.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(RECORDED, _record_and_attend)
     AttentionMaskInterface.register(RECORDED, sdpa_mask)
+    before = model.config._attn_implementation
     model.set_attn_implementation(RECORDED)
     cache = DynamicCache(config=model.config)
     seen = {i: [] for i in layers}
+
+    def read_next(chunk: Tensor, **options) -> None:
+        positions = start + cache.get_seq_length() + torch.arange(len(chunk), device=chunk.device)
+        model(input_ids=chunk[None], position_ids=positions[None], past_key_values=cache, **options)
+        on_chunk()
+
     with torch.no_grad():
         for chunk in prefix.split(CHUNK):
-            model(input_ids=chunk[None], past_key_values=cache)
-            on_chunk()
+            read_next(chunk)
         for chunk in chunks:
-            model(input_ids=chunk[None], past_key_values=cache, seen=seen)
+            read_next(chunk, seen=seen)
             cache.crop(-len(chunk))
-            on_chunk()
+    model.set_attn_implementation(before)
     return [
         Layer(
             cache.layers[i].keys[0].contiguous(),

@@ -9,9 +9,13 @@ schedule: the learning rate rises over the first tenth of the steps and then fal
 the validation part from as many values for each method, with the first seed; losses are those on the test part. The
 range of these values, and the mass that prefixes of ours start with, were found with shorter runs on validation text.
 
+What starts "from text" starts as the keys and values of the first tokens of the training text (with each seed from
+another place on), as many as it has rows; "fitted to text" are as many rows that `prefix_to_state` fits to the keys and
+values of its first four sequences, on the 32 that follow.
+
 With `--ablation` the methods are feature maps by rank, whatever size that is. Records losses, the loss of each step,
 seconds of a step (measured in turns) and the memory that the first step takes beyond the model. Too long for
-`bench all`: about half an hour on two cores.
+`bench all`: more than an hour on two cores.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import itertools
 import math
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -30,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, prefix_to_state
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, prefix_to_state
 
 from . import decoder, plots, record, timing
 from .reading import text_without_repeats
@@ -43,15 +48,17 @@ _TASK = "CAUSAL_LM"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: `build(model, size, text)` gives `model` with what is to be trained, and may start from text.
+    """A way to fine-tune: `build(model, size, start)` gives `model` with what is to be trained.
 
-    `size` is fixed, or None: then the budget decides how many there are of what `counts` names.
+    It starts from what `start(model, size, text)` makes of text, or by default if that is None. `size` is fixed, or
+    None: then the budget decides how many there are of what `counts` names.
     """
 
     name: str
     build: Callable
     rates: tuple[float, ...]
     counts: str | None = None
+    start: Callable | None = None
     size: int | str | None = None
     ours: bool = False  # must work; others may fail
 
@@ -75,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"default: all, {' '.join(METHODS)}")  # fmt: skip
     parser.add_argument("--budget", type=record.positive(int), default=230_400, metavar="N",
                         help="trainable parameters (default: %(default)s, 20 virtual tokens)")  # fmt: skip
-    parser.add_argument("--steps", type=record.positive(int), default=24, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=record.positive(int), default=40, help="of training (default: %(default)s)")
     parser.add_argument("--batch", type=record.positive(int), default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=record.positive(int), default=128,
                         help="tokens of a sequence (default: %(default)s)")  # fmt: skip
@@ -92,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     console = Console()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
     try:
         model, tokenizer = decoder.language_model()
     except ModuleNotFoundError as error:
@@ -152,54 +160,67 @@ def split(tokens: Tensor, length: int, held_out: int) -> Parts:
 
 
 def _ntk(counts: str, **options) -> Callable:
-    """Ours, from next to no prefix."""
+    """Ours, which starts from states or from next to no prefix."""
 
-    def build(model, size, text):
+    def build(model, size, start):
         from peft import get_peft_model
 
         from ntk_kernels.integrations.peft import NTKConfig
 
         of_size = {} if size == WHOLE else {counts: size}
-        return get_peft_model(model, NTKConfig(**options, **of_size, task_type=_TASK))
+        model = get_peft_model(model, NTKConfig(**options, **of_size, task_type=_TASK))
+        if start is not None:
+            model.base_model.init_from_states(start)
+        return model
 
     return build
 
 
-def _rows_from_text(model, size, text):
-    """Ours, rows that start as the keys and values of text just before the input."""
-    from ntk_kernels.integrations.transformers import attention_shapes
-
-    cache = _cache_of(model, text[:size], -size)
-    states = {
-        name: PrefixState(keys=layer.keys[0], values=layer.values[0])
-        for name, layer in zip(attention_shapes(model), cache.layers, strict=True)
-    }
-    model = _ntk("num_rows", feature_map=None)(model, size, text)
-    model.base_model.init_from_states(states)
-    return model
+def _rows_of_text(model, size, text) -> dict[str, PrefixState]:
+    """The keys and values of text just before the input."""
+    cache = _cache_of(model, text.flatten()[:size], -size)
+    return _by_module(model, (PrefixState(keys=layer.keys[0], values=layer.values[0]) for layer in cache.layers))
 
 
-def _taylor1_from_text(model, size, text):
-    """Ours, from text just before the input: the first token, a sink of attention, stays a row; others make Z and k.
+def _rows_fitted_to_text(model, size, text) -> dict[str, PrefixState]:
+    """Rows that do for the text that follows what the keys and values of `_LONG` sequences just before it do."""
+    prefix, following = text[:_LONG].flatten(), text[_LONG : _LONG + _FITTED_ON]
+    layers = range(model.config.num_hidden_layers)
+
+    def states():
+        for layer in decoder.read(model, prefix, following, layers, start=-len(prefix)):
+            own = layer.query, layer.key, layer.value
+            attention = ntk_attention(*own, is_causal=True, return_lse=True)
+            yield prefix_to_state(
+                layer.prefix_key, layer.prefix_value, num_rows=size, query=layer.query, attention=attention
+            )
+
+    return _by_module(model, states())
+
+
+def _taylor1_of_text(model, size, text) -> dict[str, PrefixState]:
+    """Text just before the input: the first token, a sink of attention, stays a row; others make Z and k.
 
     The rank of such a Z is at most the number of tokens, so there are as many as the rank (as D, where Z is whole).
     """
-    from peft import get_peft_model
+    taken = _head_dim(model.config) if size == WHOLE else size
+    cache = _cache_of(model, text.flatten()[: 1 + taken], -1 - taken)
 
-    from ntk_kernels.integrations.peft import NTKConfig
+    def states():
+        for layer in cache.layers:
+            key, value = layer.keys[0], layer.values[0]
+            state = prefix_to_state(key[:, 1:], value[:, 1:], "taylor1", centers="mean")
+            state = replace(state, feature_scale=None)  # sqrt(scale), as it was
+            state = state if size == WHOLE else _factored(state, size)
+            yield state.merge(PrefixState(keys=key[:, :1], values=value[:, :1]))
+
+    return _by_module(model, states())
+
+
+def _by_module(model, states) -> dict[str, PrefixState]:
     from ntk_kernels.integrations.transformers import attention_shapes
 
-    shapes, states = attention_shapes(model), {}
-    taken = max(shape[1] for shape in shapes.values()) if size == WHOLE else size
-    cache = _cache_of(model, text[: 1 + taken], -1 - taken)
-    for name, layer in zip(shapes, cache.layers, strict=True):
-        key, value = layer.keys[0], layer.values[0]
-        state = prefix_to_state(key[:, 1:], value[:, 1:], "taylor1", centers="mean")
-        state = state if size == WHOLE else _factored(state, size)
-        states[name] = state.merge(PrefixState(keys=key[:, :1], values=value[:, :1]))
-    model = get_peft_model(model, NTKConfig.of_state(states[name], task_type=_TASK))
-    model.base_model.init_from_states(states)
-    return model
+    return dict(zip(attention_shapes(model), states, strict=True))
 
 
 def _factored(state: PrefixState, rank: int) -> PrefixState:
@@ -209,32 +230,33 @@ def _factored(state: PrefixState, rank: int) -> PrefixState:
     return replace(state, z=None, z_a=u[..., :rank] * root[..., None, :], z_b=root[..., None] * v[..., :rank, :])
 
 
-def _prefix_tuning(model, size, text):
-    """PEFT's, as it starts by default: random."""
-    from peft import PrefixTuningConfig, get_peft_model
+def _prefix_tuning(model, size, start):
+    """PEFT's, random as it starts by default, or from keys and values."""
+    from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
-    return get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=size, task_type=_TASK))
-
-
-def _prefix_tuning_from_text(model, size, text):
-    """PEFT's, from the keys and values of text. It counts the positions of the input from behind the prefix."""
-    from peft import initialize_kv_prefix_from_past_key_values
-
-    cache = _cache_of(model, text[:size], 0)
-    model = _prefix_tuning(model, size, text)
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    initialize_kv_prefix_from_past_key_values(model, past_key_values=pairs)
+    model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=size, task_type=_TASK))
+    if start is not None:
+        initialize_kv_prefix_from_past_key_values(model, past_key_values=start)
     return model
 
 
-def _lora(model, size, text):
+def _past_of_text(model, size, text) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of text. PEFT counts the positions of the input from behind the prefix."""
+    return [(layer.keys, layer.values) for layer in _cache_of(model, text.flatten()[:size], 0).layers]
+
+
+def _lora(model, size, start):
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=size, target_modules=["q_proj", "v_proj"], task_type=_TASK))
 
 
-def _whole_model(model, size, text):
+def _whole_model(model, size, start):
     return copy.deepcopy(model).requires_grad_(True)  # its parameters are those of the other methods too
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _cache_of(model, tokens: Tensor, start: int):
@@ -246,19 +268,23 @@ def _cache_of(model, tokens: Tensor, start: int):
 
 # In a few dozen steps a mass that starts at the default of 1e-6 does not grow to where it counts.
 _MASS = 0.1
+_LONG, _FITTED_ON = 4, 32  # sequences that rows are fitted to, and on
+_rows = _ntk("num_rows", feature_map=None, init_mass=_MASS)
+_taylor1_and_row = _ntk("rank", feature_map="taylor1", centers=1, log_scale=True, num_rows=1)
 METHODS = {
     "ntk-elu": Method("NTK, elu", _ntk("rank", feature_map="elu", init_mass=_MASS), (0.03, 0.1, 0.3), "rank",
                       ours=True),
     "ntk-taylor1": Method("NTK, taylor1", _ntk("rank", feature_map="taylor1", init_mass=_MASS), (3e-3, 0.01, 0.03),
                           "rank", ours=True),
-    "ntk-rows": Method("NTK, rows", _ntk("num_rows", feature_map=None, init_mass=_MASS), (0.1, 0.3, 1.0), "rows",
-                       ours=True),
-    "ntk-rows-text": Method("NTK, rows, from text", _rows_from_text, (0.01, 0.03, 0.1), "rows", ours=True),
-    "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_from_text, (3e-3, 0.01, 0.03), "rank",
-                               ours=True),
+    "ntk-rows": Method("NTK, rows", _rows, (0.1, 0.3, 1.0), "rows", ours=True),
+    "ntk-rows-text": Method("NTK, rows, from text", _rows, (0.01, 0.03, 0.1), "rows", _rows_of_text, ours=True),
+    "ntk-rows-fitted": Method("NTK, rows, fitted to text", _rows, (0.01, 0.03, 0.1), "rows", _rows_fitted_to_text,
+                              ours=True),
+    "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_and_row, (3e-3, 0.01, 0.03), "rank",
+                               _taylor1_of_text, ours=True),
     "prefix": Method("prefix tuning (PEFT)", _prefix_tuning, (0.01, 0.03, 0.1), "virtual tokens"),
-    "prefix-text": Method("prefix tuning (PEFT), from text", _prefix_tuning_from_text, (0.01, 0.03, 0.1),
-                          "virtual tokens"),
+    "prefix-text": Method("prefix tuning (PEFT), from text", _prefix_tuning, (0.01, 0.03, 0.1), "virtual tokens",
+                          _past_of_text),
     "lora": Method("LoRA (PEFT), query and value", _lora, (3e-3, 0.01, 0.03), "rank"),
     "full": Method("the whole model", _whole_model, (1e-4, 3e-4, 1e-3), size=WHOLE),
 }  # fmt: skip
@@ -266,7 +292,7 @@ METHODS = {
 
 def ablation(config, ranks: list[int]) -> list[Method]:
     """Feature maps by rank; the learning rates are those of the feature map."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     methods = []
     for feature_map in FEATURE_MAPS:
         rates = METHODS["ntk-elu" if feature_map == "elu" else "ntk-taylor1"].rates
@@ -274,7 +300,7 @@ def ablation(config, ranks: list[int]) -> list[Method]:
             rank = "Z in full" if size == WHOLE else f"s = {size}"
             name = f"{feature_map}, r = {feature_dim(feature_map, head_dim):,}, {rank}"
             build = _ntk("rank", feature_map=feature_map, init_mass=_MASS)
-            methods.append(Method(name, build, rates, "rank", size, ours=True))
+            methods.append(Method(name, build, rates, "rank", size=size, ours=True))
     return methods
 
 
@@ -285,6 +311,7 @@ class Comparison:
         self.model, self.parts, self.budget = model.requires_grad_(False), parts, arguments.budget
         self.steps, self.batch, self.seeds = arguments.steps, arguments.batch, range(arguments.seeds)
         self.device, self.is_ablation = arguments.device, arguments.ablation
+        self._starts = {}  # by method, size and seed
 
     def measure(self, methods: list[Method], progress: Progress) -> dict:
         """What `run` records."""
@@ -346,7 +373,7 @@ class Comparison:
         """What brings the trained parameters nearest to the budget, the smaller of two; they grow evenly with it."""
 
         def count(size):
-            return num_trained(self.build(method, size, 0))
+            return num_trained(self.build(method, size, None))
 
         first = count(1)
         size = max(1, 1 + math.ceil((self.budget - first) / (count(2) - first) - 0.5))
@@ -356,13 +383,21 @@ class Comparison:
                 return WHOLE
         return size
 
-    def build(self, method: Method, size: int | str, seed: int) -> nn.Module:
-        """A model that shares the parameters of the given one, with what the method trains."""
-        torch.manual_seed(seed)
+    def build(self, method: Method, size: int | str, seed: int | None) -> nn.Module:
+        """A model that shares the parameters of the given one, with what the method trains; None: not from text."""
+        start = None if method.start is None or seed is None else self._start(method, size, seed)
+        torch.manual_seed(seed or 0)
         shared = {id(tensor): tensor for tensor in self.model.parameters()}
-        train = self.parts.train
-        text = train.roll(-_order(len(train), seed)[0], dims=0).flatten()  # each seed starts elsewhere
-        return method.build(copy.deepcopy(self.model, shared), size, text)
+        return method.build(copy.deepcopy(self.model, shared), size, start)
+
+    def _start(self, method: Method, size: int | str, seed: int):
+        """What the method makes of text; for each seed it begins elsewhere."""
+        name = method.name, size, seed
+        if name not in self._starts:
+            train = self.parts.train
+            text = train.roll(-_order(len(train), seed)[0], dims=0)
+            self._starts[name] = method.start(self.model, size, text)
+        return self._starts[name]
 
     def train(self, method: Method, size, rate: float, seed: int, on_step) -> tuple[nn.Module, list[float]]:
         """The trained model, and the loss of every step before it was made."""

@@ -67,7 +67,7 @@ def test_every_method(tiny, tmp_path, capsys):
     # In 2 layers: 2 heads·D·2 a virtual token; 32 + 32 and 32 + 16 a rank of LoRA; 2 heads·17 a row.
     assert sizes["prefix tuning (PEFT)"] == sizes["prefix tuning (PEFT), from text"] == (10, 640)
     assert sizes["LoRA (PEFT), query and value"] == (3, 672)
-    assert sizes["NTK, rows"] == sizes["NTK, rows, from text"] == (9, 612)
+    assert sizes["NTK, rows"] == sizes["NTK, rows, from text"] == sizes["NTK, rows, fitted to text"] == (9, 612)
     assert sizes["NTK, elu"] == ("whole", 2 * 2 * (8 * 8 + 8))  # no Z is larger
     assert sizes["NTK, taylor1"] == ("whole", 2 * 2 * (9 * 8 + 9))
     assert sizes["the whole model"] == ("whole", sum(parameter.numel() for parameter in tiny.parameters()))
@@ -103,7 +103,7 @@ def test_sizes_are_the_nearest(tiny):
             if method.size is None and not (method.counts == "rank" and method.ours):
                 size = same.size_of(method)
                 counts = [
-                    finetune.num_trained(same.build(method, near, 0)) for near in (max(1, size - 1), size, size + 1)
+                    finetune.num_trained(same.build(method, near, None)) for near in (max(1, size - 1), size, size + 1)
                 ]
                 assert abs(counts[1] - budget) == min(abs(count - budget) for count in counts)
     elu = finetune.METHODS["ntk-elu"]
@@ -112,8 +112,8 @@ def test_sizes_are_the_nearest(tiny):
     assert comparison(tiny, budget=32 + 4 * 64).size_of(elu) == "whole"
 
 
-def test_starts(tiny):
-    """From text, both kinds of prefix are the model with that text before its input; ours starts as the model."""
+def test_starts_from_text(tiny):
+    """From text, both kinds of prefix are the model with that text before its input."""
     same = comparison(tiny)
     sequences = same.parts.test
     # With one token besides the row, the expansion around the mean key is exact.
@@ -125,9 +125,31 @@ def test_starts(tiny):
         expected = -log_p.gather(2, sequences[:, 1:, None]).mean().item()
         assert expected != pytest.approx(loss_of(tiny, sequences), rel=1e-3)
         assert loss_of(same.build(finetune.METHODS[name], size, 1), sequences) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_fitted_to_text(tiny):
+    """A few rows do what the model with four sequences before its input does."""
+    same = comparison(tiny)
+    sequences = same.parts.test
+    text = same.parts.train.roll(-finetune._order(len(same.parts.train), 1)[0], dims=0)[:4].flatten()
+    with torch.no_grad():
+        both = torch.cat([text.expand(len(sequences), -1), sequences], dim=1)
+        exact = tiny(input_ids=both).logits[:, len(text) :]
+        fitted = same.build(finetune.METHODS["ntk-rows-fitted"], 24, 1).eval()(input_ids=sequences).logits
+        without = tiny(input_ids=sequences).logits
+    assert tiny.config._attn_implementation == "sdpa"
+    assert (fitted - exact).norm() < 0.2 * (without - exact).norm()
+
+
+def test_factored():
     state = prefix_to_state(torch.randn(2, 4, 8), torch.randn(2, 4, 8), "taylor1")
     factored = finetune._factored(state, 4)
     assert torch.allclose(factored.z_a @ factored.z_b, state.z, atol=1e-5) and torch.equal(factored.k, state.k)
+
+
+def test_starts_as_the_model(tiny):
+    same = comparison(tiny)
+    sequences = same.parts.test
     started = same.build(finetune.METHODS["ntk-elu"], 2, 1)
     assert loss_of(started, sequences) == pytest.approx(loss_of(tiny, sequences), rel=1e-2)
 
@@ -168,7 +190,7 @@ def test_ablation(tmp_path, capsys):
 
 
 def test_what_fails_is_left_out(monkeypatch, tmp_path, capsys):
-    def fails(model, size, text):
+    def fails(model, size, start):
         raise KeyError("no such cache")
 
     monkeypatch.setitem(finetune.METHODS, "prefix", finetune.Method("prefix tuning (PEFT)", fails, (0.1,), "tokens"))
@@ -190,8 +212,8 @@ def test_losses_that_are_no_numbers(tiny, monkeypatch, tmp_path):
     """A learning rate that gives NaN is not chosen; if all do, the table and the record say so."""
     lora = finetune.METHODS["lora"]
     with Progress(disable=True) as progress:
-        one = finetune.Method("one", lora.build, (1e37, 1e-3), "rank", 1)
-        none = finetune.Method("none", lora.build, (1e37,), "rank", 1)
+        one = finetune.Method("one", lora.build, (1e37, 1e-3), "rank", size=1)
+        none = finetune.Method("none", lora.build, (1e37,), "rank", size=1)
         figures = comparison(tiny).measure([one, none], progress)
     one, none = figures["results"]
     assert one["validation_losses"][0] is None and one["rate"] == 1e-3
