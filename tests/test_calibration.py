@@ -93,6 +93,17 @@ def test_rows_by_gradient_are_the_default_and_the_best():
     assert sample.convert()[0].num_rows == 128
 
 
+@pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
+def test_least_squares_in_chunks(args, options, monkeypatch):
+    """However few queries are looked at together, the systems are the same."""
+    sample = Sample()
+    whole, _ = sample.convert(*args, **options, method="least_squares")
+    monkeypatch.setattr(least_squares, "_CHUNK_WEIGHTS", 700)
+    state, _ = sample.convert(*args, **options, method="least_squares")
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(getattr(state, name), tensor, rtol=1e-6, atol=1e-8)
+
+
 def test_a_descent_is_seeded():
     sample = Sample()
     first, same, other = (sample.convert(num_rows=8, seed=seed, return_report=False) for seed in (3, 3, 4))

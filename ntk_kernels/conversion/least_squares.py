@@ -13,10 +13,12 @@ then the values, which make up for the error of the mass where they can, as the 
 
 first without the denominator, which is near 1, for every candidate; then with it. Both stages are kept near the closed
 form by a ridge. Candidates are judged on queries that are held out. The closed form is one of them, so that on those
-queries the fit is never worse. Everything is in float64, as the systems are close to singular.
+queries the fit is never worse. Everything is in float64, as the systems are close to singular; their matrices are added
+up over chunks of the queries, so that memory grows with F², not with n·F.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 _LEAST_WEIGHT = 1e-3  # of a row, relative to the number of prefix rows that it stands for
 _LEAST_TOTAL = 1e-3  # of a query, where its errors are divided by it
 _MOST_ROUNDS = 30  # of holding rows at their least weight
+_CHUNK_WEIGHTS = 2**22  # numbers ψ held at a time
 
 
 class Terms(NamedTuple):
@@ -89,7 +92,9 @@ def fit_state(
     )  # fmt: skip
     check_enough(targets, k.shape[1], f"{k.shape[1]:,} features and rows")
     fitted, held_out = targets.first(targets.num_fitted), targets.from_(targets.num_fitted)
-    best = [_fit_head(fitted, held_out, terms, head, z[head], k[head]) for head in range(heads)]
+    best = [
+        _fit_head(_Head(terms, head, fitted), _Head(terms, head, held_out), z[head], k[head]) for head in range(heads)
+    ]
     z, k = (torch.stack([head[i] for head in best]) for i in (1, 2))
     if state.k is not None:
         num_features = state.k[0].numel()
@@ -107,67 +112,93 @@ def fit_state(
     return PrefixState(**parts), [head[0] for head in best]
 
 
-def _fit_head(fitted: Targets, held_out: Targets, terms: Terms, head: int, z: Tensor, k: Tensor):
+class _Head(NamedTuple):
+    """What is fitted, of one head: `targets` of its queries, of which the weights are made chunk by chunk."""
+
+    terms: Terms
+    head: int
+    targets: Targets
+
+    def chunks(self, num_terms: int) -> Iterator[tuple[Tensor, ...]]:
+        """ψ [c, F], and of the same queries ρ [c], ρ·p, (1 − ρ)·a and o [c, Dv]."""
+        size = max(1, _CHUNK_WEIGHTS // num_terms)
+        for query, lse, *others in zip(*(tensor[self.head].split(size) for tensor in self.targets), strict=True):
+            share, of_prefix, of_input = others
+            yield self.terms.weights(self.head, query, lse), share, of_prefix, of_input, of_prefix + of_input
+
+    def mass(self, weights: Tensor, k: Tensor) -> Tensor:
+        """[..., c] of k [..., F]. The op cuts the mass of the features off at 0 before it adds that of the rows."""
+        num_features = k.shape[-1] - (0 if self.terms.rows is None else self.terms.rows.shape[1])
+        of_features, of_rows = (
+            k[..., part] @ weights[:, part].mT for part in (slice(num_features), slice(num_features, None))
+        )
+        return of_rows + of_features.clamp(min=0)
+
+    def errors(self, candidates) -> list[float]:
+        """Relative errors of the outputs that these (ridge, z, k) give."""
+        squares, exact = [0.0] * len(candidates), 0.0
+        for weights, share, _, of_input, out in self.chunks(len(candidates[0][2])):
+            exact += out.square().sum().item()
+            for i, (_, z, k) in enumerate(candidates):
+                total = (1 - share + self.mass(weights, k)).clamp(min=TINY)
+                squares[i] += ((of_input + weights @ z) / total[:, None] - out).square().sum().item()
+        return [math.sqrt(square / max(exact, TINY)) for square in squares]
+
+
+def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     """(ridge, z, k) of the candidate with the least error on the held-out queries."""
-    num_rows = 0 if terms.rows is None else terms.rows.shape[1]
-    of_rows = slice(len(k) - num_rows, None)
-
-    def mass_of(weights, k):
-        """The op cuts the mass of the features off at 0 before it adds that of the rows."""
-        rows = weights[:, of_rows] @ k[of_rows]
-        return rows + (weights[:, : len(k) - num_rows] @ k[: len(k) - num_rows]).clamp(min=0)
-
-    share, of_prefix, out = fitted.share[head], fitted.of_prefix[head], fitted.out[head]
-    weights = terms.weights(head, fitted.query[head], fitted.lse[head])
-    unseen = terms.weights(head, held_out.query[head], held_out.lse[head])
-    candidates = [(None, z, k)]
-
-    def best():
-        errors = [relative_error(held_out, head, mass_of(unseen, k), unseen @ z) for _, z, k in candidates]
-        return candidates[min(range(len(errors)), key=lambda i: math.inf if math.isnan(errors[i]) else errors[i])]
-
+    num_terms, num_rows = len(k), 0 if fitted.terms.rows is None else fitted.terms.rows.shape[1]
     # Beside rows the features keep their mass: rows only add to it, and what falls below 0 would be cut off.
-    free = of_rows if num_rows else slice(None)
+    free = slice(num_terms - num_rows, None) if num_rows else slice(None)
     bound = torch.full_like(k[free], _LEAST_WEIGHT if num_rows else -torch.inf)
-    matrix, scale = _gram(weights[:, free])
-    side = scale * (weights[:, free].mT @ (share - mass_of(weights, k)))
-    fitted_k = {}
-    for ridge in _RIDGES:
-        step = scale * _solve_bounded(_ridged(matrix, ridge), side, (bound - k[free]) / scale)
-        fitted_k[ridge] = k.clone()
-        fitted_k[ridge][free] = torch.maximum(k[free] + step, bound)
+    gram, side = k.new_zeros(num_terms, num_terms), torch.zeros_like(k)
+    for weights, share, *_ in fitted.chunks(num_terms):
+        gram += weights.mT @ weights
+        side += weights.mT @ (share - fitted.mass(weights, k))
+    matrix, scale = _scaled(gram[free, free])
+    fitted_k = k.expand(len(_RIDGES), -1).clone()
+    for new_k, ridge in zip(fitted_k, _RIDGES, strict=True):
+        step = scale * _solve_bounded(_ridged(matrix, ridge), scale * side[free], (bound - k[free]) / scale)
+        new_k[free] = torch.maximum(k[free] + step, bound)
 
-    def residual(k):
-        return of_prefix - weights @ z + out * (mass_of(weights, k) - share)[:, None]
+    def residual(weights, share, of_prefix, out, k):
+        """[..., c, Dv] of k [..., F]."""
+        return of_prefix - weights @ z + out * (fitted.mass(weights, k) - share)[..., None]
 
-    matrix, scale = _gram(weights)
-    for ridge, new_k in fitted_k.items():
-        candidates.append((ridge, z + _values(matrix, scale, weights, residual(new_k), ridge), new_k))
+    matrix, scale = _scaled(gram)
+    sides = z.new_zeros(len(_RIDGES), *z.shape)
+    for weights, share, of_prefix, _, out in fitted.chunks(num_terms):
+        sides += weights.mT @ residual(weights, share, of_prefix, out, fitted_k)
+    candidates = [(None, z, k)]
+    for ridge, side, new_k in zip(_RIDGES, sides, fitted_k, strict=True):
+        candidates.append((ridge, z + _step(matrix, scale, side, ridge), new_k))
+    errors = held_out.errors(candidates)
     # Once more for the best k and that of the closed form, to all orders: each query's error over its total mass.
-    for new_k in (best()[2], k):
-        factor = 1 / (1 - share + mass_of(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
-        matrix, scale = _gram(weights * factor)
-        for ridge in _RIDGES:
-            step = _values(matrix, scale, weights * factor, residual(new_k) * factor, ridge)
-            candidates.append((ridge, z + step, new_k))
-    return best()
+    again = []
+    for new_k in (candidates[_least(errors)][2], k):
+        gram, side = torch.zeros_like(gram), torch.zeros_like(z)
+        for weights, share, of_prefix, _, out in fitted.chunks(num_terms):
+            factor = 1 / (1 - share + fitted.mass(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
+            gram += (weights * factor).mT @ (weights * factor)
+            side += weights.mT @ (residual(weights, share, of_prefix, out, new_k) * factor.square())
+        matrix, scale = _scaled(gram)
+        again += [(ridge, z + _step(matrix, scale, side, ridge), new_k) for ridge in _RIDGES]
+    errors += held_out.errors(again)
+    return (candidates + again)[_least(errors)]
 
 
-def _values(matrix: Tensor, scale: Tensor, weights: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """What to add to Z to make up for the residual [n, Dv]."""
-    return scale[:, None] * _solve(_ridged(matrix, ridge), scale[:, None] * (weights.mT @ residual))
+def _least(errors: list[float]) -> int:
+    """Where the least one is; NaN is none."""
+    return min(range(len(errors)), key=lambda i: math.inf if math.isnan(errors[i]) else errors[i])
 
 
-def relative_error(targets: Targets, head: int, mass: Tensor, numerator: Tensor) -> float:
-    """Of the output that these give."""
-    out = (targets.of_input[head] + numerator) / (1 - targets.share[head] + mass).clamp(min=TINY)[:, None]
-    exact = targets.out[head]
-    return ((out - exact).norm() / exact.norm().clamp(min=TINY)).item()
+def _step(matrix: Tensor, scale: Tensor, side: Tensor, ridge: float) -> Tensor:
+    """What to add to Z [F, Dv], from the system scaled by `scale` and the right side Ψᵀ·residual."""
+    return scale[:, None] * _solve(_ridged(matrix, ridge), scale[:, None] * side)
 
 
-def _gram(weights: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Ψᵀ·Ψ scaled to ones on its diagonal, and that scale [F] of the unknowns."""
-    gram = weights.mT @ weights
     scale = gram.diagonal().clamp(min=TINY).rsqrt()
     return gram * scale[:, None] * scale, scale
 
