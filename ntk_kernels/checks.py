@@ -130,8 +130,8 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
 def check_window(window) -> None:
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise TypeError(f"`window` must be a pair (left, right) of ints, -1 for unbounded, got {window!r}")
-    for side in window:
-        check_int("window", side, minimum=-1)
+    for i, side in enumerate(window):
+        check_int(f"window[{i}]", side, minimum=-1)
 
 
 def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_index: Tensor | None, batch: int) -> None:
@@ -142,14 +142,21 @@ def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_ind
     if state.num_heads not in (num_heads, num_kv_heads):
         raise ValueError(
             f"`state` must have Hq={num_heads} or Hkv={num_kv_heads} heads, one for each head of `query` or of "
-            f"`key`, got {state.num_heads}"
+            f"`key` (tensors are [B, H, L, D]), got {state.num_heads}"
         )
     for name, got, want, whose in (
         ("D", state.head_dim, query.shape[3], "query"),
         ("Dv", state.value_dim, value.shape[3], "value"),
     ):
         if got != want:
-            raise ValueError(f"`state` must have the head dimension {name}={want} of `{whose}`, got {name}={got}")
+            features = (
+                f" ({state.k.shape[-1]} features of {state.feature_map})"
+                if whose == "query" and state.k is not None
+                else ""
+            )
+            raise ValueError(
+                f"`state` must have the head dimension {name}={want} of `{whose}`, got {name}={got}{features}"
+            )
     if state_index is None:
         if state.is_stack:
             raise ValueError(

@@ -97,7 +97,7 @@ def prefix_to_state(
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
     checks.check_finite("feature_scale", feature_scale, positive=True)
     checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
-    _check_error(error, feature_map, num_rows, method)
+    _check_error(error, feature_map, num_rows, query, method)
     if feature_map is None and num_rows is None:
         feature_map, num_rows = ("taylor1", 0) if query is None else (None, _NUM_ROWS)
     num_rows = 0 if num_rows is None else num_rows
@@ -158,14 +158,18 @@ def _check_terms(feature_map, centers, num_rows, keep, num_keys, method) -> None
         )
 
 
-def _check_error(error, feature_map, num_rows, method) -> None:
+def _check_error(error, feature_map, num_rows, query, method) -> None:
     if error is None:
         return
     checks.check_finite("error", error, positive=True)
-    if method != "gradient" or feature_map is not None or num_rows is not None:
-        raise ValueError(
-            "`error` must come with `query`, method='gradient' and without `feature_map` and `num_rows`, which it finds"
-        )
+    if error >= 1:
+        raise ValueError(f"`error` must be less than 1, the error of giving 0, got {error}")
+    if query is None or method != "gradient":
+        missing = "`query`, got None" if query is None else f"method='gradient', got {method!r}"
+        raise ValueError(f"`error` must come with {missing}")
+    for name, value in (("feature_map", feature_map), ("num_rows", num_rows)):
+        if value is not None:
+            raise ValueError(f"`{name}` must be None with `error`, which finds the number of rows, got {value!r}")
 
 
 def _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report) -> None:

@@ -33,7 +33,8 @@ def ntk_attention_decode(
     """`ntk_attention` of the last 1 to 16 tokens of each sequence, whose keys are in a cache already.
 
     What is in the cache of batch row b are the keys of the tokens 0 to cache_seqlens[b] - 1; the queries are those of
-    the last Lq of them. Query i has its diagonal at key cache_seqlens[b] - Lq + i.
+    the last Lq of them. Query i has its diagonal at key cache_seqlens[b] - Lq + i; where that is before the first key,
+    it sees the prefix alone.
 
     On GPUs the keys of a sequence are divided among several programs if the batch alone does not keep the device busy.
     Lengths, block table and state index are read on the device: after one call, which compiles, a call can be captured

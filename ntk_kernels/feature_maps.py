@@ -8,11 +8,16 @@ import math
 import torch
 from torch import Tensor
 
+from . import checks
+
 FEATURE_MAPS = ("elu", "taylor1", "taylor2")
 
 
 def feature_dim(feature_map: str, head_dim: int) -> int:
     """Number r of features that `feature_map` has at head dimension D: D, 1 + D or 1 + D + D(D+1)/2."""
+    checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
+    if head_dim < 1:
+        raise ValueError(f"`head_dim` must be at least 1, got {head_dim}")
     return {"elu": head_dim, "taylor1": 1 + head_dim, "taylor2": 1 + head_dim + head_dim * (head_dim + 1) // 2}[
         feature_map
     ]

@@ -352,7 +352,11 @@ def refused():
         "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
         "lse": ({"attention": (attention[0], attention[1][..., :3])}, "`attention[1]` must have shape [B=4, Hq=4, L=64], got [4, 4, 3]"),
         "error": ({"error": 0.0}, "`error` must be positive, got 0.0"),
-        "error and rows": ({"error": 0.1, "num_rows": 3}, "`error` must come with `query`, method='gradient' and without `feature_map` and `num_rows`, which it finds"),
+        "error in percent": ({"error": 5.0}, "`error` must be less than 1, the error of giving 0, got 5.0"),
+        "error without queries": ({"error": 0.1, "query": None, "attention": None, "return_report": False}, "`error` must come with `query`, got None"),
+        "error of a method": ({"error": 0.1, "method": "least_squares"}, "`error` must come with method='gradient', got 'least_squares'"),
+        "error and rows": ({"error": 0.1, "num_rows": 3}, "`num_rows` must be None with `error`, which finds the number of rows, got 3"),
+        "error of features": ({"error": 0.1, "feature_map": "elu"}, "`feature_map` must be None with `error`, which finds the number of rows, got 'elu'"),
         "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
     }  # fmt: skip
 

@@ -38,3 +38,10 @@ def test_head_dim_of_inverts_feature_dim(feature_map):
     dims = {feature_dim(feature_map, head_dim): head_dim for head_dim in range(1, 300)}
     for r in range(max(dims) + 1 if feature_map == "taylor2" else 299):
         assert head_dim_of(feature_map, r) == dims.get(r)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="`feature_map` must be one of 'elu', 'taylor1', 'taylor2', got 'taylor3'"):
+        feature_dim("taylor3", 64)
+    with pytest.raises(ValueError, match="`head_dim` must be at least 1, got 0"):
+        feature_dim("elu", 0)

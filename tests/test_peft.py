@@ -32,7 +32,7 @@ from peft_cases import (
 )
 from safetensors.torch import load_file
 
-from ntk_kernels import prefix_to_state
+from ntk_kernels import PrefixState, prefix_to_state
 from ntk_kernels.integrations.peft import NTKConfig
 from ntk_kernels.integrations.transformers import attach_prefix, attention_shapes
 
@@ -193,6 +193,8 @@ def test_states_that_are_refused():
     assert snapshot(model) == before
     with pytest.raises(TypeError, match="`state` must be a PrefixState, got dict"):
         NTKConfig.of_state(states)
+    with pytest.raises(ValueError, match="`state` must be one state, got a stack of 2"):
+        NTKConfig.of_state(PrefixState.stack([states[names[0]]] * 2))
 
 
 # Taking adapters out of use, and away ----------------------------------------------------------------------------

@@ -623,6 +623,7 @@ def snapshot(model):
         ({"rank": 0}, ValueError, "`rank` must be at least 1, got 0"),
         ({"modules": "mlp"}, ValueError, r"`modules` must match a name of `model.layers.0.self_attn`, .*, got 'mlp'"),
         ({"modules": 3}, TypeError, "`modules` must be a regular expression, got int"),
+        ({"modules": "("}, ValueError, r"`modules` must be a regular expression, got '\(': missing \)"),
         ({"freeze": 1}, TypeError, "`freeze` must be a bool, got int"),
         ({"prefixes": []}, TypeError, r"`prefixes` must be a mapping from names of modules to prefixes, got \[\]"),
         ({"prefixes": {"x": NTKPrefix(2, 8)}}, ValueError, "`prefixes` must be for attention modules of the model, .*, got 'x'"),

@@ -196,7 +196,10 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
         return found
     if not isinstance(pattern, str):
         raise TypeError(f"`modules` must be a regular expression, got {type(pattern).__name__}")
-    matching = {name: module for name, module in found.items() if re.search(pattern, name)}
+    try:
+        matching = {name: module for name, module in found.items() if re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"`modules` must be a regular expression, got {pattern!r}: {error}") from error
     if not matching:
         raise ValueError(f"`modules` must match a name of {_some(found)}, got {pattern!r}")
     return matching

@@ -111,6 +111,8 @@ class NTKConfig(PeftConfig):
         """
         if not isinstance(state, PrefixState):
             raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
+        if state.is_stack:
+            raise ValueError(f"`state` must be one state, got a stack of {state.num_states}")
         return cls(
             feature_map=state.feature_map,
             rank=state.rank,
