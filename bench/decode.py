@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
                 at_m = timing.measure(functions, arguments.device, seconds=arguments.seconds)
                 for name, result in at_m.items():
                     result["peak_bytes"] = timing.peak_bytes(functions[name], arguments.device)
+                    if torch.device(arguments.device).type == "cuda":
+                        result["host_us"] = timing.host_time(functions[name], arguments.device)
                 times.append(at_m)
             progress.advance(task)
     lengths = [m for m in lengths if m not in left_out]

@@ -1,7 +1,8 @@
-"""For maintainers: writes the recorded figures into README.md and into a page for each device, and draws their plots.
+"""For maintainers: writes the recorded figures into README.md, docs/ and a page for each device, and draws their plots.
 
-README gets the tables between its markers, <!-- device/record --> and <!-- end -->; the page of a device,
-bench/results/<device>/README.md, has all its tables and plots. Everything comes from the JSON of the records.
+README and docs/ get the tables between their markers, <!-- device/record --> and <!-- end -->, or of them the rows that
+a marker lists: <!-- device/record | row | row -->. The page of a device, bench/results/<device>/README.md, has all its
+tables and plots. Everything comes from the JSON of the records.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pages = {record.ROOT / "README.md": with_figures((record.ROOT / "README.md").read_text(encoding="utf-8"))}
+    written = [record.ROOT / "README.md", *sorted((record.ROOT / "docs").glob("*.md"))]
+    pages = {path: with_figures(path.read_text(encoding="utf-8")) for path in written}
     pages |= {folder / "README.md": page_of(folder) for folder in sorted(RESULTS.iterdir())}
     old = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if arguments.check:
@@ -53,9 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def with_figures(text: str) -> str:
-    """README with every part between <!-- device/record --> and <!-- end --> taken from that record."""
-    marked = r"(<!-- ([\w-]+/[\w-]+) -->\n).*?(<!-- end -->)"
-    return re.sub(marked, lambda m: m[1] + tables(RESULTS / m[2]) + m[3], text, flags=re.S)
+    """A page with every part between markers taken from the record."""
+    marked = r"(<!-- ([\w-]+/[\w-]+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end -->)"
+    return re.sub(marked, lambda m: m[1] + tables(RESULTS / m[2], m[3].split(" | ")[1:]) + m[4], text, flags=re.S)
 
 
 def page_of(folder: Path) -> str:
@@ -71,11 +73,11 @@ def page_of(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def tables(path: Path) -> str:
-    """The tables of a record as markdown, and what is to be said about them."""
+def tables(path: Path, rows=()) -> str:
+    """The tables of a record as markdown, and what is to be said about them; or only rows that begin so."""
     module, figures = _module(path), record.load(path)
-    parts = [markdown(table) for table in module.tables_of(figures)]
-    if hasattr(module, "notes_of") and (notes := module.notes_of(figures)):
+    parts = [markdown(table, rows) for table in module.tables_of(figures)]
+    if not rows and hasattr(module, "notes_of") and (notes := module.notes_of(figures)):
         parts.append("\n".join(f"- {note}" for note in notes) + "\n")
     return "\n".join(parts)
 
@@ -94,10 +96,12 @@ def _module(path: Path):
     return _MODULES[name]
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Table, rows=()) -> str:
     """Its title, then GitHub's table syntax."""
-    columns = [[column.header, *column.cells] for column in table.columns]
-    rows = list(zip(*columns, strict=True))
-    marks = ["---" if i == 0 else "---:" for i in range(len(columns))]
-    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:])]
+    header, *cells = zip(*([column.header, *column.cells] for column in table.columns), strict=True)
+    if missing := set(rows) - {row[0] for row in cells}:
+        raise ValueError(f"a table must have the rows that a marker lists, got none for {sorted(missing)}")
+    cells = [row for row in cells if not rows or row[0] in rows]
+    marks = ["---" if i == 0 else "---:" for i in range(len(header))]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, marks, *cells)]
     return "\n".join([f"{table.title}:", "", *lines, ""])

@@ -1,11 +1,55 @@
-"""The pages in docs/ keep their promises: every example runs."""
+"""README and the pages in docs/ keep their promises: files exist, figures are the recorded ones, examples run."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from bench import report
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@each_page
+def test_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:ntk_kernels|reference|tests|bench|docs)/[\w/.]*)`", text):
+        assert path == "bench/out/" or (ROOT / path).exists(), path  # which the benchmarks make
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+
+
+@each_page
+def test_links_within_pages(page):
+    """To headings, as GitHub names them."""
+    for link, heading in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", page.read_text(encoding="utf-8")):
+        target = (page.parent / link if link else page).read_text(encoding="utf-8")
+        headings = [
+            re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", target, re.M)
+        ]
+        assert heading in headings, heading
+
+
+def test_figures_are_the_recorded_ones():
+    marked = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert report.with_figures(text) == text
+        assert text.count("<!-- end -->") == len(re.findall(r"<!-- [\w-]+/", text))
+        marked += text.count("<!-- end -->")
+    assert marked > 3
+
+
+def test_rows_of_a_table():
+    """A marker may list rows; one that is not there is an error."""
+    record = "nvidia-h200/attention-d128"
+    text = report.with_figures(f"<!-- {record} | SDPA, no prefix | ours, torch backend -->\n<!-- end -->")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| SDPA, no prefix", "| ours, torch backend"]
+    with pytest.raises(ValueError, match=r"the rows that a marker lists, got none for \['theirs'\]"):
+        report.with_figures(f"<!-- {record} | SDPA, no prefix | theirs -->\n<!-- end -->")
 
 
 def run_examples(page):
@@ -15,6 +59,12 @@ def run_examples(page):
     for example in examples:
         exec(example, names)  # the page's own code
     return len(examples), names
+
+
+def test_guide():
+    count, names = run_examples("guide.md")
+    assert count == 1
+    assert names["state"].num_rows == 128
 
 
 def test_transformers():

@@ -1,39 +1,19 @@
-"""README keeps its promises: the example runs, the files exist, the figures are the recorded ones."""
+"""README keeps its promises: the example runs, the commands are there for .ci/run."""
 
 import re
-import textwrap
 from pathlib import Path
 
-from bench import report
-
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_examples_run(capsys):
-    """One after the other, with the names of those before."""
-    examples = re.findall(r"^ *```python\n(.*?)```", README, flags=re.S | re.M)
-    assert len(examples) == 2
+def test_example_runs(capsys):
+    (example,) = re.findall(r"^```python\n(.*?)```", README, flags=re.S | re.M)
     names = {}
-    for example in examples:
-        exec(textwrap.dedent(example), names)  # README's own code
+    exec(example, names)  # README's own code
     assert names["out"].shape == (2, 8, 256, 64)
-    assert names["z"].grad.abs().sum() > 0
-    assert names["k"].grad.abs().sum() > 0
-    assert "128 rows a head" in capsys.readouterr().out
-
-
-def test_files_exist():
-    paths = re.findall(r"`((?:ntk_kernels|reference|tests|bench)/[\w/.]*)`", README)
-    paths += re.findall(r"\]\(((?:bench|docs)/[^)]*)\)", README)
-    assert len(paths) > 10
-    for path in paths:
-        assert path == "bench/out/" or (ROOT / path).exists(), path  # which the benchmarks make
-
-
-def test_figures_are_the_recorded_ones():
-    assert report.with_figures(README) == README
-    assert len(re.findall("<!-- end -->", README)) == len(re.findall(r"<!-- [\w-]+/", README)) > 3
+    assert names["token"].shape == (2, 8, 1, 64)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in names["prefix"].parameters())
+    assert "32 rows a head" in capsys.readouterr().out
 
 
 def test_commands_are_whole_lines():
