@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .backends.sums import nearest_centers
 from .conversion.closed_form import state_of_sums
 from .dispatch import sums_backend
 from .feature_maps import FEATURE_MAPS, feature_dim
 from .state import PrefixState
 
-_NO_ROWS = 1e-6  # a sum of weights that is nothing but rounding
+_ROUNDING = 1e-12  # of a sum of weights in float64, relative to the sum of what was added and taken away
 
 
 class PrefixAccumulator:
@@ -94,6 +95,7 @@ class PrefixAccumulator:
         self._z, self._k, self._count = (
             torch.zeros(*self._lead, num_centers, *size, dtype=torch.float64, device=device) for size in sizes
         )
+        self._turnover = torch.zeros(*self._lead, 1, dtype=torch.float64, device=device)  # Σ|w| of all centres
 
     @property
     def count(self) -> Tensor:
@@ -137,17 +139,26 @@ class PrefixAccumulator:
         if rows == 0:
             return
         if self._follows_mean and not self._count.any():
-            self._centers = prefix_key.double().mean(-2, keepdim=True).float()
+            self._move_to(prefix_key.double().mean(-2, keepdim=True).float())
         sums_dtype = torch.promote_types(prefix_key.dtype, torch.float32)
         if sign < 0:
             weights = -(prefix_key.new_ones(prefix_key.shape[:-1]) if weights is None else weights)
         keys, values = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
-        sums = ops.sum_features(
-            keys, values, None if weights is None else weights.to(sums_dtype).flatten(0, -2),
-            None if self._centers is None else self._centers.to(sums_dtype).flatten(0, -3), self._feature_map,
+        weights = None if weights is None else weights.flatten(0, -2)
+        centers = None if self._centers is None else self._centers.to(sums_dtype).flatten(0, -3)
+        z, k, count = ops.sum_features(
+            keys, values, None if weights is None else weights.to(sums_dtype), centers, self._feature_map,
             self._key_scale, sums_backend(keys, values),
         )  # fmt: skip
-        for total, part in zip((self._z, self._k, self._count), sums, strict=True):
+        turnover = keys.new_full((len(keys),), rows, dtype=torch.float64)
+        if weights is not None:
+            # The op's sums of weights are rounded to float32: too coarse to see that all has been taken away again.
+            weights, turnover = weights.double(), weights.double().abs().sum(-1)
+            heads = torch.arange(len(keys), device=keys.device)[:, None].expand(-1, rows)
+            nearest = nearest_centers(keys, centers) if count.shape[1] > 1 else torch.zeros_like(heads)
+            count = torch.zeros_like(count, dtype=torch.float64)
+            count.index_put_((heads, nearest), weights, accumulate=True)  # in a fixed order, on GPUs too
+        for total, part in zip(self._totals(), (z, k, count, turnover), strict=True):
             total += part.reshape(total.shape)
 
     @torch.no_grad()
@@ -163,9 +174,9 @@ class PrefixAccumulator:
         if not self._follows_mean and self._centers is not None and not torch.equal(self._centers, other._centers):
             raise ValueError("`other` must have the centers of this accumulator, got other ones")
         if self._follows_mean and not self._count.any():
-            self._centers = other._centers
-        for total, part in zip((self._z, self._k, self._count), (*other._around(self._centers), other._count),
-                               strict=True):  # fmt: skip
+            self._move_to(other._centers)
+        of_other = (*other._around(self._centers), *other._totals()[2:])
+        for total, part in zip(self._totals(), of_other, strict=True):
             total += part
         return self
 
@@ -182,27 +193,26 @@ class PrefixAccumulator:
             rows = self._sum_of_keys()
             for tensor in (rows, count := self._count.clone()):
                 distributed.all_reduce(tensor, group=group)
-            center = self._mean_key(rows, count).float()
-            self._z, self._k = self._around(center)
-            self._centers = center
+            distributed.all_reduce(turnover := self._turnover.clone(), group=group)
+            self._move_to(_mean_key(rows, count, turnover).float())
         elif self._centers is not None:
             extremes = torch.stack([self._centers, -self._centers])
             distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
             if not torch.equal(extremes[0], -extremes[1]):
                 raise ValueError("`centers` must be the same in all processes of the group, got different ones")
-        for tensor in (self._z, self._k, self._count):
+        for tensor in self._totals():
             distributed.all_reduce(tensor, group=group)
         return self
 
     @torch.no_grad()
     def state(self, dtype: torch.dtype = torch.float32) -> PrefixState:
         """The state of all rows so far, as `prefix_to_state` gives it in closed form."""
-        if (self._count < -_NO_ROWS).any():
+        if (self._count < -_ROUNDING * self._turnover).any():
             raise ValueError(f"`subtract` must take away what was added, got {self._count.min():g} rows of a centre")
-        count = self._count.where(self._count > _NO_ROWS, 0)
+        count = self._count.where(self._count > _ROUNDING * self._turnover, 0)
         centers = self._centers
         if self._follows_mean:  # rounded before the sums are moved there
-            centers = self._mean_key(self._sum_of_keys(), count)
+            centers = _mean_key(self._sum_of_keys(), count, self._turnover)
         centers = None if centers is None else centers.to(dtype)
         z, k = self._around(centers)
         if centers is None:
@@ -225,9 +235,13 @@ class PrefixAccumulator:
         linear = self._k[..., 1 : 1 + self._head_dim]
         return linear / self._key_scale + self._count.unsqueeze(-1) * self._centers
 
-    @staticmethod
-    def _mean_key(sum_of_keys: Tensor, count: Tensor) -> Tensor:
-        return (sum_of_keys / count.unsqueeze(-1)).where(count.unsqueeze(-1) > _NO_ROWS, 0)
+    def _totals(self) -> tuple[Tensor, ...]:
+        return self._z, self._k, self._count, self._turnover
+
+    def _move_to(self, centers: Tensor) -> None:
+        """Sums around the mean so far become sums around these centres."""
+        self._z, self._k = self._around(centers)
+        self._centers = centers
 
     def _around(self, centers: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and k as they would be had all been added around these centres."""
@@ -237,6 +251,11 @@ class PrefixAccumulator:
         both = torch.cat([self._z, self._k.unsqueeze(-1)], dim=-1).squeeze(-3)
         both = _moved(both, move.unsqueeze(-1), self._feature_map).unsqueeze(-3)
         return both[..., :-1].contiguous(), both[..., -1].contiguous()  # all_reduce needs it
+
+
+def _mean_key(sum_of_keys: Tensor, count: Tensor, turnover: Tensor) -> Tensor:
+    """[..., 1, D]; 0 where no rows are left."""
+    return (sum_of_keys / count.unsqueeze(-1)).where((count > _ROUNDING * turnover).unsqueeze(-1), 0)
 
 
 def _moved(sums: Tensor, move: Tensor, feature_map: str) -> Tensor:

@@ -54,8 +54,8 @@ def ntk_attention(
         softcap: scores become softcap · tanh(scores / softcap), before the mask. Not applied to the prefix.
         causal_offset: row i has its diagonal at key i + causal_offset; default Lk - Lq.
         key_start, key_stop: [B] int, the first visible key of each batch row and the end of its visible keys, for
-            padded batches (left padding: key_start; per-row lengths: key_stop). They do not move the diagonal; bounds beyond the
-            keys hide nothing.
+            padded batches (left padding: key_start; per-row lengths: key_stop). They do not move the diagonal; beyond
+            the keys they hide nothing.
         state_index: [B] int, which state of a stack each batch row uses; -1 for none.
         return_lse: also return the log of the denominator.
         backend: "triton" (fused kernels, GPUs), "torch" (PyTorch's fused attention, any device), "reference" (plain

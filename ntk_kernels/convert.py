@@ -112,13 +112,17 @@ def prefix_to_state(
     with torch.autocast(prefix_key.device.type, enabled=False), torch.set_grad_enabled(keeps_graph):
         expansion = Expansion(feature_map, centers, scale, feature_scale, seed, dtype)
         if query is not None and num_keys > 0:
-            state, report = fit(
-                prefix_key, prefix_value, query, attention, expansion, num_rows, keep, error, method
-            )  # fmt: skip
+            with torch.inference_mode(False), torch.set_grad_enabled(keeps_graph):  # a descent needs gradients
+                state, report = fit(
+                    prefix_key, prefix_value, query, attention, expansion, num_rows, keep, error, method
+                )  # fmt: skip
         elif feature_map is None and num_keys > num_rows:
             state, report = expansion.rows(prefix_key, prefix_value, num_rows).state(), None
         elif feature_map is None and num_keys > 0:
-            state, report = PrefixState(keys=prefix_key.to(dtype), values=prefix_value.to(dtype)), None
+            keys, values = (
+                tensor.to(dtype, copy=True) for tensor in (prefix_key, prefix_value)
+            )  # not a view of a cache
+            state, report = PrefixState(keys=keys, values=values), None
         else:
             expansion = expansion._replace(feature_map=feature_map or "taylor1")
             state, report = expansion.features(prefix_key, prefix_value), None
@@ -151,6 +155,11 @@ def _check_terms(feature_map, centers, num_rows, keep, num_keys, method) -> None
         raise ValueError(
             f"`num_rows` and `keep` must be at most the number of prefix rows together, m={num_keys}, "
             f"got {num_rows} and {keep}"
+        )
+    if isinstance(centers, int) and num_keys - keep < centers <= num_keys:
+        raise ValueError(
+            f"`centers` must be at most the number of prefix rows that are not kept, m={num_keys} less {keep}, got "
+            f"{centers}"
         )
     if num_rows and method == "closed_form":
         raise ValueError(
@@ -189,6 +198,13 @@ def _check_calibration(prefix_key, prefix_value, query, attention, method, keep,
         raise ValueError(f"`query` must have a multiple of Hs={heads} heads, got {query.shape[1]}")
     if query.device != prefix_key.device:
         raise ValueError(f"`query` must be on the device of `prefix_key`, {prefix_key.device}, got {query.device}")
+    if value_dim == 0:
+        raise ValueError(f"`prefix_value` must have a head dimension Dv of at least 1, got {list(prefix_value.shape)}")
+    if query.shape[0] * query.shape[2] * (query.shape[1] // heads) < 2:
+        raise ValueError(
+            "`query` must give each state head at least 2 queries, of which one is held out, got shape "
+            f"{list(query.shape)}"
+        )
     checks.check_finite_rows("query", query)
     if attention is None:
         return
@@ -200,3 +216,5 @@ def _check_calibration(prefix_key, prefix_value, query, attention, method, keep,
     ):
         checks.check_floating(name, tensor)
         checks.check_shape(name, tensor, shape, letters)
+        if tensor.device != query.device:
+            raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")

@@ -101,6 +101,36 @@ def test_what_is_subtracted_was_never_there(feature_map, centers):
         ours.state()
 
 
+@pytest.mark.parametrize("feature_map, centers", [("taylor1", "mean"), ("taylor1", "given"), ("elu", None)])
+def test_weights_that_are_taken_away_in_other_pieces(feature_map, centers):
+    """Sums of weights are exact enough to see that nothing is left, and that a little is something."""
+    keys, values = a_prefix(HEADS, rows=4096)
+    weights = torch.rand(HEADS, 4096, generator=torch.Generator().manual_seed(1))
+    ours = accumulator(feature_map, centers_of(centers)).update(keys, values, weights)
+    for chunk in zip(*(tensor.split(1000, dim=1) for tensor in (keys, values, weights)), strict=True):
+        ours.subtract(*chunk)
+    assert (ours.state().log_scale == -math.inf).all()
+    few = accumulator(feature_map, centers_of(centers)).update(keys, values, torch.full_like(weights, 1e-8))
+    torch.testing.assert_close(
+        few.state().log_scale.exp().sum(-1), torch.full((HEADS,), 4096e-8) if centers else torch.tensor(HEADS * 4096e-8)
+    )
+
+
+@pytest.mark.parametrize("feature_map", ["taylor1", "taylor2"])
+def test_rows_taken_away_before_they_come(feature_map):
+    """The count is 0 in between, but not the sums: they move to the new mean."""
+    (keys, values), (other_keys, other_values) = (a_prefix(HEADS, rows=10, dtype=F64, seed=seed) for seed in (0, 5))
+    other_keys = other_keys + 4
+    expected = prefix_to_state(keys, values, feature_map)
+
+    def begun():
+        return accumulator(feature_map, "mean").update(keys, values).subtract(other_keys, other_values)
+
+    assert_same(begun().update(other_keys, other_values).state(F64), expected, rtol=1e-6)
+    late = accumulator(feature_map, "mean").update(other_keys, other_values)
+    assert_same(begun().merge(late).state(F64), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("feature_map, centers", KINDS.values(), ids=KINDS)
 def test_merging(feature_map, centers):
     keys, values = a_prefix(HEADS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
-from ntk_kernels.conversion import gradient, least_squares
+from ntk_kernels.conversion import gradient, least_squares, targets
 from ntk_kernels.conversion.targets import targets_of
 
 F64 = torch.float64
@@ -244,12 +244,12 @@ def test_ridge_regression_by_another_way(monkeypatch):
     closed, _ = sample.convert("taylor1", method="closed_form")
     state, report = sample.convert("taylor1", method="least_squares")
     assert report.ridge == [1e-3, 1e-3]
-    targets = targets_of(
+    exact = targets_of(
         sample.query, sample.prefix_key, sample.prefix_value, sample.attention, DIM**-0.5
     ).first(384)  # fmt: skip
     for head in range(HEADS):
-        center, x = closed.centers[head, 0], targets.query[head]
-        weight = (DIM**-0.5 * x @ center + math.log(400) - targets.lse[head]).exp()
+        center, x = closed.centers[head, 0], exact.query[head]
+        weight = (DIM**-0.5 * x @ center + math.log(400) - exact.lse[head]).exp()
         psi = weight[:, None] * torch.cat([torch.ones(384, 1, dtype=F64), x * DIM**-0.25], dim=1)
         ridge = 1e-3**0.5 * torch.diag(psi.square().sum(0).sqrt())
 
@@ -260,11 +260,11 @@ def test_ridge_regression_by_another_way(monkeypatch):
             )
             return start + torch.linalg.lstsq(*stacked).solution
 
-        share, out = targets.share[head][:, None], targets.out[head]
+        share, out = exact.share[head][:, None], exact.out[head]
         k = solve(share, closed.k[head, 0][:, None])
         torch.testing.assert_close(state.k[head, 0], k[:, 0], rtol=1e-6, atol=1e-8)
         mass = (psi @ k).clamp(min=0)
-        residual = targets.of_prefix[head] + out * (mass - share)
+        residual = exact.of_prefix[head] + out * (mass - share)
         factor = 1 / (1 - share + mass)
         weighted_ridge = 1e-3**0.5 * torch.diag((psi * factor).square().sum(0).sqrt())
         plain = solve(residual, closed.z[head, 0])
@@ -347,6 +347,9 @@ def refused():
         "no terms": ({"num_rows": 0}, "`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0"),
         "centres of rows": ({"centers": 4}, "`centers` must come with `feature_map`, got 4 and feature_map=None"),
         "rows in closed form": ({"feature_map": "taylor1", "num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
+        "one query": ({"feature_map": "taylor1", "method": "closed_form", "query": query[:1, :2, :1], "attention": None}, "`query` must give each state head at least 2 queries, of which one is held out, got shape [1, 2, 1, 8]"),
+        "out elsewhere": ({"attention": (attention[0].to("meta"), attention[1])}, "`attention[0]` must be on the device of `query`, cpu, got meta"),
+        "centres beside kept rows": ({"feature_map": "taylor1", "centers": 4, "keep": 18}, "`centers` must be at most the number of prefix rows that are not kept, m=20 less 18, got 4"),
         "heads": ({"query": query[:, :3], "attention": None}, "`query` must have a multiple of Hs=2 heads, got 3"),
         "head dimension": ({"query": query[..., :5], "attention": None}, "`query` must have shape [B, Hq, L, D=8], got [4, 4, 64, 5]"),
         "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
@@ -392,3 +395,113 @@ def test_a_pair_is_asked_for():
 
 def test_result_is_a_state():
     assert isinstance(Sample().convert(num_rows=3, return_report=False), PrefixState)
+
+
+def outshining(spread: float) -> Sample:
+    """Half of the prefix lies where no query looks, the other where all look; the further apart, the more."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    sample, far = Sample(rows=1), spread * torch.ones(DIM) / DIM**0.5
+    sample.prefix_key = torch.cat([far + randn(HEADS, 200, DIM), -far + randn(HEADS, 100, DIM)], dim=1)
+    sample.prefix_value = torch.cat([1 + randn(HEADS, 200, VALUE_DIM), -1 + randn(HEADS, 100, VALUE_DIM)], dim=1)
+    sample.query, sample.key = far + randn(4, 2 * HEADS, 64, DIM), far + randn(4, HEADS, 64, DIM)
+    sample.value = randn(4, HEADS, 64, VALUE_DIM)
+    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
+    return sample
+
+
+@pytest.mark.parametrize("options", [{"num_rows": 8}, {"feature_map": "taylor1", "centers": 2}], ids=str)
+@pytest.mark.parametrize("spread", [6.0, 16.0, 100.0])
+def test_terms_that_no_query_sees_stay_finite(spread, options):
+    """Any value of such a row would do for the queries; it must fit into the dtype of the state all the same."""
+    sample = outshining(spread)
+    state, report = sample.convert(**options, method="least_squares")
+    assert all(
+        getattr(state, name).isfinite().all() for name in ("z", "k", "values") if getattr(state, name) is not None
+    )
+    assert (report.error <= report.closed_form_error + 1e-6).all()
+    torch.testing.assert_close(report.error, sample.errors(state, slice(3, None)).float(), rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["closed_form", "least_squares", "gradient"])
+def test_the_report_is_true_where_the_mass_is_cut_off(method):
+    """Features around 0 give many of these queries a mass below 0: the op then keeps their numerator."""
+    torch.manual_seed(0)
+    sample = Sample(rows=1)
+    sample.prefix_key = 1.5 * torch.randn(HEADS, 100, DIM, dtype=F64) + 0.5
+    sample.prefix_value = torch.randn(HEADS, 100, VALUE_DIM, dtype=F64) + 1
+    sample.query = 1.5 * torch.randn(4, 2 * HEADS, 64, DIM, dtype=F64)
+    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
+    state, report = sample.convert("taylor1", centers=None, method=method)
+    torch.testing.assert_close(report.error.double(), sample.errors(state, slice(3, None)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_report_is_true_of_a_prefix_that_outshines_the_input():
+    """By so much that 1 - ρ is rounded to 0."""
+    sample = outshining(16.0)
+    sample.prefix_key[:, 0] *= 4
+    state, report = sample.convert(num_rows=8, method="closed_form")
+    assert (report.prefix_share == 1).any()
+    expected = [sample.errors(s, slice(3, None)).float() for s in (state, None)]
+    torch.testing.assert_close(report.error, expected[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(report.no_prefix_error, expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_an_error_is_found_in_short_prefixes_too():
+    sample = Sample(rows=100)
+    state, report = sample.convert(error=0.9)
+    assert (state.num_rows, report.kept_rows) == (8, 0)
+    state, report = sample.convert(error=1e-9)
+    assert (state.num_rows, report.kept_rows) == (100, 100)
+
+
+def test_an_error_that_more_queries_would_reach():
+    """Sizes that cannot be fitted to so few are left out: after them comes the prefix itself."""
+    sample = Sample(batch=1, length=60)
+    state, report = sample.convert(error=1e-9)
+    assert state.num_rows == report.kept_rows == 400
+    with pytest.raises(ValueError, match="`query` must give each state head at least"):
+        sample.convert(num_rows=64)
+
+
+def test_in_inference_mode():
+    sample = Sample()
+    expected, _ = sample.convert(num_rows=8)
+    with torch.inference_mode():
+        sample.prefix_key, sample.query = sample.prefix_key.clone(), sample.query.clone()
+        state, _ = sample.convert(num_rows=8)
+        sample.convert("taylor1", method="closed_form")
+    assert all(torch.equal(tensor, getattr(state, name)) for name, tensor in expected.tensors().items())
+
+
+def test_a_state_is_no_view_of_a_cache():
+    sample = Sample(dtype=torch.float32)
+    for options in ({"query": None, "attention": None, "return_report": False}, {"return_report": False}):
+        sample.prefix_key = torch.randn(HEADS, 50, DIM)[:, :20]
+        sample.prefix_value = torch.randn(HEADS, 50, VALUE_DIM)[:, :20]
+        state = sample.convert(num_rows=20, **options)
+        keys = state.keys.clone()
+        sample.prefix_key.zero_()
+        assert torch.equal(state.keys, keys)
+        assert state.keys.untyped_storage().nbytes() == state.keys.nbytes
+
+
+def test_the_report_of_a_prefix_with_a_gradient():
+    sample = Sample()
+    sample.prefix_key.requires_grad_()
+    state, report = sample.convert("taylor1", keep=2, method="closed_form")
+    assert state.z.requires_grad and state.keys.requires_grad
+    assert not any(value.requires_grad for value in vars(report).values() if isinstance(value, torch.Tensor))
+
+
+def test_targets_do_not_copy_the_prefix_for_every_row():
+    sample = Sample(dtype=torch.bfloat16)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "ntk_attention", lambda query, key, value, **_: seen.extend([key, value]) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample.convert(num_rows=8)
+    assert [tensor.untyped_storage().nbytes() for tensor in seen] == [4 * HEADS * 400 * dim for dim in (DIM, VALUE_DIM)]

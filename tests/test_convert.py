@@ -235,3 +235,29 @@ def test_nearest_centre_under_a_large_mean():
 
 def test_result_is_a_state():
     assert isinstance(prefix_to_state(keys, values), PrefixState)
+
+
+def test_centers_are_finer_than_the_keys():
+    """Around a large mean, centres in bfloat16 would be off by as much as the keys are apart."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = 150 + 10 * torch.randn(2, 1, 8, 16, generator=generator)
+    keys = (clusters + torch.randn(2, 50, 8, 16, generator=generator)).flatten(1, 2).bfloat16()
+    state = prefix_to_state(keys, torch.randn(2, 400, 16, generator=generator).bfloat16(), centers=8)
+    assert state.centers.dtype == torch.float32
+    assert not torch.equal(state.centers, state.centers.bfloat16().float())
+
+
+def test_clusters_around_a_large_mean():
+    """The nearest centre is found although distances are small beside what all keys have in common."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.randn(2, 16, 1, 8, generator=generator)
+    keys = 4096 + (clusters + 0.01 * torch.randn(2, 16, 25, 8, generator=generator)).flatten(1, 2)
+    state = prefix_to_state(keys, torch.arange(16.0).repeat_interleave(25).expand(2, -1)[..., None], None, num_rows=16)
+    assert sorted(state.values[0].flatten().tolist()) == sorted(state.values[1].flatten().tolist()) == list(range(16))
+    torch.testing.assert_close(state.bias, torch.full((2, 16), math.log(25)))
+
+
+def test_centers_that_are_not_finite_are_refused():
+    keys, values = torch.randn(2, 2, 20, 8)
+    with pytest.raises(ValueError, match=r"`centers` must be finite, got \[nan, .*\]... at index \[1, 0\]"):
+        prefix_to_state(keys, values, "taylor1", centers=torch.tensor([0, math.nan]).view(2, 1, 1).expand(2, 1, 8))

@@ -114,6 +114,13 @@ def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tupl
 
 def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """`order` [H, m], the rows sorted by their nearest centre, and `offsets` [H, C + 1], where each centre's begin."""
+    nearest, order = nearest_centers(keys, centers).sort(dim=-1, stable=True)
+    bounds = torch.arange(centers.shape[1] + 1, device=keys.device).expand(len(keys), -1).contiguous()
+    return order, torch.searchsorted(nearest, bounds)
+
+
+def nearest_centers(keys: Tensor, centers: Tensor) -> Tensor:
+    """[H, m], of keys [H, m, D] the number of the nearest of the centres [H, C, D]; of equal ones the first."""
     (heads, num_rows, head_dim), num_centers = keys.shape, centers.shape[1]
     # |k - μ|² without the |k|² that all centres share, both taken from the centres' mean: keys share a large one
     dtype = lse_dtype(keys)
@@ -127,9 +134,7 @@ def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + step)
         distance = torch.baddbmm(norms, keys[:, rows].to(dtype) - origin, shifted.mT, alpha=-2)
         torch.argmin(distance, -1, out=nearest[:, rows])
-    nearest, order = nearest.sort(dim=-1, stable=True)
-    bounds = torch.arange(num_centers + 1, device=keys.device).expand(heads, -1).contiguous()
-    return order, torch.searchsorted(nearest, bounds)
+    return nearest
 
 
 def _elements_at_a_time(tensor: Tensor) -> int:

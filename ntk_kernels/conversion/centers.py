@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.sums import nearest_centers
 
 # Rows that k-means looks at, for each centre: more do not move a mean noticeably. Fewer where there are many centres.
 _SAMPLES_PER_CENTER, _ENOUGH_SAMPLES, _LEAST_PER_CENTER = 256, 16384, 16
@@ -28,6 +29,8 @@ def find_centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dty
             )
         if centers.shape[-2] == 0:
             raise ValueError(f"`centers` must hold at least one centre, got {list(centers.shape)}")
+        if checks.readable(centers):
+            checks.check_finite_rows("centers", centers)
         centers = centers.to(dtype)
     else:
         if isinstance(centers, bool) or not isinstance(centers, int):
@@ -48,7 +51,7 @@ def cluster_means(prefix_key: Tensor, prefix_value: Tensor, num_rows: int, dtype
     lead = prefix_key.shape[:-2]
     for key, value, center in zip(*(t.flatten(0, -3) for t in (prefix_key, prefix_value, centers)), strict=True):
         key, value = key.to(dtype), value.to(dtype)
-        nearest = torch.cdist(key.detach(), center).argmin(-1)
+        nearest = nearest_centers(key.detach()[None], center[None])[0]
         count = torch.bincount(nearest, minlength=num_rows).to(dtype)
 
         def mean(rows, nearest=nearest, count=count):
@@ -77,4 +80,5 @@ def k_means(prefix_key: Tensor, num_centers: int, seed: int) -> Tensor:
         KMeans(num_centers, n_init=1, max_iter=25, random_state=seed).fit(head_keys).cluster_centers_
         for head_keys in keys
     ]
-    return torch.stack([torch.from_numpy(c) for c in centers]).reshape(*lead, num_centers, head_dim).to(prefix_key)
+    centers = torch.stack([torch.from_numpy(c) for c in centers]).reshape(*lead, num_centers, head_dim)
+    return centers.to(prefix_key.device)  # not in half precision: what a state expands around may be finer than keys

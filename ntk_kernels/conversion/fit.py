@@ -19,33 +19,52 @@ def fit(
 ) -> tuple[PrefixState, ConversionReport]:  # fmt: skip
     """See `prefix_to_state`. With `error` the first of the sizes 8, 16, 32, ... whose mean error is no larger."""
     num_keys, scale, dtype = prefix_key.shape[1], expansion.scale, expansion.dtype
-    exact = targets_of(query, prefix_key, prefix_value, attention, scale)
-    if expansion.feature_map is None and num_rows + keep >= num_keys:
-        num_rows, keep = 0, num_keys
+    with torch.no_grad():
+        exact = targets_of(query, prefix_key, prefix_value, attention, scale)
+        if keep >= num_keys or (expansion.feature_map is None and error is None and num_rows + keep >= num_keys):
+            num_rows, keep = 0, num_keys
+        chosen = most_seen(exact, prefix_key, keep, scale) if keep else None
     kept, rest, targets = None, (prefix_key, prefix_value), exact
     if keep:
-        kept, rest = _split(prefix_key, prefix_value, most_seen(exact, prefix_key, keep, scale))
-        targets = targets_of(query, *rest, with_rows(attention, query, *kept, scale), scale)
+        kept, rest = _split(prefix_key, prefix_value, chosen)
+        with torch.no_grad():
+            targets = targets_of(query, *rest, with_rows(attention, query, *kept, scale), scale)
         kept = PrefixState(keys=kept[0].to(dtype), values=kept[1].to(dtype))
-    left = rest[0].shape[1]
     sizes = [num_rows]
     if error is not None:
-        sizes = [_FEWEST_ROWS << i for i in range(left.bit_length()) if _FEWEST_ROWS << i < left] + [left]
+        sizes = _sizes(rest[0].shape[1], targets, prefix_key.shape[2], prefix_value.shape[2])
     for num_rows in sizes:
         before, state, ridge = _fitted(rest, targets, expansion, num_rows, method)
         if kept is not None:
             before, state = (kept if s is None else s.merge(kept) for s in (before, state))
-        report = _report_of(state, before, exact, ridge, keep, scale, method, prefix_key.nbytes + prefix_value.nbytes)
+        exactly = num_keys if expansion.feature_map is None and num_rows + keep == num_keys else keep
+        with torch.no_grad():
+            report = _report_of(
+                state, before, exact, ridge, exactly, scale, method, prefix_key.nbytes + prefix_value.nbytes
+            )
         if error is not None and report.error.mean() <= error:
             break
     return state, report
 
 
+def _sizes(num_keys: int, targets: Targets, head_dim: int, value_dim: int) -> list[int]:
+    """Numbers of rows to be tried for an error: those that there are queries enough to fit, then all rows."""
+    sizes = [_FEWEST_ROWS << i for i in range(num_keys.bit_length())]
+    enough = [
+        size for size in sizes
+        if size < num_keys and size * (head_dim + value_dim + 1) <= targets.num_fitted * value_dim
+    ]  # fmt: skip
+    return [*enough, num_keys]
+
+
 def _fitted(prefix: tuple[Tensor, Tensor], targets: Targets, expansion: Expansion, num_rows: int, method: str):
     """The closed form, the state and the ridge of each head (least squares only); None without terms."""
     if expansion.feature_map is None and num_rows in (0, prefix[0].shape[1]):
-        whole = PrefixState(keys=prefix[0].to(expansion.dtype), values=prefix[1].to(expansion.dtype))
-        return (whole, whole, None) if num_rows else (None, None, None)
+        if num_rows == 0:
+            return None, None, None
+        keys, values = (tensor.to(expansion.dtype, copy=True) for tensor in prefix)  # not a view of a cache
+        whole = PrefixState(keys=keys, values=values)
+        return whole, whole, None
     features = None if expansion.feature_map is None else expansion.features(*prefix)
     if method == "closed_form":
         start = together(features, expansion.rows(*prefix, num_rows) if num_rows else None)

@@ -63,10 +63,9 @@ class _Batches:
 
     def __init__(self, targets: Targets, like: Tensor, seed: int):
         seen = targets.first(targets.num_fitted)
-        rest = 1 - seen.share
-        of_input = seen.of_input / rest.clamp(min=TINY)[..., None]
+        of_input = seen.of_input / seen.rest.clamp(min=TINY)[..., None]
         mean_square = seen.out.square().sum(-1).mean(-1).clamp(min=TINY)
-        tensors = (seen.query, seen.lse, of_input, rest.log(), seen.out)
+        tensors = (seen.query, seen.lse, of_input, seen.log_rest, seen.out)
         self._tensors = [tensor.to(like.dtype) for tensor in tensors]
         self._mean_square = mean_square.to(like.dtype)
         self._generator = torch.Generator().manual_seed(seed)

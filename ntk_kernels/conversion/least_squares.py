@@ -24,45 +24,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..feature_maps import features
 from ..state import PrefixState
 from .targets import TINY, Targets, check_enough
+from .terms import Terms
 
 # Of a matrix with ones on its diagonal. From 2^-20 on, what rounding Z to bfloat16 adds to the error stays below what
 # the ridge leaves: rounding errors of relative size e weigh as a ridge of e² does.
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 _LEAST_WEIGHT = 1e-3  # of a row, relative to the number of prefix rows that it stands for
 _LEAST_TOTAL = 1e-3  # of a query, where its errors are divided by it
+_LEAST_SEEN = 1e-6  # sum of squares of a term's weights: from less its value would be anything, at no cost
 _MOST_ROUNDS = 30  # of holding rows at their least weight
 _CHUNK_WEIGHTS = 2**22  # numbers ψ held at a time
-
-
-class Terms(NamedTuple):
-    """What a state is linear in: features around centres [Hs, C, D] or the origin, and weights of rows [Hs, R, D].
-
-    `log_weight` [Hs, C or 1] and `row_bias` [Hs, R] are logarithms of the numbers of prefix rows that they stand for.
-    """
-
-    feature_map: str | None
-    feature_scale: float
-    scale: float
-    centers: Tensor | None
-    log_weight: Tensor | None
-    rows: Tensor | None
-    row_bias: Tensor | None
-
-    def weights(self, head: int, query: Tensor, lse: Tensor) -> Tensor:
-        """ψ [n, F] of queries [n, D]: centre by centre, then the rows."""
-        parts = []
-        if self.feature_map is not None:
-            logits = -lse[:, None] + self.log_weight[head]
-            if self.centers is not None:
-                logits = logits + self.scale * query @ self.centers[head].mT
-            phi = features(query * self.feature_scale, self.feature_map)
-            parts.append((logits.exp()[:, :, None] * phi[:, None]).flatten(1))
-        if self.rows is not None:
-            parts.append((self.scale * query @ self.rows[head].mT + self.row_bias[head] - lse[:, None]).exp())
-        return torch.cat(parts, dim=1)
 
 
 def fit_state(
@@ -93,7 +66,12 @@ def fit_state(
     check_enough(targets, k.shape[1], f"{k.shape[1]:,} features and rows")
     fitted, held_out = targets.first(targets.num_fitted), targets.from_(targets.num_fitted)
     best = [
-        _fit_head(_Head(terms, head, fitted), _Head(terms, head, held_out), z[head], k[head]) for head in range(heads)
+        _fit_head(
+            *(_Head(terms.of_head(head), targets.of_head(head), dtype) for targets in (fitted, held_out)),
+            z[head],
+            k[head],
+        )
+        for head in range(heads)
     ]
     z, k = (torch.stack([head[i] for head in best]) for i in (1, 2))
     if state.k is not None:
@@ -113,62 +91,57 @@ def fit_state(
 
 
 class _Head(NamedTuple):
-    """What is fitted, of one head: `targets` of its queries, of which the weights are made chunk by chunk."""
+    """What is fitted, of one head: `targets` of its queries, whose weights ψ are made chunk by chunk."""
 
     terms: Terms
-    head: int
     targets: Targets
+    dtype: torch.dtype  # of the state
 
-    def chunks(self, num_terms: int) -> Iterator[tuple[Tensor, ...]]:
-        """ψ [c, F], and of the same queries ρ [c], ρ·p, (1 − ρ)·a and o [c, Dv]."""
-        size = max(1, _CHUNK_WEIGHTS // num_terms)
-        for query, lse, *others in zip(*(tensor[self.head].split(size) for tensor in self.targets), strict=True):
-            share, of_prefix, of_input = others
-            yield self.terms.weights(self.head, query, lse), share, of_prefix, of_input, of_prefix + of_input
+    def chunks(self, num_terms: int) -> Iterator[tuple[Tensor, Targets]]:
+        """ψ [c, F], and the targets of these queries."""
+        for part in self.targets.split(max(1, _CHUNK_WEIGHTS // num_terms)):
+            logits = self.terms.logits(part.query) - part.lse[:, None]
+            yield self.terms.weights(part.query, logits), part
 
     def mass(self, weights: Tensor, k: Tensor) -> Tensor:
-        """[..., c] of k [..., F]. The op cuts the mass of the features off at 0 before it adds that of the rows."""
-        num_features = k.shape[-1] - (0 if self.terms.rows is None else self.terms.rows.shape[1])
-        of_features, of_rows = (
-            k[..., part] @ weights[:, part].mT for part in (slice(num_features), slice(num_features, None))
-        )
-        return of_rows + of_features.clamp(min=0)
+        return self.terms.mass(weights, k)
 
     def errors(self, candidates) -> list[float]:
-        """Relative errors of the outputs that these (ridge, z, k) give."""
+        """Relative errors of the outputs that these (ridge, z, k) give, as the state will hold them."""
+        rounded = [[tensor.to(self.dtype).double() for tensor in candidate[1:]] for candidate in candidates]
         squares, exact = [0.0] * len(candidates), 0.0
-        for weights, share, _, of_input, out in self.chunks(len(candidates[0][2])):
-            exact += out.square().sum().item()
-            for i, (_, z, k) in enumerate(candidates):
-                total = (1 - share + self.mass(weights, k)).clamp(min=TINY)
-                squares[i] += ((of_input + weights @ z) / total[:, None] - out).square().sum().item()
+        for weights, part in self.chunks(len(rounded[0][1])):
+            exact += part.out.square().sum().item()
+            for i, (z, k) in enumerate(rounded):
+                total = (part.rest + self.mass(weights, k)).clamp(min=TINY)
+                squares[i] += ((part.of_input + weights @ z) / total[:, None] - part.out).square().sum().item()
         return [math.sqrt(square / max(exact, TINY)) for square in squares]
 
 
 def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     """(ridge, z, k) of the candidate with the least error on the held-out queries."""
-    num_terms, num_rows = len(k), 0 if fitted.terms.rows is None else fitted.terms.rows.shape[1]
+    num_terms, num_rows = len(k), fitted.terms.num_rows
     # Beside rows the features keep their mass: rows only add to it, and what falls below 0 would be cut off.
     free = slice(num_terms - num_rows, None) if num_rows else slice(None)
     bound = torch.full_like(k[free], _LEAST_WEIGHT if num_rows else -torch.inf)
     gram, side = k.new_zeros(num_terms, num_terms), torch.zeros_like(k)
-    for weights, share, *_ in fitted.chunks(num_terms):
+    for weights, part in fitted.chunks(num_terms):
         gram += weights.mT @ weights
-        side += weights.mT @ (share - fitted.mass(weights, k))
+        side += weights.mT @ (part.share - fitted.mass(weights, k))
     matrix, scale = _scaled(gram[free, free])
     fitted_k = k.expand(len(_RIDGES), -1).clone()
     for new_k, ridge in zip(fitted_k, _RIDGES, strict=True):
         step = scale * _solve_bounded(_ridged(matrix, ridge), scale * side[free], (bound - k[free]) / scale)
         new_k[free] = torch.maximum(k[free] + step, bound)
 
-    def residual(weights, share, of_prefix, out, k):
+    def residual(weights, part, k):
         """[..., c, Dv] of k [..., F]."""
-        return of_prefix - weights @ z + out * (fitted.mass(weights, k) - share)[..., None]
+        return part.of_prefix - weights @ z + part.out * (fitted.mass(weights, k) - part.share)[..., None]
 
     matrix, scale = _scaled(gram)
     sides = z.new_zeros(len(_RIDGES), *z.shape)
-    for weights, share, of_prefix, _, out in fitted.chunks(num_terms):
-        sides += weights.mT @ residual(weights, share, of_prefix, out, fitted_k)
+    for weights, part in fitted.chunks(num_terms):
+        sides += weights.mT @ residual(weights, part, fitted_k)
     candidates = [(None, z, k)]
     for ridge, side, new_k in zip(_RIDGES, sides, fitted_k, strict=True):
         candidates.append((ridge, z + _step(matrix, scale, side, ridge), new_k))
@@ -177,10 +150,10 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     again = []
     for new_k in (candidates[_least(errors)][2], k):
         gram, side = torch.zeros_like(gram), torch.zeros_like(z)
-        for weights, share, of_prefix, _, out in fitted.chunks(num_terms):
-            factor = 1 / (1 - share + fitted.mass(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
+        for weights, part in fitted.chunks(num_terms):
+            factor = 1 / (part.rest + fitted.mass(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
             gram += (weights * factor).mT @ (weights * factor)
-            side += weights.mT @ (residual(weights, share, of_prefix, out, new_k) * factor.square())
+            side += weights.mT @ (residual(weights, part, new_k) * factor.square())
         matrix, scale = _scaled(gram)
         again += [(ridge, z + _step(matrix, scale, side, ridge), new_k) for ridge in _RIDGES]
     errors += held_out.errors(again)
@@ -198,8 +171,8 @@ def _step(matrix: Tensor, scale: Tensor, side: Tensor, ridge: float) -> Tensor:
 
 
 def _scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Ψᵀ·Ψ scaled to ones on its diagonal, and that scale [F] of the unknowns."""
-    scale = gram.diagonal().clamp(min=TINY).rsqrt()
+    """Ψᵀ·Ψ scaled to ones on its diagonal, and that scale [F] of the unknowns; less where no query sees a term."""
+    scale = gram.diagonal().clamp(min=_LEAST_SEEN).rsqrt()
     return gram * scale[:, None] * scale, scale
 
 

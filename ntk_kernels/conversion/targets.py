@@ -1,14 +1,16 @@
 """What attention over input and prefix gives to calibration queries, and how far off a state is on those held out."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention import ntk_attention
-from ..merge import merge_attention, prefix_attention_state
+from ..merge import merge_attention
 from ..state import PrefixState
+from .terms import Terms
 
 HELD_OUT = 0.25  # of the queries, the last ones
 TINY = 1e-300
@@ -22,6 +24,7 @@ class Targets(NamedTuple):
     query: Tensor  # [Hs, n, D]
     lse: Tensor  # [Hs, n], over the input and the prefix
     share: Tensor  # [Hs, n], of the prefix, ρ
+    log_rest: Tensor  # [Hs, n], log(1 − ρ) of the input, also where 1 − ρ would be rounded to 0
     of_prefix: Tensor  # [Hs, n, Dv], ρ·p
     of_input: Tensor  # [Hs, n, Dv], (1 − ρ)·a
 
@@ -30,19 +33,32 @@ class Targets(NamedTuple):
         return self.of_prefix + self.of_input
 
     @property
+    def rest(self) -> Tensor:
+        return self.log_rest.exp()
+
+    @property
     def num_queries(self) -> int:
         return self.query.shape[1]
 
     @property
     def num_fitted(self) -> int:
         """How many of the queries the fit sees; the others are held out."""
-        return self.num_queries - round(HELD_OUT * self.num_queries)
+        return self.num_queries - max(1, round(HELD_OUT * self.num_queries))
 
     def first(self, count: int) -> "Targets":
         return Targets(*(tensor[:, :count] for tensor in self))
 
     def from_(self, start: int) -> "Targets":
         return Targets(*(tensor[:, start:] for tensor in self))
+
+    def of_head(self, head: int) -> "Targets":
+        """Of one head, without that dimension."""
+        return Targets(*(tensor[head] for tensor in self))
+
+    def split(self, size: int) -> Iterator["Targets"]:
+        """So many queries at a time."""
+        for part in zip(*(tensor.split(size, dim=self.lse.dim() - 1) for tensor in self), strict=True):
+            yield Targets(*part)
 
 
 def check_enough(targets: Targets, needed: int, what: str) -> None:
@@ -64,15 +80,15 @@ def targets_of(
     """
     heads, batch = prefix_key.shape[0], query.shape[0]
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    keys, values = (tensor[None].expand(batch, -1, -1, -1).to(query.dtype) for tensor in (prefix_key, prefix_value))
+    keys, values = (tensor.to(query.dtype).expand(batch, -1, -1, -1) for tensor in (prefix_key, prefix_value))
     out, lse = ntk_attention(query, keys, values, scale=scale, return_lse=True)
     of_input, lse_input = (torch.zeros_like(out), torch.full_like(lse, -torch.inf)) if attention is None else attention
     query, out, lse, of_input, lse_input = (
         _by_state_head(tensor.double(), heads) for tensor in (query, out, lse, of_input, lse_input)
     )
     total = torch.logaddexp(lse, lse_input)
-    share = (lse - total).exp()
-    return Targets(query, total, share, share[..., None] * out, (lse_input - total).exp()[..., None] * of_input)
+    share, log_rest = (lse - total).exp(), lse_input - total
+    return Targets(query, total, share, log_rest, share[..., None] * out, log_rest.exp()[..., None] * of_input)
 
 
 def _by_state_head(tensor: Tensor, heads: int) -> Tensor:
@@ -83,7 +99,7 @@ def _by_state_head(tensor: Tensor, heads: int) -> Tensor:
 def with_rows(attention, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the input (None: nothing) and rows that are kept: out and lse."""
     batch = query.shape[0]
-    keys, values = (tensor[None].expand(batch, -1, -1, -1).to(query.dtype) for tensor in (keys, values))
+    keys, values = (tensor.to(query.dtype).expand(batch, -1, -1, -1) for tensor in (keys, values))
     over_rows = ntk_attention(query, keys, values, scale=scale, return_lse=True)
     return over_rows if attention is None else merge_attention(*attention, *over_rows)
 
@@ -103,16 +119,21 @@ def most_seen(targets: Targets, prefix_key: Tensor, count: int, scale: float) ->
 
 
 def held_out_errors(state: PrefixState | None, targets: Targets, scale: float) -> Tensor:
-    """Relative errors [Hs] of the op's own results on the held-out queries; without a state, of leaving it out."""
+    """Relative errors [Hs] of what the op gives on the held-out queries; without a state, of leaving it out."""
     held_out = targets.from_(targets.num_fitted)
-    share = held_out.share
-    if state is None:
-        out = torch.where((share < 1)[..., None], held_out.of_input / (1 - share).clamp(min=TINY)[..., None], 0)
-    else:
-        dtype = torch.promote_types(torch.float32, next(iter(state.tensors().values())).dtype)
-        of_state, lse = prefix_attention_state(held_out.query[None].to(dtype), state, scale=scale)
-        mass = (lse[0].double() - held_out.lse).exp()
-        total = 1 - share + mass
-        out = (held_out.of_input + mass[..., None] * of_state[0].double()) / total.clamp(min=TINY)[..., None]
-    difference, exact = (tensor.flatten(1).norm(dim=1) for tensor in (out - held_out.out, held_out.out))
-    return (difference / exact.clamp(min=TINY)).float()
+    squares = exact = 0
+    if state is not None:
+        terms, z, k = Terms.of_state(state, scale)
+    num_terms = 1 if state is None else k.numel()
+    for part in held_out.split(max(1, _CHUNK_WEIGHTS // num_terms)):
+        if state is None:
+            out, total = part.of_input, part.rest
+        else:
+            logits = terms.logits(part.query) - part.lse[..., None]
+            above = logits.amax(-1).clamp(min=0)  # a state may weigh more than all of the exact attention
+            weights, less = terms.weights(part.query, logits - above[..., None]), (-above).exp()
+            out = less[..., None] * part.of_input + weights @ z
+            total = less * part.rest + terms.mass(weights, k[:, None])[:, 0]
+        squares += (out / total.clamp(min=TINY)[..., None] - part.out).square().sum((1, 2))
+        exact += part.out.square().sum((1, 2))
+    return (squares.sqrt() / exact.sqrt().clamp(min=TINY)).float()
