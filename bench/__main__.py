@@ -14,6 +14,7 @@ try:
         finetune,
         fit,
         gate,
+        prompt,
         report,
         scaling,
         static,
@@ -26,7 +27,7 @@ except ModuleNotFoundError as error:
 
 BENCHMARKS = {
     "demo": demo, "attention": attention, "sweep": sweep, "decode": decode, "convert": convert, "fit": fit,
-    "finetune": finetune,
+    "prompt": prompt, "finetune": finetune,
     "accounting": accounting, "approximation": approximation, "scaling": scaling, "ceilings": ceilings,
     "static": static, "gate": gate, "tune": tune, "all": suite, "report": report,
 }  # fmt: skip

@@ -6,6 +6,7 @@ in a GGUF file. Reading that takes 20 seconds, so that the model is kept in NTK_
 ~/.cache/ntk_kernels), 540 MB in float32.
 """
 
+import copy
 import os
 import tempfile
 import warnings
@@ -56,6 +57,11 @@ def language_model():
     Raises ModuleNotFoundError if the decoder's package is missing.
     """
     return _load(_folder(), "AutoModelForCausalLM")
+
+
+def copy_of(model):
+    """A model that shares the parameters of the given one."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
 def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None, start: int = 0) -> list[Layer]:

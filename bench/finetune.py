@@ -387,8 +387,7 @@ class Comparison:
         """A model that shares the parameters of the given one, with what the method trains; None: not from text."""
         start = None if method.start is None or seed is None else self._start(method, size, seed)
         torch.manual_seed(seed or 0)
-        shared = {id(tensor): tensor for tensor in self.model.parameters()}
-        return method.build(copy.deepcopy(self.model, shared), size, start)
+        return method.build(decoder.copy_of(self.model), size, start)
 
     def _start(self, method: Method, size: int | str, seed: int):
         """What the method makes of text; for each seed it begins elsewhere."""

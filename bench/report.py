@@ -21,6 +21,7 @@ from . import (
     demo,
     finetune,
     fit,
+    prompt,
     record,
     scaling,
     sweep,
@@ -28,7 +29,8 @@ from . import (
 
 # What made a record, by the first word of its name.
 _MODULES = {module.__name__.rpartition(".")[2]: module for module in (
-    accounting, approximation, attention, ceilings, convert, decode, demo, finetune, fit, scaling, sweep,
+    accounting, approximation, attention, ceilings, convert, decode, demo, finetune, fit, prompt, scaling,
+    sweep,
 )}  # fmt: skip
 RESULTS = record.ROOT / "bench" / "results"
 

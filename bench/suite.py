@@ -2,7 +2,8 @@
 
 Made to take less than 10 minutes on two cores and less than 9 on a GPU. What has been done at this commit is left out
 (all.json in the folder of figures says what), so that the same command resumes a run that was cut off. Not among the
-parts are `static`, which needs no device, and `tune`, which is to run before.
+parts are `fit`, `prompt` and `finetune`, which take longer, `tune`, which is to run before, and `static`, `gate` and
+`report`, which measure no device.
 """
 
 import argparse

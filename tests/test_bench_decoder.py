@@ -1,4 +1,4 @@
-"""bench finetune on a tiny decoder with random weights; the pretrained one is not downloaded for tests."""
+"""bench finetune and bench prompt on a tiny decoder with random weights; the pretrained one is not downloaded."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from bench import decoder, finetune, reading, report
+from bench import decoder, finetune, prompt, reading, report
 from bench.__main__ import main
 from ntk_kernels import prefix_to_state
 
@@ -256,3 +256,48 @@ def test_without_the_decoder(monkeypatch):
     monkeypatch.setattr(reading, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="finetune: the decoder is missing: pip install"):
         main(["finetune", "--device", "cpu"])
+
+
+def test_prompt(tiny, monkeypatch, tmp_path, capsys):
+    """Losses are those of the model itself on prompt and chunk at once; as many rows as tokens would be the prompt."""
+    monkeypatch.setattr(prompt, "CHUNK", LENGTH)
+    monkeypatch.setattr(decoder, "CHUNK", LENGTH)
+    main(["prompt", "--device", "cpu", "--prompt", "30", "--rows", "2", "16", "--calibration", "20", "--test", "3",
+          "--out", str(tmp_path)])  # fmt: skip
+    figures = json.loads((tmp_path / "prompt.json").read_text())
+    results = {result["in_place"]: result for result in figures["results"]}
+    assert list(results) == ["no prompt", "the prompt", "2 rows", "16 rows"]
+    tokens = torch.tensor(Tokenizer()("", False)["input_ids"])
+    chunks = tokens[30 : 30 + 3 * LENGTH].view(3, LENGTH)
+    for chunk, loss in zip(chunks, results["no prompt"]["losses"], strict=True):
+        assert loss == pytest.approx(loss_of(tiny, chunk[None]), rel=1e-4)
+    for chunk, loss in zip(chunks, results["the prompt"]["losses"], strict=True):
+        with torch.no_grad():
+            log_p = tiny(input_ids=torch.cat([tokens[:30], chunk])[None]).logits[0, 30:-1].log_softmax(-1)
+        assert loss == pytest.approx(-log_p.gather(1, chunk[1:, None]).mean().item(), rel=1e-4)
+
+    def distance(name):
+        both = zip(results[name]["losses"], results["the prompt"]["losses"], strict=True)
+        return sum(abs(loss - exact) for loss, exact in both)
+
+    assert distance("16 rows") < 0.3 * distance("no prompt")
+    assert results["the prompt"]["bytes"] == 2 * 2 * 2 * 30 * 8 * 4  # layers, keys and values, heads
+    assert results["16 rows"]["bytes"] == 2 * 2 * 16 * 17 * 4
+    assert tiny.config._attn_implementation == "sdpa"
+    assert "of the gain" in capsys.readouterr().out
+    assert "a prompt of 30 tokens" in report.tables(tmp_path / "prompt.json")
+    assert (tmp_path / "prompt.png").read_bytes()[:8] == PNG
+    assert len((tmp_path / "prompt.csv").read_text().splitlines()) == 1 + 4 * 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--rows", "30"], "--rows must be less than the 30 tokens, got 30"),
+     (["--prompt", "60"], "--prompt must be at most 52, got 60"),
+     (["--test", "40"], "--test and --calibration must be at most the 37 chunks .*, got 40 and 20")],
+)  # fmt: skip
+def test_prompt_refuses(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(prompt, "CHUNK", LENGTH)
+    command = ["prompt", "--device", "cpu", "--prompt", "30", "--rows", "2", "--calibration", "20", "--test", "3"]
+    with pytest.raises(SystemExit, match=message):
+        main([*command, *arguments, "--out", str(tmp_path)])
