@@ -24,7 +24,7 @@ from .peers import sdpa
 
 PLAIN, EXACT, NAIVE = "SDPA, no prefix", "SDPA, exact prefix", "naive formula, exact prefix"
 MAPS = ("elu", "taylor1", "taylor2")  # one centre each: the states of the first two questions
-RANKS, CENTERS = (8, 64), (4, 16, 64)
+RANKS, CENTERS, ROWS = (8, 64), (4, 16, 64), (32, 128)
 _CHECKED_ROWS = 64  # queries of the first head that are compared with float64
 _CONVERTED_ROWS = 256  # of the prefix that states are made from; how many it had makes no difference to the time
 # What fits: a GPU has more of everything.
@@ -135,7 +135,12 @@ class Sweep:
             | {name: (_ours, _with_state(inputs, state)) for name, state in self.states.items()}
         )
         return {
-            name: {"rows_per_head": state.num_centers * state.k.shape[-1], "nbytes": state.nbytes} | measured[name]
+            name: {
+                "rows_per_head": features_of(state) + state.num_rows,
+                "nbytes": state.nbytes,
+                "on_paper": features_of(state) // 2 + state.num_rows,
+            }
+            | measured[name]
             for name, state in self.states.items()
         }
 
@@ -167,6 +172,8 @@ class Sweep:
                 None, full.k, "taylor2", z_a=pair[0], z_b=pair[1], centers=full.centers, log_scale=full.log_scale,
                 feature_scale=full.feature_scale,
             )  # fmt: skip
+        for count in ROWS:
+            states[f"{count} rows"] = PrefixState(keys=key[:, :count], values=value[:, :count])
         return states
 
     def _measure(self, contestants: dict[str, tuple[Callable, Inputs]]) -> dict[str, dict]:
@@ -233,8 +240,15 @@ def flops(inputs: Inputs) -> int:
     keys = length * inputs.key.shape[2]
     if inputs.causal:
         keys -= length * (length - 1) // 2
-    features = 0 if inputs.state is None else inputs.state.num_centers * inputs.state.k.shape[-1]
+    features = features_of(inputs.state)
+    if inputs.state is not None:
+        keys += length * inputs.state.num_rows
     return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
+
+
+def features_of(state: PrefixState | None) -> int:
+    """Of each head, of all centres."""
+    return 0 if state is None or state.k is None else state.num_centers * state.k.shape[-1]
 
 
 def check(name: str, function: Callable, inputs: Inputs) -> None:
@@ -297,7 +311,7 @@ def tables_of(figures: dict) -> list[Table]:
         table.add_row(
             name, f"{state['rows_per_head']:,}", f"{state['nbytes'] / 1024:,.0f}", f"{state['ms']:.3f}",
             f"{state['ratio']:.2f}×", crossing_text(state["break_even"], figures["prefix_rows"]),
-            f"{state['rows_per_head'] // 2:,}",
+            f"{state.get('on_paper', state['rows_per_head'] // 2):,}",  # older records have no states of rows
         )  # fmt: skip
     return [*tables, table]
 

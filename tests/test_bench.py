@@ -206,6 +206,8 @@ def test_sweep(tmp_path, capsys, monkeypatch):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["prefix_rows"] == [16, 64]
         assert record["states"]["taylor1, C=16"]["rows_per_head"] == 16 * 9
+        assert record["states"]["taylor1, C=16"]["on_paper"] == 8 * 9
+        assert record["states"]["32 rows"]["on_paper"] == record["states"]["32 rows"]["rows_per_head"] == 32
         elu = record["by_prefix_rows"][0]["ours, elu"]
         pairs = 16 * 17 // 2 if options else 16 * 16  # of queries and keys; then the same tokens and the state's rows
         work = 2 * (4 * pairs * 8 + 2 * 16 * 8 * 9) * (3.5 if options else 1)
