@@ -193,7 +193,7 @@ def _error_table(figures: dict) -> Table:
     table = Table(
         title=f"Relative error against exact attention over a prefix of {settings['prefix_rows']:,} rows, "
         f"mean over the {settings['heads']} heads (worst head). States expanded around 0, around the mean key (mean) "
-        "or around k-means centres (C), or rows fitted to other inputs; rows per head: of z, C·r, and its own"
+        "or around k-means centres (C), or rows fitted to other inputs; rows per head: C·r of z, and exact ones"
     )
     table.add_column("state", no_wrap=True)
     table.add_column("rows per head", justify="right")

@@ -5,9 +5,9 @@ is held out: a part for validation, then one for the test, neither of which over
 package's method of PEFT; prefix tuning (which P-Tuning v2 is, on every layer and without a projection) and LoRA are
 PEFT's own. Each gets the size that brings its trainable parameters nearest to `--budget`; fine-tuning the whole model
 is there for comparison and is not of that size. With one seed all have the same batches in the same order, and the same
-schedule: the learning rate rises over the first tenth of the steps and then falls to 0. What it rises to is chosen on
-the validation part from as many values for each method, with the first seed; losses are those on the test part. The
-range of these values, and the mass that prefixes of ours start with, were found with shorter runs on validation text.
+schedule: the learning rate rises over the first tenth of the steps and then falls to 0. Its peak is chosen on the
+validation part, from equally many candidates for each method, with the first seed; losses are those on the test part.
+The range of candidates, and the mass that prefixes of ours start with, were found with shorter runs on validation text.
 
 What starts "from text" starts as the keys and values of the first tokens of the training text (with each seed from
 another place on), as many as it has rows; "fitted to text" are as many rows that `prefix_to_state` fits to the keys and
@@ -78,8 +78,8 @@ class Parts(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
-                        help=f"default: all, {' '.join(METHODS)}")  # fmt: skip
+    listed = ", ".join(f"{name} ({method.name})" for name, method in METHODS.items())
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"default: all, {listed}")
     parser.add_argument("--budget", type=record.positive(int), default=230_400, metavar="N",
                         help="trainable parameters (default: %(default)s, 20 virtual tokens)")  # fmt: skip
     parser.add_argument("--steps", type=record.positive(int), default=40, help="of training (default: %(default)s)")

@@ -62,13 +62,13 @@ class Shape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--dtype", choices=record.DTYPES, nargs="+", default=["bfloat16"], help="default: %(default)s")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256], help="default: %(default)s")
+    parser.add_argument("--dtype", choices=record.DTYPES, nargs="+", default=["bfloat16"], help="default: bfloat16")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256], help="default: 64 128 256")
     parser.add_argument(
         "--feature-map", choices=("plain", *FEATURE_MAPS), nargs="+", default=["plain", *FEATURE_MAPS],
         help="plain: no state (default: all)",
     )  # fmt: skip
-    parser.add_argument("--length", type=int, nargs="+", default=[4096], help="tokens (default: %(default)s)")
+    parser.add_argument("--length", type=int, nargs="+", default=[4096], help="tokens (default: 4096)")
     parser.add_argument("--full", action="store_true", help="also without causality")
     parser.add_argument("--kernel", choices=_KERNELS, nargs="+", default=_KERNELS,
                         help="default: all")  # fmt: skip
@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=record.positive(int), default=16, help="default: %(default)s")
     parser.add_argument("--tokens", type=record.positive(int), default=16384,
                         help="in a batch, however long its sequences (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--jobs", type=record.positive(int), default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--jobs", type=record.positive(int), default=os.cpu_count(),
+                        help="processes that compile (default: one for each processor)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:

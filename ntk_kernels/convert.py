@@ -56,8 +56,8 @@ def prefix_to_state(
             centre goes with "taylor1" only.
         num_rows: R rows of the state, 128 by default if there are queries and no feature map. In closed form, without
             a feature map only, they are means of the keys found by k-means, each with the number of keys nearest to it
-            as its weight and the mean of their values. A fit starts from them and a few rows with much attention. If
-            the prefix has no more rows, the state keeps it as it is.
+            as its weight and the mean of their values. A fit starts from them and a few rows with much attention. A
+            prefix of at most that many rows is kept as it is.
         keep: further rows of the prefix that the state keeps exactly, those with the largest attention from `query`
             (attention sinks); the rest of the prefix is converted.
         error: instead of `num_rows`: the relative error, mean over the heads on held-out queries, that is wanted. The
