@@ -11,7 +11,7 @@ from oracle import F64, assert_as_accurate
 pytest.importorskip("transformers")
 
 import transformers
-from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
+from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, llava, sharpened, visible_logits, with_labels
 
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode, prefix_to_state
 from ntk_kernels.integrations import attention_interface
@@ -516,6 +516,28 @@ def test_prefill_in_pieces(family):
         second = model(ids[:, 5:], past_key_values=first.past_key_values)
     pieces = torch.cat([first.logits, second.logits], dim=1)
     assert_as_accurate("logits", pieces, whole, exact_of(model, family, given), torch.float32)
+
+
+def test_masks_of_models_whose_layers_share_keys():
+    """Gemma 4 cuts queries to `logits_to_keep` where keys are shared, and the mask with them."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("no Gemma 4 in this version of transformers")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=16,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = sharpened(transformers.Gemma4ForCausalLM(config)).eval()
+    given, static = inputs(BY_NAME["llama"]), {"cache_implementation": "static", "disable_compile": True}
+
+    def logits():
+        steps = generated(model, given, **static, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        return visible_logits(model, given | {"logits_to_keep": 4}), *steps.logits
+
+    plain = logits()
+    attach_prefix(model, init_mass=1e-30)  # next to nothing
+    torch.testing.assert_close(logits(), plain, rtol=1e-4, atol=1e-4)
 
 
 # Tasks -----------------------------------------------------------------------------------------------------------
