@@ -727,6 +727,43 @@ def test_models_that_it_is_not_for():
         attach_prefix(model)
 
 
+def other_models():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    both = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    return {
+        "SplinterModel": transformers.SplinterConfig(**text),
+        "GitForCausalLM": transformers.GitConfig(vision_config=vision, **text),
+        "NllbMoeModel": transformers.NllbMoeConfig(**both, num_experts=2, encoder_sparse_step=0, decoder_sparse_step=0),
+    }
+
+
+@pytest.mark.parametrize("name", ["SplinterModel", "GitForCausalLM", "NllbMoeModel"])
+def test_models_that_count_on_the_masks_of_eager(name):
+    """Without them, encoders would be causal, and decoders would see what comes after."""
+    model = getattr(transformers, name)(other_models()[name])
+    before = snapshot(model)
+    for function in (attach_prefix, attention_shapes):
+        with pytest.raises(ValueError, match=f"and support sdpa or attention backends, got {name}, none of whose"):
+            function(model)
+    assert snapshot(model) == before
+
+
+def test_parts_that_cannot_have_prefixes_are_left_out(monkeypatch):
+    model = llava()
+    assert len(attention_shapes(model, "vision")) == len(attention_shapes(model, "language")) == 2
+    tower = next(part for name, part in model.named_modules() if name.endswith("vision_tower"))
+    for name in ("_supports_sdpa", "_supports_attention_backend"):
+        monkeypatch.setattr(type(tower), name, False)
+    assert attention_shapes(model) == attention_shapes(model, "language")
+    with pytest.raises(ValueError, match="`modules` must match a name of .*, got 'vision'"):
+        attach_prefix(model, modules="vision")
+
+
 def test_files_that_do_not_fit(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file

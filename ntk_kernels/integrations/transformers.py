@@ -80,7 +80,7 @@ def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict
 
     Raises:
         TypeError, ValueError: if the model is no transformers model, does not dispatch its attention through
-            transformers' `AttentionInterface`, or no name matches.
+            transformers' `AttentionInterface` or support sdpa or attention backends, or no name matches.
     """
     return {name: _shape(name, module) for name, module in _attention_modules(model, modules).items()}
 
@@ -100,7 +100,9 @@ def attach_prefix(
     argument is refused, nothing of the model has changed.
 
     Args:
-        model: any model that dispatches its attention through transformers' `AttentionInterface`.
+        model: any model that dispatches its attention through transformers' `AttentionInterface`, and says that it
+            supports sdpa or attention backends. Until `detach_prefix`, forward under another implementation raises
+            RuntimeError.
         feature_map, options: of `NTKPrefix`, the same for every module. A prefix has the key/value heads of its module
             and is float32 (float64 in a float64 model) on its device.
         modules: a regular expression that is searched for in the names of the modules: r"decoder.*self_attn",
@@ -114,8 +116,8 @@ def attach_prefix(
         The prefixes by the names of their modules.
 
     Raises:
-        TypeError, ValueError: if the model does not dispatch its attention through `AttentionInterface`, has prefixes
-            already, no name matches, a prefix has other sizes than its module, or an option does not fit.
+        TypeError, ValueError: if the model is none of these, has prefixes already, no name matches, a prefix has other
+            sizes than its module, or an option does not fit.
 
     A converted state is exact if `scale` of the conversion was the one of the model (1/sqrt(D) in most) and keys and
     queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper), before that.
@@ -187,10 +189,21 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(type(module))
     }
+    # Such a model may dispatch its attention, but counts on the masks of "eager", or dispatches only a part.
+    other = [
+        module.config
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not (module._supports_sdpa or module._supports_attention_backend)
+    ]
+    found = {
+        name: module
+        for name, module in found.items()
+        if not any(config is theirs for config in _configs(model, name) for theirs in other)
+    }
     if not found:
         raise ValueError(
-            f"`model` must dispatch its attention through transformers' AttentionInterface, got "
-            f"{type(model).__name__}, none of whose modules does"
+            f"`model` must dispatch its attention through transformers' AttentionInterface and support sdpa or "
+            f"attention backends, got {type(model).__name__}, none of whose modules does"
         )
     if pattern is None:
         return found
@@ -203,6 +216,14 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
     if not matching:
         raise ValueError(f"`modules` must match a name of {_some(found)}, got {pattern!r}")
     return matching
+
+
+def _configs(model: PreTrainedModel, name: str) -> list[PretrainedConfig]:
+    """What tells an attention module its implementation: its own configuration, and, perhaps others, those of the
+    models around it, which make the masks."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    return [model.get_submodule(name).config, *(part.config for part in around if isinstance(part, PreTrainedModel))]
 
 
 @lru_cache
