@@ -213,6 +213,17 @@ def test_disabled_it_is_the_base_model_to_the_bit(family):
     assert torch.equal(visible_logits(model, given), ours)
 
 
+def test_a_model_whose_weights_are_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, given = adapted(LLAMA), inputs(LLAMA)
+    expected = visible_logits(model, given)
+    model.save_pretrained(tmp_path)
+    base = build(LLAMA)
+    accelerate.cpu_offload(base, execution_device="cpu")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "a")
+    assert torch.equal(visible_logits(loaded, given), expected)
+
+
 @all_families
 def test_unload_gives_the_base_model_back(family):
     expected = snapshot(build(family))

@@ -764,6 +764,37 @@ def test_parts_that_cannot_have_prefixes_are_left_out(monkeypatch):
         attach_prefix(model, modules="vision")
 
 
+def test_models_whose_weights_are_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    family = BY_NAME["llama"]
+    model, given = build(family), inputs(family)
+    states = {name: prefix() for name, prefix in randomise(attach_prefix(model)).items()}
+    expected = visible_logits(model, given)
+    save_prefix(model, tmp_path / "prefix.safetensors")
+    offloaded = build(family)
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+    attach_prefix(offloaded, rank=2)
+    offloaded(**with_labels(family, given)).loss.backward()
+    assert all(p.grad is not None for prefix in detach_prefix(offloaded).values() for p in prefix.parameters())
+    mine = {name: NTKPrefix.from_state(state.detach()) for name, state in states.items()}
+    assert attach_prefix(offloaded, prefixes=mine) == mine
+    assert torch.equal(visible_logits(offloaded, given), expected)
+    detach_prefix(offloaded)
+    load_prefix(offloaded, tmp_path / "prefix.safetensors")
+    assert torch.equal(visible_logits(offloaded, given), expected)
+
+
+def test_modules_whose_weights_are_buffers():
+    """As quantized ones are: the prefix is where they are."""
+    model = build(BY_NAME["llama"])
+    for linear in model.model.layers[1].self_attn.children():
+        weight = linear.weight.detach().to("meta")
+        del linear.weight
+        linear.register_buffer("weight", weight)
+    assert [prefix.z.device.type for prefix in attach_prefix(model).values()] == ["cpu", "meta"]
+
+
 def test_files_that_do_not_fit(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file

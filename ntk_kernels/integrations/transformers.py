@@ -270,10 +270,14 @@ def _find_shape(module: nn.Module) -> AttentionShape | None:
 
 
 def _placement(module: nn.Module, model: PreTrainedModel) -> dict:
-    """Device and dtype of a prefix for a module: float32, in float64 models that."""
-    weights = [*module.parameters()] or [*model.parameters()]
+    """Device and dtype of a prefix for a module: where it computes; float32, in float64 models that."""
+    weights = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]  # buffers: quantized
     is_wide = any(weight.dtype == torch.float64 for weight in weights)
-    return {"device": weights[0].device, "dtype": torch.float64 if is_wide else torch.float32}
+    # accelerate keeps weights that are offloaded on the meta device until they are used.
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    device = torch.device(devices[0]) if devices else weights[0].device
+    return {"device": device, "dtype": torch.float64 if is_wide else torch.float32}
 
 
 def _given_children(model: PreTrainedModel, found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
