@@ -33,7 +33,7 @@ from peft_cases import (
 from safetensors.torch import load_file
 
 from ntk_kernels import PrefixState, prefix_to_state
-from ntk_kernels.integrations.peft import NTKConfig
+from ntk_kernels.integrations.peft import NTKConfig, NTKLayer
 from ntk_kernels.integrations.transformers import attach_prefix, attention_shapes
 
 pytestmark = quiet
@@ -211,6 +211,44 @@ def test_disabled_it_is_the_base_model_to_the_bit(family):
         assert torch.equal(visible_logits(model, given), expected)
         assert torch.equal(visible_logits(model, given | {"adapter_names": ["a", "b"]}), expected)
     assert torch.equal(visible_logits(model, given), ours)
+
+
+def test_models_of_one_configuration():
+    """Disabling or unloading one of them does not touch the other."""
+    config, given = build(LLAMA).config, inputs(LLAMA)
+    torch.manual_seed(0)
+    models = [
+        randomise(get_peft_model(transformers.LlamaForCausalLM(config), config_of(LLAMA)), "default").eval()
+        for _ in range(2)
+    ]
+    expected = visible_logits(models[1], given)
+    with models[0].disable_adapter():
+        assert torch.equal(visible_logits(models[1], given), expected)
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "ntk"
+    models[0].unload()
+    assert torch.equal(visible_logits(models[1], given), expected)
+    models[1].unload()
+    assert config._attn_implementation == "sdpa"
+
+
+def test_another_implementation_never_leaves_an_adapter_out():
+    model, given = adapted(LLAMA), inputs(LLAMA)
+    expected = visible_logits(model, given)
+    refused = pytest.raises(RuntimeError, match="must be 'ntk' while LlamaAttention has a prefix, got 'sdpa'.*unload")
+    model.get_base_model().set_attn_implementation("sdpa")
+    with refused:
+        model(**given)
+    with model.disable_adapter():
+        assert torch.equal(visible_logits(model, given), visible_logits(build(LLAMA), given))
+        for module in model.modules():
+            if isinstance(module, NTKLayer):
+                module.enable_adapters(True)  # as LoRA beside it does, which knows nothing of implementations
+        with refused:
+            model(**given)
+    assert torch.equal(visible_logits(model, given), expected)
+    model.unload().set_attn_implementation("sdpa")
 
 
 def test_a_model_whose_weights_are_offloaded(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -138,6 +139,9 @@ def exact_of(model, family, given):
     model = copy.deepcopy(model).double()
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._attn_implementation = "definition64"
+    for module in model.modules():  # the definition takes prefixes as well
+        if "_ntk_hook" in vars(module):
+            module._ntk_hook.remove()
     return visible_logits(model, given)
 
 
@@ -424,6 +428,61 @@ def test_a_copy_of_a_model_is_a_model_of_its_own():
     assert len(attached_prefixes(model)) == 2
     assert model.config._attn_implementation == "ntk"
     assert other.config._attn_implementation == "sdpa"
+
+
+def test_models_of_one_configuration():
+    """It says "ntk" until the last of them has no prefixes any more."""
+    config, given = build(BY_NAME["llama"]).config, inputs(BY_NAME["llama"])
+    models = [transformers.LlamaForCausalLM(config).eval() for _ in range(2)]
+    plain = [visible_logits(model, given) for model in models]
+    for model in models:
+        randomise(attach_prefix(model))
+    expected = [visible_logits(model, given) for model in models]
+    for _ in range(2):  # also when one comes back
+        prefixes = detach_prefix(models[0])
+        assert torch.equal(visible_logits(models[1], given), expected[1])
+        attach_prefix(models[0], prefixes=prefixes)
+    assert torch.equal(visible_logits(models[0], given), expected[0])
+    del models[0]  # with its prefixes
+    detach_prefix(models[0])
+    assert config._attn_implementation == "sdpa"
+    assert torch.equal(visible_logits(models[0], given), plain[1])
+
+
+SETTINGS = {
+    "model": lambda model: model.set_attn_implementation("sdpa"),
+    "part": lambda model: model.model.set_attn_implementation("eager"),
+    "config": lambda model: setattr(model.config, "_attn_implementation", "sdpa"),
+}
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["itself", "copy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_another_implementation_never_leaves_a_prefix_out(setting, copied):
+    given = inputs(BY_NAME["llama"])
+    model = build(BY_NAME["llama"])
+    randomise(attach_prefix(model))
+    expected = visible_logits(model, given)
+    model = copied(model)
+    setting(model)
+    with pytest.raises(RuntimeError, match="must be 'ntk' while LlamaAttention has a prefix, got '(sdpa|eager)'"):
+        model(**given)
+    model.set_attn_implementation("ntk")
+    assert torch.equal(visible_logits(model, given), expected)
+    detach_prefix(model)
+    setting(model)
+    assert torch.equal(visible_logits(model, given), visible_logits(build(BY_NAME["llama"], model.config._attn_implementation), given))  # fmt: skip
+
+
+def test_another_implementation_under_checkpointing():
+    """Set between forward and backward."""
+    model, given = build(BY_NAME["llama"]).train(), with_labels(BY_NAME["llama"], inputs(BY_NAME["llama"]))
+    attach_prefix(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    loss = model(**given, use_cache=False).loss
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="must be 'ntk' while LlamaAttention has a prefix, got 'sdpa'"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -764,6 +823,25 @@ def test_parts_that_cannot_have_prefixes_are_left_out(monkeypatch):
         attach_prefix(model, modules="vision")
 
 
+def test_continuous_batching_is_refused(monkeypatch):
+    """Also where flash attention is installed, which it would take."""
+    api = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
+    managers = [c for c in vars(api).values() if hasattr(c, "switch_to_cb_friendly_attn")]
+    if not managers:
+        pytest.skip("this version of transformers does not choose an implementation for it")
+    for version in (2, 3):
+        monkeypatch.setattr(api, f"is_flash_attn_{version}_available", lambda **kwargs: True)
+    model = build(BY_NAME["llama"])
+    attach_prefix(model)
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda *args: pytest.fail("the prefix was left out"))
+    manager = managers[0].__new__(managers[0])
+    for part in (model, copy.deepcopy(model), model.model):
+        with pytest.raises(ValueError, match="ntk is not supported for continuous batching"):
+            manager.switch_to_cb_friendly_attn(part)
+    detach_prefix(model)
+    assert model._supports_flash_attn and model.model._supports_flash_attn
+
+
 def test_models_whose_weights_are_offloaded(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     family = BY_NAME["llama"]
@@ -850,3 +928,6 @@ def test_compiles_in_one_graph():
     expected = visible_logits(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(visible_logits(compiled, given), expected)
+    model.set_attn_implementation("sdpa")  # what that raises, a graph cannot hold
+    with pytest.raises(RuntimeError, match="Observed exception"):
+        compiled(**given)

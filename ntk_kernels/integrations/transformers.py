@@ -34,6 +34,7 @@ try:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from .attention_interface import CHILD, IMPLEMENTATION, ntk_attention_forward
+    from .switch import Switch, add_child, remove_child, settle_flash
 except ImportError as error:
     raise ImportError(
         "ntk_kernels.integrations.transformers needs transformers (4.57 or later): "
@@ -68,7 +69,7 @@ class _Attachment:
     """What `detach_prefix` gives back to the model."""
 
     names: list[str]
-    implementations: list[tuple[PretrainedConfig, str | None]]
+    switch: Switch
     frozen: list[nn.Parameter]
 
 
@@ -153,8 +154,9 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     children = attached_prefixes(model)
     record = getattr(model, _RECORD)
     for name in record.names:
-        delattr(model.get_submodule(name), CHILD)
-    _restore(record.implementations)
+        remove_child(model.get_submodule(name))
+    record.switch.turn_off()
+    settle_flash(model)
     for parameter in record.frozen:
         parameter.requires_grad_(True)
     delattr(model, _RECORD)
@@ -319,44 +321,35 @@ def _attach(model: PreTrainedModel, found: dict, children: dict[str, NTKPrefix],
     if taken:
         raise ValueError(f"`{taken[0]}` must have no attribute {CHILD!r} yet, got one that has")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
-    implementations = _use_ntk(model, {name: found[name] for name in children})
+    switch = _use_ntk(model, {name: found[name] for name in children})
     try:
         for name, child in children.items():
-            found[name].add_module(CHILD, child)
+            add_child(found[name], child)
     except Exception:
         for name in children:
-            found[name]._modules.pop(CHILD, None)
-        _restore(implementations)
+            if CHILD in found[name]._modules:
+                remove_child(found[name])
+        switch.turn_off()
         raise
     for parameter in frozen:
         parameter.requires_grad_(False)
-    setattr(model, _RECORD, _Attachment(list(children), implementations, frozen))
+    settle_flash(model)
+    setattr(model, _RECORD, _Attachment(list(children), switch, frozen))
 
 
-def _use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[tuple[PretrainedConfig, str | None]]:
-    """Makes modules of a model compute attention by "ntk"; returns what their configurations said before."""
-    # The modules read their own configuration, the models around them that make the masks another, perhaps.
-    configs = {id(module.config): module.config for module in modules.values()}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and any(child.startswith(f"{name}.") or not name for child in modules):
-            configs[id(module.config)] = module.config
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config in configs.values():
-        config._attn_implementation_internal = IMPLEMENTATION
+def _use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Switch:
+    """Makes modules of a model compute attention by "ntk", until the switch is turned off."""
+    configs = {id(config): config for name in modules for config in _configs(model, name)}
+    switch = Switch(configs.values())
     for name, module in modules.items():
         if module.config._attn_implementation != IMPLEMENTATION:
             got = module.config._attn_implementation
-            _restore(before)
+            switch.turn_off()
             raise RuntimeError(
                 f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got {got!r} in spite of it being "
                 "set"
             )
-    return before
-
-
-def _restore(implementations: list[tuple[PretrainedConfig, str | None]]) -> None:
-    for config, implementation in implementations:
-        config._attn_implementation_internal = implementation
+    return switch
 
 
 def _some(names) -> str:

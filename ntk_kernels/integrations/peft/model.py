@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from ...modules import NTKPrefix
 from ...state import PrefixState
-from ..attention_interface import CHILD, IMPLEMENTATION
-from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _restore, _some, _use_ntk
+from ..attention_interface import CHILD
+from ..switch import add_child, remove_child, settle_flash
+from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _some, _use_ntk
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer
 
-_IMPLEMENTATIONS = "_ntk_peft_implementations"  # on the base model: what `unload` gives back to its configurations
+_SWITCHES = "_ntk_peft_switches"  # on the base model: one for each time that adapters were added
 
 
 class NTKModel(BaseTuner):
@@ -68,19 +69,21 @@ class NTKModel(BaseTuner):
         self.peft_config[adapter_name] = config
         children = [(module, dict(module._modules)) for module in model.modules()]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        implementations = _use_ntk(model, modules)
+        switch = _use_ntk(model, modules)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             for module, before in children:
+                if CHILD in module._modules and CHILD not in before:
+                    remove_child(module)
                 module._modules.clear()
                 module._modules.update(before)
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
-            _restore(implementations)
+            switch.turn_off()
             raise
-        ours = [pair for pair in implementations if pair[1] != IMPLEMENTATION]
-        setattr(model, _IMPLEMENTATIONS, getattr(model, _IMPLEMENTATIONS, []) + ours)
+        setattr(model, _SWITCHES, [*getattr(model, _SWITCHES, []), switch])
+        settle_flash(model)
 
     def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict) -> NTKConfig:
         return peft_config
@@ -94,7 +97,7 @@ class NTKModel(BaseTuner):
         current_key: str, **optional_kwargs,
     ) -> None:  # fmt: skip
         if not hasattr(target, CHILD):
-            target.add_module(CHILD, NTKLayer())
+            add_child(target, NTKLayer())
         layer = getattr(target, CHILD)
         layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **_placement(target, self.model))
         if adapter_name not in self.active_adapters:
@@ -149,14 +152,19 @@ class NTKModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
-        """Takes all adapters out of use: the model is the base model, its own attention implementation included."""
+        """Takes all adapters out of use: the model is the base model, its own attention implementation included.
+
+        (Unless another model, which uses its adapters, was built from the same configuration object.)
+        """
         super().disable_adapter_layers()
-        _restore(getattr(self.model, _IMPLEMENTATIONS, []))
+        for switch in getattr(self.model, _SWITCHES, []):
+            switch.turn_off()
 
     def enable_adapter_layers(self) -> None:
         """Puts the active adapters to use again."""
         super().enable_adapter_layers()
-        _restore([(config, IMPLEMENTATION) for config, _ in getattr(self.model, _IMPLEMENTATIONS, [])])
+        for switch in getattr(self.model, _SWITCHES, []):
+            switch.turn_on()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -194,10 +202,12 @@ class NTKModel(BaseTuner):
             self._check_merge_allowed()
         for module in self.model.modules():
             if isinstance(getattr(module, CHILD, None), NTKLayer):
-                delattr(module, CHILD)
+                remove_child(module)
         super()._unload_and_optionally_merge(False, *args, **kwargs)
-        _restore(self.model.__dict__.pop(_IMPLEMENTATIONS, []))
         self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
+        for switch in self.model.__dict__.pop(_SWITCHES, []):
+            switch.turn_off()
+        settle_flash(self.model)
         return self.model
 
     @classmethod
