@@ -179,6 +179,9 @@ class NTKModel(BaseTuner):
         self._check_names("adapter_names", used)
         for name in used[1:]:
             _check_together(self.peft_config, used[0], name, is_sum=False)
+        if len(set(names)) > 1:
+            for name in used:
+                _check_rows(self.model, name, self.peft_config[name])
         rows = partial(_rows_of, names=names, copies=_copies(self.model, kwargs))
         with rows(self.model), _in_checkpoints(self.model, rows):
             yield
@@ -282,6 +285,20 @@ def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
             f"the adapters {a!r} and {b!r} must have no centers, or feature_map='taylor1', {what}, got centers="
             f"{ours.centers} and {theirs.centers} with {ours.feature_map!r}"
         )
+
+
+def _check_rows(model: PreTrainedModel, adapter_name: str, config: NTKConfig) -> None:
+    """The rows of all modules of an adapter are those of the batch."""
+    if hasattr(model.config, "encoder"):  # two models with a row of the one for each row of the other
+        return
+    text = model.config.get_text_config(decoder=True)
+    for name in config.shapes:
+        if type(model.get_submodule(name).config) is not type(text):
+            raise ValueError(
+                f"`adapter_names` must name a single adapter, or adapters with `target_modules` in the text decoder "
+                f"only, since rows elsewhere are images, say, and not those of the batch; got {adapter_name!r} with "
+                f"`{name}`"
+            )
 
 
 def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
