@@ -74,6 +74,12 @@ def test_beams_of_the_models_own_generation_config():
     assert torch.equal(model.generate(**given), expected)
     config = transformers.GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
     model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=config)
+    without = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)  # beams are those of the model
+    ours = model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=without)
+    assert torch.equal(ours, expected)
+    model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=without, num_beams=1)
+
+
 def test_rows_of_images_are_not_rows_of_prompts():
     """Two images in the first prompt, none in the second."""
     prompts = torch.tensor([[*IMAGE, 5, *IMAGE, 6], [*range(3, 13)]])

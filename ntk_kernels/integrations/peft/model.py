@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ...modules import NTKPrefix
 from ...state import PrefixState
@@ -303,9 +303,14 @@ def _check_rows(model: PreTrainedModel, adapter_name: str, config: NTKConfig) ->
 
 def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
     """How many rows `generate`, called with `kwargs`, may make of each: beams, and what it returns of them."""
-    options = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    beams, sequences = (kwargs.get(name) or getattr(options, name, None) or 1 for name in names)
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    default = GenerationConfig()  # what the first has in common with it, transformers takes from the second
+
+    def option(name: str) -> int:
+        values = [getattr(config, name, None) for config in configs]
+        return kwargs.get(name) or next((value for value in values if value not in (None, getattr(default, name))), 1)
+
+    beams, sequences = option("num_beams"), option("num_return_sequences")
     return frozenset({1, beams, sequences, beams * sequences})  # encoders have none or, in Whisper, one per sequence
 
 
