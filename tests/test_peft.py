@@ -327,7 +327,30 @@ def test_lora_beside_it(tmp_path):
     loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path / "lora", adapter_name="lora")
     loaded = PeftModel.from_pretrained(loaded.get_base_model(), tmp_path / "ntk", adapter_name="ntk")
     assert torch.equal(visible_logits(loaded, given), expected)
-    model.unload()
+
+
+@pytest.mark.parametrize("first", ["lora", "ntk"])
+def test_unload_leaves_lora_beside_it(first):
+    """With all that is its own, a head that both have among it."""
+    given = inputs(LLAMA)
+    configs = {"lora": lora(), "ntk": config_of(LLAMA, modules_to_save=["lm_head", "model.norm"])}
+    configs["lora"].modules_to_save = ["lm_head"]
+    alone, models, base = build(LLAMA), {}, build(LLAMA)
+    torch.manual_seed(0)
+    expected = visible_logits(get_peft_model(alone, lora(), adapter_name="lora").eval(), given)
+    for name in (first, "ntk" if first == "lora" else "lora"):
+        torch.manual_seed(0)
+        models[name] = get_peft_model(base, configs[name], adapter_name=name).eval()
+    randomise(base, "ntk")
+    assert not torch.equal(visible_logits(base, given), expected)
+    assert models["ntk"].unload() is base
+    close(visible_logits(base, given), expected)
+    assert list(base.peft_config) == ["lora"]
+    assert not any("ntk" in name for name, _ in base.named_parameters())
+    assert base.config._attn_implementation == "sdpa"
+    assert list(base.lm_head.modules_to_save) == base.lm_head.active_adapters == ["lora"]
+    assert type(base.model.norm).__name__ == "LlamaRMSNorm"
+    close(visible_logits(models["lora"].unload(), given), visible_logits(build(LLAMA), given))
 
 
 def test_lora_put_after_it():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -188,9 +188,15 @@ class NTKModel(BaseTuner):
 
     def _check_names(self, argument: str, names: Sequence[str]) -> None:
         for name in names:
-            if not isinstance(self.peft_config.get(name), NTKConfig):
-                known = sorted(key for key, config in self.peft_config.items() if isinstance(config, NTKConfig))
-                raise ValueError(f"`{argument}` must be of the NTK adapters that the model has, {known}, got {name!r}")
+            if name not in (known := self._ntk_adapters()):
+                raise ValueError(
+                    f"`{argument}` must be of the NTK adapters that the model has, {sorted(known)}, got {name!r}"
+                )
+
+    def _ntk_adapters(self) -> list[str]:
+        """Without those of other methods, LoRA's, say."""
+        configs = getattr(self, "peft_config", {})
+        return [name for name, config in configs.items() if isinstance(config, NTKConfig)]
 
     # Taking away -----------------------------------------------------------------------------------------------------
 
@@ -206,12 +212,36 @@ class NTKModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(getattr(module, CHILD, None), NTKLayer):
                 remove_child(module)
-        super()._unload_and_optionally_merge(False, *args, **kwargs)
-        self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
+        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            self._unload_beside_others()
+        else:
+            super()._unload_and_optionally_merge(False, *args, **kwargs)
+            self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
         for switch in self.model.__dict__.pop(_SWITCHES, []):
             switch.turn_off()
         settle_flash(self.model)
         return self.model
+
+    def _unload_beside_others(self) -> None:
+        """What else there is of our adapters; PEFT would take away the layers of LoRA as well."""
+        ours = self._ntk_adapters()
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, AuxiliaryTrainingWrapper) or module._adapters.isdisjoint(ours):
+                continue
+            if others := sorted(module._adapters.difference(ours)):
+                if module.active_adapters[:1] not in ([other] for other in others):
+                    module.set_adapter(others[0])
+                for adapter in module._adapters.intersection(ours):
+                    module.delete_adapter(adapter, module.active_adapters)
+            else:
+                # PEFT 0.18 knows of no wrapper without an active adapter.
+                kept = module.original_module
+                if module.active_adapters:
+                    kept = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, kept)
+        for name in ours:
+            del self.peft_config[name]
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
