@@ -295,6 +295,25 @@ def test_deleting_adapters():
     close(visible_logits(model.base_model.model, given), visible_logits(build(LLAMA), given))
 
 
+def test_deleting_the_active_adapter_of_adapters_in_different_layers():
+    layers = {"a": [0, 1], "b": [0], "c": [1]}
+    model = adapted(LLAMA, {name: config_of(LLAMA, layers_to_transform=layers[name]) for name in layers})
+    model.set_adapter("b")
+    expected = visible_logits(model, inputs(LLAMA))
+    model.set_adapter("a")
+    with pytest.warns(UserWarning, match="the active adapter 'a' is deleted, 'b' is active now") as seen:
+        model.delete_adapter("a")
+    assert len(seen) == 1
+    assert model.active_adapters == model.base_model.active_adapters == ["b"]
+    assert torch.equal(visible_logits(model, inputs(LLAMA)), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".ntk_states.b." in name
+    }
+    model.base_model.set_adapter(["b", "c"])
+    model.delete_adapter("b")
+    assert [layer.active_adapters for layer in model.modules() if isinstance(layer, NTKLayer)] == [["c"], ["c"]]
+
+
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
 def test_merging_is_refused(merge):
     model = adapted(LLAMA)

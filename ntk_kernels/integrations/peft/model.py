@@ -1,6 +1,7 @@
 """`NTKModel`: puts the prefixes into a model, and tells each of them which adapters are in use."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -205,6 +206,19 @@ class NTKModel(BaseTuner):
             "NTK adapters cannot be merged into the weights of a model: what a prefix adds to attention is not linear "
             "in the layer's input, so no weight matrix gives it; keep the adapter, or unload() it"
         )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter. If no other is active, the first of those that are left becomes so."""
+        if adapter_name in self.peft_config and adapter_name in self.active_adapters:
+            others = [name for name in self.active_adapters if name != adapter_name]
+            left = [name for name in self._ntk_adapters() if name != adapter_name]
+            if not others and left:
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} is deleted, {left[0]!r} is active now", stacklevel=3
+                )
+            if others or left:  # Now: afterwards, each layer would choose among those that it has itself.
+                self.set_adapter(others or left[0])
+        super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
         if merge:
