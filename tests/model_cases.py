@@ -107,7 +107,10 @@ def build(family, implementation=None, dtype=torch.float32, **options):
     config._attn_implementation = implementation or family.own
     config._experts_implementation = "eager"  # others take no float64
     torch.manual_seed(0)
-    model = getattr(transformers, family.model)(config)
+    return sharpened(getattr(transformers, family.model)(config)).to(dtype).eval()
+
+
+def sharpened(model):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,7 +118,23 @@ def build(family, implementation=None, dtype=torch.float32, **options):
                 parameter.normal_(std=2 / math.sqrt(parameter.shape[-1]), generator=generator)
             elif name.endswith("sinks"):
                 parameter.normal_(generator=generator)
-    return model.to(dtype).eval()
+    return model
+
+
+IMAGE = [VOCABULARY] * 4  # the tokens of one image, for `llava`
+
+
+def llava():
+    """Images and text: a tower whose rows are images, and a decoder whose rows are prompts."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**DECODER | {"vocab_size": VOCABULARY + 1}),
+        image_token_index=VOCABULARY, vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return sharpened(transformers.LlavaForConditionalGeneration(config)).eval()
 
 
 def inputs(family, dtype=torch.float32, padding=None):

@@ -7,13 +7,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, build, inputs, visible_logits, with_labels
+from model_cases import BATCH, IMAGE, build, inputs, llava, visible_logits, with_labels
 from peft import get_peft_model
 from peft_cases import LLAMA, adapted, all_families, by_adapter, close, config_of, prefixes_of, quiet, randomise, some
 from torch._dynamo.testing import CompileCounter
 
 from ntk_kernels import NTKPrefix
 from ntk_kernels.integrations import attention_interface
+from ntk_kernels.integrations.peft import NTKConfig
 from ntk_kernels.integrations.transformers import attach_prefix
 
 pytestmark = quiet
@@ -73,6 +74,35 @@ def test_beams_of_the_models_own_generation_config():
     assert torch.equal(model.generate(**given), expected)
     config = transformers.GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
     model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=config)
+    without = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)  # beams are those of the model
+    ours = model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=without)
+    assert torch.equal(ours, expected)
+    model.generate(**inputs(LLAMA), adapter_names=["a", "b"], generation_config=without, num_beams=1)
+
+
+def test_rows_of_images_are_not_rows_of_prompts():
+    """Two images in the first prompt, none in the second."""
+    prompts = torch.tensor([[*IMAGE, 5, *IMAGE, 6], [*range(3, 13)]])
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+    def adapted_llava(pattern):
+        config = NTKConfig(target_modules=pattern, rank=3, init_mass=0.1)
+        model = get_peft_model(llava(), config, adapter_name="a")
+        model.add_adapter("b", config)
+        return randomise(randomise(model, "a", 0), "b", 1).eval()
+
+    given = {"input_ids": prompts, "pixel_values": images}
+    model = adapted_llava(None)
+    for names in (["a", "b"], ["b", "__base__"]):
+        with pytest.raises(
+            ValueError, match=f"`adapter_names` must name a single adapter, or .*; got '{names[0]}' with `.*vision"
+        ):
+            model(**given, adapter_names=names)
+    close(model(**given, adapter_names=["a", "a"]).logits, model(**given).logits)
+    model = adapted_llava(r".*language_model.*")
+    expected = by_adapter(model, ["a", "b"], lambda: model(**given).logits)
+    for row, other in zip(model(**given, adapter_names=["a", "b"]).logits, expected, strict=True):
+        close(row, other)
 
 
 DIFFERENT = [

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from oracle import F64, assert_as_accurate
 pytest.importorskip("transformers")
 
 import transformers
-from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
+from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, llava, sharpened, visible_logits, with_labels
 
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode, prefix_to_state
 from ntk_kernels.integrations import attention_interface
@@ -138,6 +139,9 @@ def exact_of(model, family, given):
     model = copy.deepcopy(model).double()
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._attn_implementation = "definition64"
+    for module in model.modules():  # the definition takes prefixes as well
+        if "_ntk_hook" in vars(module):
+            module._ntk_hook.remove()
     return visible_logits(model, given)
 
 
@@ -426,6 +430,61 @@ def test_a_copy_of_a_model_is_a_model_of_its_own():
     assert other.config._attn_implementation == "sdpa"
 
 
+def test_models_of_one_configuration():
+    """It says "ntk" until the last of them has no prefixes any more."""
+    config, given = build(BY_NAME["llama"]).config, inputs(BY_NAME["llama"])
+    models = [transformers.LlamaForCausalLM(config).eval() for _ in range(2)]
+    plain = [visible_logits(model, given) for model in models]
+    for model in models:
+        randomise(attach_prefix(model))
+    expected = [visible_logits(model, given) for model in models]
+    for _ in range(2):  # also when one comes back
+        prefixes = detach_prefix(models[0])
+        assert torch.equal(visible_logits(models[1], given), expected[1])
+        attach_prefix(models[0], prefixes=prefixes)
+    assert torch.equal(visible_logits(models[0], given), expected[0])
+    del models[0]  # with its prefixes
+    detach_prefix(models[0])
+    assert config._attn_implementation == "sdpa"
+    assert torch.equal(visible_logits(models[0], given), plain[1])
+
+
+SETTINGS = {
+    "model": lambda model: model.set_attn_implementation("sdpa"),
+    "part": lambda model: model.model.set_attn_implementation("eager"),
+    "config": lambda model: setattr(model.config, "_attn_implementation", "sdpa"),
+}
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["itself", "copy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_another_implementation_never_leaves_a_prefix_out(setting, copied):
+    given = inputs(BY_NAME["llama"])
+    model = build(BY_NAME["llama"])
+    randomise(attach_prefix(model))
+    expected = visible_logits(model, given)
+    model = copied(model)
+    setting(model)
+    with pytest.raises(RuntimeError, match="must be 'ntk' while LlamaAttention has a prefix, got '(sdpa|eager)'"):
+        model(**given)
+    model.set_attn_implementation("ntk")
+    assert torch.equal(visible_logits(model, given), expected)
+    detach_prefix(model)
+    setting(model)
+    assert torch.equal(visible_logits(model, given), visible_logits(build(BY_NAME["llama"], model.config._attn_implementation), given))  # fmt: skip
+
+
+def test_another_implementation_under_checkpointing():
+    """Set between forward and backward."""
+    model, given = build(BY_NAME["llama"]).train(), with_labels(BY_NAME["llama"], inputs(BY_NAME["llama"]))
+    attach_prefix(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    loss = model(**given, use_cache=False).loss
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="must be 'ntk' while LlamaAttention has a prefix, got 'sdpa'"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @some("llama", "gpt2", "bert", "esm")
 def test_checkpointing_gives_the_same_gradients(family, reentrant):
@@ -516,6 +575,28 @@ def test_prefill_in_pieces(family):
         second = model(ids[:, 5:], past_key_values=first.past_key_values)
     pieces = torch.cat([first.logits, second.logits], dim=1)
     assert_as_accurate("logits", pieces, whole, exact_of(model, family, given), torch.float32)
+
+
+def test_masks_of_models_whose_layers_share_keys():
+    """Gemma 4 cuts queries to `logits_to_keep` where keys are shared, and the mask with them."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("no Gemma 4 in this version of transformers")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=16,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = sharpened(transformers.Gemma4ForCausalLM(config)).eval()
+    given, static = inputs(BY_NAME["llama"]), {"cache_implementation": "static", "disable_compile": True}
+
+    def logits():
+        steps = generated(model, given, **static, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        return visible_logits(model, given | {"logits_to_keep": 4}), *steps.logits
+
+    plain = logits()
+    attach_prefix(model, init_mass=1e-30)  # next to nothing
+    torch.testing.assert_close(logits(), plain, rtol=1e-4, atol=1e-4)
 
 
 # Tasks -----------------------------------------------------------------------------------------------------------
@@ -705,6 +786,93 @@ def test_models_that_it_is_not_for():
         attach_prefix(model)
 
 
+def other_models():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    both = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    return {
+        "SplinterModel": transformers.SplinterConfig(**text),
+        "GitForCausalLM": transformers.GitConfig(vision_config=vision, **text),
+        "NllbMoeModel": transformers.NllbMoeConfig(**both, num_experts=2, encoder_sparse_step=0, decoder_sparse_step=0),
+    }
+
+
+@pytest.mark.parametrize("name", ["SplinterModel", "GitForCausalLM", "NllbMoeModel"])
+def test_models_that_count_on_the_masks_of_eager(name):
+    """Without them, encoders would be causal, and decoders would see what comes after."""
+    model = getattr(transformers, name)(other_models()[name])
+    before = snapshot(model)
+    for function in (attach_prefix, attention_shapes):
+        with pytest.raises(ValueError, match=f"and support sdpa or attention backends, got {name}, none of whose"):
+            function(model)
+    assert snapshot(model) == before
+
+
+def test_parts_that_cannot_have_prefixes_are_left_out(monkeypatch):
+    model = llava()
+    assert len(attention_shapes(model, "vision")) == len(attention_shapes(model, "language")) == 2
+    tower = next(part for name, part in model.named_modules() if name.endswith("vision_tower"))
+    for name in ("_supports_sdpa", "_supports_attention_backend"):
+        monkeypatch.setattr(type(tower), name, False)
+    assert attention_shapes(model) == attention_shapes(model, "language")
+    with pytest.raises(ValueError, match="`modules` must match a name of .*, got 'vision'"):
+        attach_prefix(model, modules="vision")
+
+
+def test_continuous_batching_is_refused(monkeypatch):
+    """Also where flash attention is installed, which it would take."""
+    api = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
+    managers = [c for c in vars(api).values() if hasattr(c, "switch_to_cb_friendly_attn")]
+    if not managers:
+        pytest.skip("this version of transformers does not choose an implementation for it")
+    for version in (2, 3):
+        monkeypatch.setattr(api, f"is_flash_attn_{version}_available", lambda **kwargs: True)
+    model = build(BY_NAME["llama"])
+    attach_prefix(model)
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda *args: pytest.fail("the prefix was left out"))
+    manager = managers[0].__new__(managers[0])
+    for part in (model, copy.deepcopy(model), model.model):
+        with pytest.raises(ValueError, match="ntk is not supported for continuous batching"):
+            manager.switch_to_cb_friendly_attn(part)
+    detach_prefix(model)
+    assert model._supports_flash_attn and model.model._supports_flash_attn
+
+
+def test_models_whose_weights_are_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    family = BY_NAME["llama"]
+    model, given = build(family), inputs(family)
+    states = {name: prefix() for name, prefix in randomise(attach_prefix(model)).items()}
+    expected = visible_logits(model, given)
+    save_prefix(model, tmp_path / "prefix.safetensors")
+    offloaded = build(family)
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+    attach_prefix(offloaded, rank=2)
+    offloaded(**with_labels(family, given)).loss.backward()
+    assert all(p.grad is not None for prefix in detach_prefix(offloaded).values() for p in prefix.parameters())
+    mine = {name: NTKPrefix.from_state(state.detach()) for name, state in states.items()}
+    assert attach_prefix(offloaded, prefixes=mine) == mine
+    assert torch.equal(visible_logits(offloaded, given), expected)
+    detach_prefix(offloaded)
+    load_prefix(offloaded, tmp_path / "prefix.safetensors")
+    assert torch.equal(visible_logits(offloaded, given), expected)
+
+
+def test_modules_whose_weights_are_buffers():
+    """As quantized ones are: the prefix is where they are."""
+    model = build(BY_NAME["llama"])
+    for linear in model.model.layers[1].self_attn.children():
+        weight = linear.weight.detach().to("meta")
+        del linear.weight
+        linear.register_buffer("weight", weight)
+    assert [prefix.z.device.type for prefix in attach_prefix(model).values()] == ["cpu", "meta"]
+
+
 def test_files_that_do_not_fit(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -760,3 +928,6 @@ def test_compiles_in_one_graph():
     expected = visible_logits(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(visible_logits(compiled, given), expected)
+    model.set_attn_implementation("sdpa")  # what that raises, a graph cannot hold
+    with pytest.raises(RuntimeError, match="Observed exception"):
+        compiled(**given)

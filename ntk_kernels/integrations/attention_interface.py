@@ -138,5 +138,13 @@ def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, seq_k: in
     return position_bias + attention_mask
 
 
+def _ntk_mask(*args, config=None, allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
+    """The masks of SDPA. Models that share keys between layers (Gemma 4) cut them, and guard against None by the name
+    "sdpa" only: they always get one."""
+    if getattr(config, "num_kv_shared_layers", None):
+        allow_is_causal_skip = False
+    return sdpa_mask(*args, config=config, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+
+
 AttentionInterface.register(IMPLEMENTATION, ntk_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without one, transformers drops padding masks silently
+AttentionMaskInterface.register(IMPLEMENTATION, _ntk_mask)  # without one, transformers drops padding masks silently

@@ -34,6 +34,7 @@ try:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from .attention_interface import CHILD, IMPLEMENTATION, ntk_attention_forward
+    from .switch import Switch, add_child, remove_child, settle_flash
 except ImportError as error:
     raise ImportError(
         "ntk_kernels.integrations.transformers needs transformers (4.57 or later): "
@@ -68,7 +69,7 @@ class _Attachment:
     """What `detach_prefix` gives back to the model."""
 
     names: list[str]
-    implementations: list[tuple[PretrainedConfig, str | None]]
+    switch: Switch
     frozen: list[nn.Parameter]
 
 
@@ -80,7 +81,7 @@ def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict
 
     Raises:
         TypeError, ValueError: if the model is no transformers model, does not dispatch its attention through
-            transformers' `AttentionInterface`, or no name matches.
+            transformers' `AttentionInterface` or support sdpa or attention backends, or no name matches.
     """
     return {name: _shape(name, module) for name, module in _attention_modules(model, modules).items()}
 
@@ -100,7 +101,9 @@ def attach_prefix(
     argument is refused, nothing of the model has changed.
 
     Args:
-        model: any model that dispatches its attention through transformers' `AttentionInterface`.
+        model: any model that dispatches its attention through transformers' `AttentionInterface`, and says that it
+            supports sdpa or attention backends. Until `detach_prefix`, forward under another implementation raises
+            RuntimeError.
         feature_map, options: of `NTKPrefix`, the same for every module. A prefix has the key/value heads of its module
             and is float32 (float64 in a float64 model) on its device.
         modules: a regular expression that is searched for in the names of the modules: r"decoder.*self_attn",
@@ -114,8 +117,8 @@ def attach_prefix(
         The prefixes by the names of their modules.
 
     Raises:
-        TypeError, ValueError: if the model does not dispatch its attention through `AttentionInterface`, has prefixes
-            already, no name matches, a prefix has other sizes than its module, or an option does not fit.
+        TypeError, ValueError: if the model is none of these, has prefixes already, no name matches, a prefix has other
+            sizes than its module, or an option does not fit.
 
     A converted state is exact if `scale` of the conversion was the one of the model (1/sqrt(D) in most) and keys and
     queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper), before that.
@@ -151,8 +154,9 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     children = attached_prefixes(model)
     record = getattr(model, _RECORD)
     for name in record.names:
-        delattr(model.get_submodule(name), CHILD)
-    _restore(record.implementations)
+        remove_child(model.get_submodule(name))
+    record.switch.turn_off()
+    settle_flash(model)
     for parameter in record.frozen:
         parameter.requires_grad_(True)
     delattr(model, _RECORD)
@@ -187,10 +191,21 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(type(module))
     }
+    # Such a model may dispatch its attention, but counts on the masks of "eager", or dispatches only a part.
+    other = [
+        module.config
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not (module._supports_sdpa or module._supports_attention_backend)
+    ]
+    found = {
+        name: module
+        for name, module in found.items()
+        if not any(config is theirs for config in _configs(model, name) for theirs in other)
+    }
     if not found:
         raise ValueError(
-            f"`model` must dispatch its attention through transformers' AttentionInterface, got "
-            f"{type(model).__name__}, none of whose modules does"
+            f"`model` must dispatch its attention through transformers' AttentionInterface and support sdpa or "
+            f"attention backends, got {type(model).__name__}, none of whose modules does"
         )
     if pattern is None:
         return found
@@ -203,6 +218,14 @@ def _attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str,
     if not matching:
         raise ValueError(f"`modules` must match a name of {_some(found)}, got {pattern!r}")
     return matching
+
+
+def _configs(model: PreTrainedModel, name: str) -> list[PretrainedConfig]:
+    """What tells an attention module its implementation: its own configuration, and, perhaps others, those of the
+    models around it, which make the masks."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    return [model.get_submodule(name).config, *(part.config for part in around if isinstance(part, PreTrainedModel))]
 
 
 @lru_cache
@@ -249,10 +272,14 @@ def _find_shape(module: nn.Module) -> AttentionShape | None:
 
 
 def _placement(module: nn.Module, model: PreTrainedModel) -> dict:
-    """Device and dtype of a prefix for a module: float32, in float64 models that."""
-    weights = [*module.parameters()] or [*model.parameters()]
+    """Device and dtype of a prefix for a module: where it computes; float32, in float64 models that."""
+    weights = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]  # buffers: quantized
     is_wide = any(weight.dtype == torch.float64 for weight in weights)
-    return {"device": weights[0].device, "dtype": torch.float64 if is_wide else torch.float32}
+    # accelerate keeps weights that are offloaded on the meta device until they are used.
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    device = torch.device(devices[0]) if devices else weights[0].device
+    return {"device": device, "dtype": torch.float64 if is_wide else torch.float32}
 
 
 def _given_children(model: PreTrainedModel, found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
@@ -294,44 +321,35 @@ def _attach(model: PreTrainedModel, found: dict, children: dict[str, NTKPrefix],
     if taken:
         raise ValueError(f"`{taken[0]}` must have no attribute {CHILD!r} yet, got one that has")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
-    implementations = _use_ntk(model, {name: found[name] for name in children})
+    switch = _use_ntk(model, {name: found[name] for name in children})
     try:
         for name, child in children.items():
-            found[name].add_module(CHILD, child)
+            add_child(found[name], child)
     except Exception:
         for name in children:
-            found[name]._modules.pop(CHILD, None)
-        _restore(implementations)
+            if CHILD in found[name]._modules:
+                remove_child(found[name])
+        switch.turn_off()
         raise
     for parameter in frozen:
         parameter.requires_grad_(False)
-    setattr(model, _RECORD, _Attachment(list(children), implementations, frozen))
+    settle_flash(model)
+    setattr(model, _RECORD, _Attachment(list(children), switch, frozen))
 
 
-def _use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[tuple[PretrainedConfig, str | None]]:
-    """Makes modules of a model compute attention by "ntk"; returns what their configurations said before."""
-    # The modules read their own configuration, the models around them that make the masks another, perhaps.
-    configs = {id(module.config): module.config for module in modules.values()}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and any(child.startswith(f"{name}.") or not name for child in modules):
-            configs[id(module.config)] = module.config
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config in configs.values():
-        config._attn_implementation_internal = IMPLEMENTATION
+def _use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Switch:
+    """Makes modules of a model compute attention by "ntk", until the switch is turned off."""
+    configs = {id(config): config for name in modules for config in _configs(model, name)}
+    switch = Switch(configs.values())
     for name, module in modules.items():
         if module.config._attn_implementation != IMPLEMENTATION:
             got = module.config._attn_implementation
-            _restore(before)
+            switch.turn_off()
             raise RuntimeError(
                 f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got {got!r} in spite of it being "
                 "set"
             )
-    return before
-
-
-def _restore(implementations: list[tuple[PretrainedConfig, str | None]]) -> None:
-    for config, implementation in implementations:
-        config._attn_implementation_internal = implementation
+    return switch
 
 
 def _some(names) -> str:

@@ -1,25 +1,27 @@
 """`NTKModel`: puts the prefixes into a model, and tells each of them which adapters are in use."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ...modules import NTKPrefix
 from ...state import PrefixState
-from ..attention_interface import CHILD, IMPLEMENTATION
-from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _restore, _some, _use_ntk
+from ..attention_interface import CHILD
+from ..switch import add_child, remove_child, settle_flash
+from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _some, _use_ntk
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer
 
-_IMPLEMENTATIONS = "_ntk_peft_implementations"  # on the base model: what `unload` gives back to its configurations
+_SWITCHES = "_ntk_peft_switches"  # on the base model: one for each time that adapters were added
 
 
 class NTKModel(BaseTuner):
@@ -68,19 +70,21 @@ class NTKModel(BaseTuner):
         self.peft_config[adapter_name] = config
         children = [(module, dict(module._modules)) for module in model.modules()]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        implementations = _use_ntk(model, modules)
+        switch = _use_ntk(model, modules)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             for module, before in children:
+                if CHILD in module._modules and CHILD not in before:
+                    remove_child(module)
                 module._modules.clear()
                 module._modules.update(before)
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
-            _restore(implementations)
+            switch.turn_off()
             raise
-        ours = [pair for pair in implementations if pair[1] != IMPLEMENTATION]
-        setattr(model, _IMPLEMENTATIONS, getattr(model, _IMPLEMENTATIONS, []) + ours)
+        setattr(model, _SWITCHES, [*getattr(model, _SWITCHES, []), switch])
+        settle_flash(model)
 
     def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict) -> NTKConfig:
         return peft_config
@@ -94,7 +98,7 @@ class NTKModel(BaseTuner):
         current_key: str, **optional_kwargs,
     ) -> None:  # fmt: skip
         if not hasattr(target, CHILD):
-            target.add_module(CHILD, NTKLayer())
+            add_child(target, NTKLayer())
         layer = getattr(target, CHILD)
         layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **_placement(target, self.model))
         if adapter_name not in self.active_adapters:
@@ -149,14 +153,19 @@ class NTKModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
-        """Takes all adapters out of use: the model is the base model, its own attention implementation included."""
+        """Takes all adapters out of use: the model is the base model, its own attention implementation included.
+
+        (Unless another model, which uses its adapters, was built from the same configuration object.)
+        """
         super().disable_adapter_layers()
-        _restore(getattr(self.model, _IMPLEMENTATIONS, []))
+        for switch in getattr(self.model, _SWITCHES, []):
+            switch.turn_off()
 
     def enable_adapter_layers(self) -> None:
         """Puts the active adapters to use again."""
         super().enable_adapter_layers()
-        _restore([(config, IMPLEMENTATION) for config, _ in getattr(self.model, _IMPLEMENTATIONS, [])])
+        for switch in getattr(self.model, _SWITCHES, []):
+            switch.turn_on()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -171,15 +180,24 @@ class NTKModel(BaseTuner):
         self._check_names("adapter_names", used)
         for name in used[1:]:
             _check_together(self.peft_config, used[0], name, is_sum=False)
+        if len(set(names)) > 1:
+            for name in used:
+                _check_rows(self.model, name, self.peft_config[name])
         rows = partial(_rows_of, names=names, copies=_copies(self.model, kwargs))
         with rows(self.model), _in_checkpoints(self.model, rows):
             yield
 
     def _check_names(self, argument: str, names: Sequence[str]) -> None:
         for name in names:
-            if not isinstance(self.peft_config.get(name), NTKConfig):
-                known = sorted(key for key, config in self.peft_config.items() if isinstance(config, NTKConfig))
-                raise ValueError(f"`{argument}` must be of the NTK adapters that the model has, {known}, got {name!r}")
+            if name not in (known := self._ntk_adapters()):
+                raise ValueError(
+                    f"`{argument}` must be of the NTK adapters that the model has, {sorted(known)}, got {name!r}"
+                )
+
+    def _ntk_adapters(self) -> list[str]:
+        """Without those of other methods, LoRA's, say."""
+        configs = getattr(self, "peft_config", {})
+        return [name for name, config in configs.items() if isinstance(config, NTKConfig)]
 
     # Taking away -----------------------------------------------------------------------------------------------------
 
@@ -189,16 +207,55 @@ class NTKModel(BaseTuner):
             "in the layer's input, so no weight matrix gives it; keep the adapter, or unload() it"
         )
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter. If no other is active, the first of those that are left becomes so."""
+        if adapter_name in self.peft_config and adapter_name in self.active_adapters:
+            others = [name for name in self.active_adapters if name != adapter_name]
+            left = [name for name in self._ntk_adapters() if name != adapter_name]
+            if not others and left:
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} is deleted, {left[0]!r} is active now", stacklevel=3
+                )
+            if others or left:  # Now: afterwards, each layer would choose among those that it has itself.
+                self.set_adapter(others or left[0])
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         for module in self.model.modules():
             if isinstance(getattr(module, CHILD, None), NTKLayer):
-                delattr(module, CHILD)
-        super()._unload_and_optionally_merge(False, *args, **kwargs)
-        _restore(self.model.__dict__.pop(_IMPLEMENTATIONS, []))
-        self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
+                remove_child(module)
+        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            self._unload_beside_others()
+        else:
+            super()._unload_and_optionally_merge(False, *args, **kwargs)
+            self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
+        for switch in self.model.__dict__.pop(_SWITCHES, []):
+            switch.turn_off()
+        settle_flash(self.model)
         return self.model
+
+    def _unload_beside_others(self) -> None:
+        """What else there is of our adapters; PEFT would take away the layers of LoRA as well."""
+        ours = self._ntk_adapters()
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, AuxiliaryTrainingWrapper) or module._adapters.isdisjoint(ours):
+                continue
+            if others := sorted(module._adapters.difference(ours)):
+                if module.active_adapters[:1] not in ([other] for other in others):
+                    module.set_adapter(others[0])
+                for adapter in module._adapters.intersection(ours):
+                    module.delete_adapter(adapter, module.active_adapters)
+            else:
+                # PEFT 0.18 knows of no wrapper without an active adapter.
+                kept = module.original_module
+                if module.active_adapters:
+                    kept = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, kept)
+        for name in ours:
+            del self.peft_config[name]
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
@@ -274,11 +331,30 @@ def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
         )
 
 
+def _check_rows(model: PreTrainedModel, adapter_name: str, config: NTKConfig) -> None:
+    """The rows of all modules of an adapter are those of the batch."""
+    if hasattr(model.config, "encoder"):  # two models with a row of the one for each row of the other
+        return
+    text = model.config.get_text_config(decoder=True)
+    for name in config.shapes:
+        if type(model.get_submodule(name).config) is not type(text):
+            raise ValueError(
+                f"`adapter_names` must name a single adapter, or adapters with `target_modules` in the text decoder "
+                f"only, since rows elsewhere are images, say, and not those of the batch; got {adapter_name!r} with "
+                f"`{name}`"
+            )
+
+
 def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
     """How many rows `generate`, called with `kwargs`, may make of each: beams, and what it returns of them."""
-    options = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    beams, sequences = (kwargs.get(name) or getattr(options, name, None) or 1 for name in names)
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    default = GenerationConfig()  # what the first has in common with it, transformers takes from the second
+
+    def option(name: str) -> int:
+        values = [getattr(config, name, None) for config in configs]
+        return kwargs.get(name) or next((value for value in values if value not in (None, getattr(default, name))), 1)
+
+    beams, sequences = option("num_beams"), option("num_return_sequences")
     return frozenset({1, beams, sequences, beams * sequences})  # encoders have none or, in Whisper, one per sequence
 
 
