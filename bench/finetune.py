@@ -13,7 +13,8 @@ What starts "from text" starts as the keys and values of the first tokens of the
 another place on), as many as it has rows; "fitted to text" are as many rows that `prefix_to_state` fits to the keys and
 values of its first four sequences, on the 32 that follow.
 
-With `--ablation` the methods are feature maps by rank, whatever size that is. Records losses, the loss of each step,
+With `--ablation` the methods are feature maps by rank, whatever size that is: `elu` from next to nothing, polynomials,
+beside a row, from as many tokens of text as the rank (64 for Z in full). Records losses, the loss of each step,
 seconds of a step (measured in turns) and the memory that the first step takes beyond the model. Too long for
 `bench all`: more than an hour on two cores.
 """
@@ -198,23 +199,24 @@ def _rows_fitted_to_text(model, size, text) -> dict[str, PrefixState]:
     return _by_module(model, states())
 
 
-def _taylor1_of_text(model, size, text) -> dict[str, PrefixState]:
+def _features_of_text(feature_map: str) -> Callable:
     """Text just before the input: the first token, a sink of attention, stays a row; others make Z and k.
 
     The rank of such a Z is at most the number of tokens, so there are as many as the rank (as D, where Z is whole).
     """
-    taken = _head_dim(model.config) if size == WHOLE else size
-    cache = _cache_of(model, text.flatten()[: 1 + taken], -1 - taken)
 
-    def states():
-        for layer in cache.layers:
-            key, value = layer.keys[0], layer.values[0]
-            state = prefix_to_state(key[:, 1:], value[:, 1:], "taylor1", centers="mean")
-            state = replace(state, feature_scale=None)  # sqrt(scale), as it was
-            state = state if size == WHOLE else _factored(state, size)
-            yield state.merge(PrefixState(keys=key[:, :1], values=value[:, :1]))
+    def start(model, size, text) -> dict[str, PrefixState]:
+        taken = _head_dim(model.config) if size == WHOLE else size
+        cache = _cache_of(model, text.flatten()[: 1 + taken], -1 - taken)
+        return _by_module(model, (state_of(layer.keys[0], layer.values[0], size) for layer in cache.layers))
 
-    return _by_module(model, states())
+    def state_of(key, value, size) -> PrefixState:
+        state = prefix_to_state(key[:, 1:], value[:, 1:], feature_map, centers="mean")
+        state = replace(state, feature_scale=None)  # sqrt(scale), as it was
+        state = state if size == WHOLE else _factored(state, size)
+        return state.merge(PrefixState(keys=key[:, :1], values=value[:, :1]))
+
+    return start
 
 
 def _by_module(model, states) -> dict[str, PrefixState]:
@@ -270,7 +272,8 @@ def _cache_of(model, tokens: Tensor, start: int):
 _MASS = 0.1
 _LONG, _FITTED_ON = 4, 32  # sequences that rows are fitted to, and on
 _rows = _ntk("num_rows", feature_map=None, init_mass=_MASS)
-_taylor1_and_row = _ntk("rank", feature_map="taylor1", centers=1, log_scale=True, num_rows=1)
+_beside_row = {"centers": 1, "log_scale": True, "num_rows": 1}
+_taylor1_and_row = _ntk("rank", feature_map="taylor1", **_beside_row)
 METHODS = {
     "ntk-elu": Method("NTK, elu", _ntk("rank", feature_map="elu", init_mass=_MASS), (0.03, 0.1, 0.3), "rank",
                       ours=True),
@@ -281,7 +284,7 @@ METHODS = {
     "ntk-rows-fitted": Method("NTK, rows, fitted to text", _rows, (0.01, 0.03, 0.1), "rows", _rows_fitted_to_text,
                               ours=True),
     "ntk-taylor1-text": Method("NTK, taylor1 and a row, from text", _taylor1_and_row, (3e-3, 0.01, 0.03), "rank",
-                               _taylor1_of_text, ours=True),
+                               _features_of_text("taylor1"), ours=True),
     "prefix": Method("prefix tuning (PEFT)", _prefix_tuning, (0.01, 0.03, 0.1), "virtual tokens"),
     "prefix-text": Method("prefix tuning (PEFT), from text", _prefix_tuning, (0.01, 0.03, 0.1), "virtual tokens",
                           _past_of_text),
@@ -291,16 +294,17 @@ METHODS = {
 
 
 def ablation(config, ranks: list[int]) -> list[Method]:
-    """Feature maps by rank; the learning rates are those of the feature map."""
-    head_dim = _head_dim(config)
+    """Feature maps by rank: `elu` from next to nothing, polynomials from text, beside a row."""
     methods = []
     for feature_map in FEATURE_MAPS:
-        rates = METHODS["ntk-elu" if feature_map == "elu" else "ntk-taylor1"].rates
+        like = METHODS["ntk-elu" if feature_map == "elu" else "ntk-taylor1-text"]
+        options = {"init_mass": _MASS} if feature_map == "elu" else _beside_row
+        start = None if feature_map == "elu" else _features_of_text(feature_map)
+        r = feature_dim(feature_map, _head_dim(config))
         for size in (*ranks, WHOLE):
-            rank = "Z in full" if size == WHOLE else f"s = {size}"
-            name = f"{feature_map}, r = {feature_dim(feature_map, head_dim):,}, {rank}"
-            build = _ntk("rank", feature_map=feature_map, init_mass=_MASS)
-            methods.append(Method(name, build, rates, "rank", size=size, ours=True))
+            name = f"{feature_map}, r = {r:,}, {'Z in full' if size == WHOLE else f's = {size}'}"
+            build = _ntk("rank", feature_map=feature_map, **options)
+            methods.append(Method(name, build, like.rates, "rank", start, size, ours=True))
     return methods
 
 
@@ -480,7 +484,7 @@ def _finite(losses) -> list[float | None]:
 def tables_of(figures: dict) -> list[Table]:
     """Losses, sizes, cost of every method."""
     settings, base, budget = figures["settings"], figures["base"], figures["settings"]["budget"]
-    what = "NTK-Attention by feature map and rank of Z"
+    what = "NTK-Attention by feature map and rank of Z, polynomials from text and beside a row"
     if budget is not None:
         what = f"Methods at {budget:,} trainable parameters, as near as whole sizes come"
     validation, test = (settings[f"{part}_sequences"] * settings["length"] for part in ("validation", "test"))

@@ -179,9 +179,9 @@ def test_ablation(tmp_path, capsys):
     main(["finetune", *SMALL, "--seeds", "1", "--ablation", "--ranks", "2", "--out", str(tmp_path)])
     figures = json.loads((tmp_path / "finetune-ablation.json").read_text())
     sizes = {result["method"]: result["parameters"] for result in figures["results"]}
-    of = {"elu": 8, "taylor1": 9, "taylor2": 9 + 36}
+    of, beside = {"elu": 8, "taylor1": 9, "taylor2": 9 + 36}, 8 + 1 + 17  # centre, log_scale, a row
     assert sizes == {
-        f"{name}, r = {r}, {rank}": 4 * (r + products)
+        f"{name}, r = {r}, {rank}": 4 * (r + products + (0 if name == "elu" else beside))
         for name, r in of.items()
         for rank, products in {"s = 2": 2 * (r + 8), "Z in full": 8 * r}.items()
     }
