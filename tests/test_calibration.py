@@ -196,7 +196,8 @@ def test_keeping_everything(options):
     assert report.error.max() < 1e-6
 
 
-def test_the_smallest_state_with_an_error():
+def test_the_smallest_state_with_an_error(monkeypatch):
+    monkeypatch.setattr(gradient, "_STEPS", 150)
     sample = Sample()
     errors = {rows: sample.convert(num_rows=rows)[1].error.mean().item() for rows in (8, 16, 32)}
     assert errors[8] > errors[16] > errors[32]
@@ -450,7 +451,8 @@ def test_the_report_is_true_of_a_prefix_that_outshines_the_input():
     torch.testing.assert_close(report.no_prefix_error, expected[1], rtol=1e-3, atol=1e-5)
 
 
-def test_an_error_is_found_in_short_prefixes_too():
+def test_an_error_is_found_in_short_prefixes_too(monkeypatch):
+    monkeypatch.setattr(gradient, "_STEPS", 50)
     sample = Sample(rows=100)
     state, report = sample.convert(error=0.9)
     assert (state.num_rows, report.kept_rows) == (8, 0)
@@ -458,8 +460,9 @@ def test_an_error_is_found_in_short_prefixes_too():
     assert (state.num_rows, report.kept_rows) == (100, 100)
 
 
-def test_an_error_that_more_queries_would_reach():
+def test_an_error_that_more_queries_would_reach(monkeypatch):
     """Sizes that cannot be fitted to so few are left out: after them comes the prefix itself."""
+    monkeypatch.setattr(gradient, "_STEPS", 50)
     sample = Sample(batch=1, length=60)
     state, report = sample.convert(error=1e-9)
     assert state.num_rows == report.kept_rows == 400
