@@ -324,7 +324,7 @@ def _num_centers(rows: Rows) -> int:
 def _configure(kernel: str, rows: Rows, feature_map: str) -> tuple[str, configs.TileConfig]:
     arch = configs.arch_of(rows.k.device)
     blocks = configs.blocks(arch, rows.k.shape[2], rows.v.shape[2])
-    return arch, configs.candidates(kernel, arch, blocks, rows.k.dtype, feature_map)[0]
+    return arch, configs.candidates(kernel, arch, blocks, rows.k.dtype, feature_map, _num_centers(rows) > 1)[0]
 
 
 def _chunk_of(config: configs.TileConfig, blocks: configs.Blocks) -> int:
