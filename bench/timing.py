@@ -20,8 +20,8 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
     """Calls every function once a round, for about `seconds` in all (not counting one warm-up round).
 
     The order changes from round to round: who comes after a large function finds cold caches. On a GPU this is the time
-    between two events around the call, with a cold L2 cache; the launches of a call are queued meanwhile, so that
-    Python's time does not count unless it exceeds that of flushing the cache (`host_time` measures it).
+    between two events around the call, with a cold L2 cache. The cache is flushed as often as it takes Python to queue
+    the call meanwhile, so that Python's time does not count (`host_time` measures it).
 
     Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
     """
@@ -32,13 +32,18 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
         torch.zeros(30 * 2**20, dtype=torch.uint8)
     for function in functions.values():
         function()
-    time_of = functools.partial(_gpu_time, device) if on_gpu else _cpu_time
+    if on_gpu:
+        timed = {
+            name: functools.partial(_gpu_time, call, device, _flushes(call, device)) for name, call in functions.items()
+        }
+    else:
+        timed = {name: functools.partial(_cpu_time, call) for name, call in functions.items()}
     times = {name: [] for name in functions}
     order, shuffler = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < min_rounds:
         shuffler.shuffle(order)
-        for name, elapsed in [(name, time_of(functions[name])) for name in order]:
+        for name, elapsed in [(name, timed[name]()) for name in order]:
             times[name].append(elapsed())
     return {name: _summary(samples) for name, samples in times.items()}
 
@@ -101,11 +106,12 @@ def _cpu_time(function: Callable) -> Callable[[], float]:
     return lambda: elapsed
 
 
-def _gpu_time(device: str, function: Callable) -> Callable[[], float]:
+def _gpu_time(function: Callable, device: str, flushes: int) -> Callable[[], float]:
     """Queues a call; what is returned waits for it and gives its milliseconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
-        _flushed(device).zero_()
+        for _ in range(flushes):
+            _flushed(device).zero_()
         start.record()
         function()
         end.record()
@@ -115,6 +121,19 @@ def _gpu_time(device: str, function: Callable) -> Callable[[], float]:
         return start.elapsed_time(end)
 
     return elapsed
+
+
+def _flushes(function: Callable, device: str) -> int:
+    """How many flushes of the cache take longer than Python needs to queue the call."""
+    flush = _gpu_time(_flushed(device).zero_, device, flushes=1)()
+    host = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        host.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize(device)
+    return 1 + int(max(host) / flush)
 
 
 @functools.cache
