@@ -6,7 +6,15 @@ IO = ["safetensors"]
 CONVERT = ["scikit-learn"]
 TRANSFORMERS = ["transformers>=4.57", *IO]
 PEFT = ["peft>=0.18", *TRANSFORMERS]
-PARTS = ["backends", "conversion", "integrations", "integrations.peft", "kernels", "reference"]
+PARTS = [
+    "backends",
+    "conversion",
+    "integrations",
+    "integrations.peft",
+    "integrations.transformers",
+    "kernels",
+    "reference",
+]
 
 setup(
     name="ntk-kernels",

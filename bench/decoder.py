@@ -64,11 +64,8 @@ def copy_of(model):
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
-def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None, start: int = 0) -> list[Layer]:
-    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk as what follows the prefix.
-
-    The prefix has the positions from `start` on.
-    """
+def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None) -> list[Layer]:
+    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk as what follows the prefix."""
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
     from transformers.masking_utils import sdpa_mask
 
@@ -80,7 +77,7 @@ def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None, start: in
     seen = {i: [] for i in layers}
 
     def read_next(chunk: Tensor, **options) -> None:
-        positions = start + cache.get_seq_length() + torch.arange(len(chunk), device=chunk.device)
+        positions = cache.get_seq_length() + torch.arange(len(chunk), device=chunk.device)
         model(input_ids=chunk[None], position_ids=positions[None], past_key_values=cache, **options)
         on_chunk()
 

@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, prefix_to_state
+from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, prefix_to_state
 
 from . import decoder, plots, record, timing
 from .reading import text_without_repeats
@@ -185,18 +185,10 @@ def _rows_of_text(model, size, text) -> dict[str, PrefixState]:
 
 def _rows_fitted_to_text(model, size, text) -> dict[str, PrefixState]:
     """Rows that do for the text that follows what the keys and values of `_LONG` sequences just before it do."""
+    from ntk_kernels.integrations.transformers import prompt_to_states
+
     prefix, following = text[:_LONG].flatten(), text[_LONG : _LONG + _FITTED_ON]
-    layers = range(model.config.num_hidden_layers)
-
-    def states():
-        for layer in decoder.read(model, prefix, following, layers, start=-len(prefix)):
-            own = layer.query, layer.key, layer.value
-            attention = ntk_attention(*own, is_causal=True, return_lse=True)
-            yield prefix_to_state(
-                layer.prefix_key, layer.prefix_value, num_rows=size, query=layer.query, attention=attention
-            )
-
-    return _by_module(model, states())
+    return prompt_to_states(model, prefix, following, num_rows=size, progress=False)
 
 
 def _features_of_text(feature_map: str) -> Callable:

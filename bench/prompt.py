@@ -1,9 +1,9 @@
 """What a decoder predicts after a long prompt, with the prompt, without it, and with states in its place.
 
-The prompt is the beginning of the Python language reference, each paragraph once. The keys and values that the decoder
-(`bench/decoder.py`) makes of it are converted to rows in every layer, fitted to chunks of the text that comes later.
-The loss of a token is measured on other chunks, which no fit has seen; each is read as what follows the prompt. The
-time is that of reading such a chunk. Too long for `bench all`.
+The prompt is the beginning of the Python language reference, each paragraph once. `prompt_to_states` converts what the
+decoder (`bench/decoder.py`) makes of it to rows in every layer, fitted to chunks of the text that comes later. The loss
+of a token is measured on other chunks, which no fit has seen; each is read as what follows the prompt. The time is that
+of reading such a chunk. Too long for `bench all`.
 """
 
 import argparse
@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-
-from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
 
 from . import decoder, plots, record, timing
 from .reading import CHUNK, text_without_repeats
@@ -54,12 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"prompt: --test and --calibration must be at most the {len(chunks)} chunks that the text has after the "
             f"prompt, together, got {arguments.test} and {arguments.calibration}"
         )
-    columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        figures = measure(
-            model.to(arguments.device).eval(), prompt, chunks[: arguments.test],
-            chunks[arguments.test : arguments.test + arguments.calibration], sizes, progress,
-        )  # fmt: skip
+    figures = measure(
+        model.to(arguments.device).eval(), prompt, chunks[: arguments.test],
+        chunks[arguments.test : arguments.test + arguments.calibration], sizes,
+    )  # fmt: skip
     for table in tables_of(figures):
         Console(width=max(console.width, 150)).print(table)
     path = record.results_folder(arguments) / "prompt.json"
@@ -73,65 +69,39 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
-def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: list[int], progress: Progress) -> dict:
+def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: list[int]) -> dict:
     """What `run` records."""
-    layers = range(model.config.num_hidden_layers)
-    task = progress.add_task("the decoder reads", total=-(-len(prompt) // CHUNK) + len(calibration))
-    read = decoder.read(model, prompt, calibration, layers, on_chunk=lambda: progress.advance(task))
-    cache = [(layer.prefix_key, layer.prefix_value) for layer in read]
-    losses = {NO_PROMPT: loss_after(model, 0), PROMPT: loss_after(model, len(prompt), cache)}
-    kept, rows = {NO_PROMPT: 0, PROMPT: sum(k.nbytes + v.nbytes for k, v in cache)}, {NO_PROMPT: 0, PROMPT: len(prompt)}
+    from ntk_kernels.integrations.transformers import attach_prefix, prompt_to_states
+
+    with torch.no_grad():
+        cache = model.base_model(prompt[None], use_cache=True).past_key_values
+    losses = {NO_PROMPT: loss_after(model, len(prompt)), PROMPT: loss_after(model, len(prompt), cache)}
+    kept = {NO_PROMPT: 0, PROMPT: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)}
+    rows = {NO_PROMPT: 0, PROMPT: len(prompt)}
     for size in sizes:
-        task = progress.add_task(f"fitting {size:,} rows", total=len(read))
-        states = []
-        for layer in read:
-            states.append(state_of(layer, size))
-            progress.advance(task)
+        states = prompt_to_states(model, prompt, calibration, num_rows=size, position=len(prompt))
+        with_states = decoder.copy_of(model)
+        attach_prefix(with_states, prefixes=states)
         name = f"{size:,} rows"
-        losses[name], rows[name] = loss_after(with_states(model, states), len(prompt)), size
-        kept[name] = sum(state.nbytes for state in states)
+        losses[name], rows[name] = loss_after(with_states, len(prompt)), size
+        kept[name] = sum(state.nbytes for state in states.values())
     results = []
-    task = progress.add_task("predicting", total=len(losses))
-    for name, loss_of in losses.items():
+    for name, loss_of in track(losses.items(), "predicting"):
         results.append({"in_place": name, "rows": rows[name], "bytes": kept[name],
                         "losses": [round(loss_of(chunk), 6) for chunk in test]})  # fmt: skip
-        progress.advance(task)
     calls = {name: lambda loss_of=loss_of: loss_of(test[0]) for name, loss_of in losses.items()}
     times = timing.measure(calls, str(test.device), seconds=0)
     for result in results:
         result |= times[result["in_place"]]
     settings = {
         "model": decoder.MODEL, "text": "pydoc_data.topics", "prompt": len(prompt), "chunk": test.shape[1],
-        "test": len(test), "calibration": len(calibration), "layers": len(read),
+        "test": len(test), "calibration": len(calibration), "layers": len(cache.layers),
     }  # fmt: skip
     return {"settings": settings, "results": results}
 
 
-def state_of(layer, num_rows: int) -> PrefixState:
-    attention = ntk_attention(layer.query, layer.key, layer.value, is_causal=True, return_lse=True)
-    return prefix_to_state(
-        layer.prefix_key, layer.prefix_value, num_rows=num_rows, query=layer.query, attention=attention
-    )
-
-
-def with_states(model, states: list[PrefixState]):
-    """The model with a state in each layer, beside the given one."""
-    from ntk_kernels.integrations.transformers import attach_prefix, attention_shapes
-
-    model = decoder.copy_of(model)
-    attach_prefix(model, prefixes=dict(zip(attention_shapes(model), states, strict=True)))
-    return model
-
-
-def loss_after(model, position: int, cache=None) -> Callable[[Tensor], float]:
+def loss_after(model, position: int, past=None) -> Callable[[Tensor], float]:
     """Gives the mean loss of the tokens of a chunk that is read from this position on, all but its first."""
-    from transformers import DynamicCache
-
-    past = None
-    if cache is not None:
-        past = DynamicCache(config=model.config)
-        for i, (key, value) in enumerate(cache):
-            past.update(key[None], value[None], i)
 
     def loss_of(chunk: Tensor) -> float:
         positions = position + torch.arange(len(chunk), device=chunk.device)

@@ -70,7 +70,7 @@ def test_guide():
 def test_transformers():
     pytest.importorskip("transformers")
     count, names = run_examples("transformers.md")
-    assert count == 3
+    assert count == 4
     assert names["losses"][-1] < names["losses"][0]
     assert names["tokens"].shape[1] > 4
     assert names["out"].logits.shape == (4, 32, 64)

@@ -13,9 +13,8 @@ from peft_cases import LLAMA, adapted, all_families, by_adapter, close, config_o
 from torch._dynamo.testing import CompileCounter
 
 from ntk_kernels import NTKPrefix
-from ntk_kernels.integrations import attention_interface
 from ntk_kernels.integrations.peft import NTKConfig
-from ntk_kernels.integrations.transformers import attach_prefix
+from ntk_kernels.integrations.transformers import attach_prefix, attention_interface
 
 pytestmark = quiet
 

@@ -15,11 +15,11 @@ import transformers
 from model_cases import BY_NAME, FAMILIES, VOCABULARY, build, inputs, llava, sharpened, visible_logits, with_labels
 
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode, prefix_to_state
-from ntk_kernels.integrations import attention_interface
 from ntk_kernels.integrations.transformers import (
     AttentionShape,
     attach_prefix,
     attached_prefixes,
+    attention_interface,
     attention_shapes,
     detach_prefix,
     load_prefix,

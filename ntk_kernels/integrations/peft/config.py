@@ -10,8 +10,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ... import checks
 from ...modules import NTKPrefix
 from ...state import PrefixState, _safetensors
-from ..attention_interface import CHILD
-from ..transformers import _some
+from ..transformers.attention_interface import CHILD
+from ..transformers.modules import some
 
 # In which an `NTKLayer` keeps the prefixes of its adapters. PEFT takes parameters with this in their names to be ours,
 # and overlooks layers with this in theirs, so it must not be a part of `CHILD`.
@@ -151,7 +151,7 @@ class NTKConfig(PeftConfig):
         if missing := [key for key in expected if key not in found]:
             raise ValueError(
                 f"{path} must hold the weights that adapter_config.json tells of, `{missing[0]}` among them, got "
-                f"{_some(found) or 'nothing'}"
+                f"{some(found) or 'nothing'}"
             )
         for key, shape in expected.items():
             if found[key] != shape:

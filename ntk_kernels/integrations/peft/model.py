@@ -15,9 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ...modules import NTKPrefix
 from ...state import PrefixState
-from ..attention_interface import CHILD
-from ..switch import add_child, remove_child, settle_flash
-from ..transformers import _attention_modules, _check_bare, _find_shape, _placement, _some, _use_ntk
+from ..transformers.attach import check_bare, use_ntk
+from ..transformers.attention_interface import CHILD
+from ..transformers.modules import attention_modules, find_shape, placement, some
+from ..transformers.switch import add_child, remove_child, settle_flash
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer
 
@@ -48,7 +49,7 @@ class NTKModel(BaseTuner):
     target_module_mapping: dict = {}  # noqa: RUF012  # all attention modules, in whatever model
 
     def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
-        _check_bare(model)
+        check_bare(model)
         others = getattr(model, "peft_config", {})  # LoRA's, say; PEFT adds ours to them, over one of the same name
         if adapter_name in others:
             raise ValueError(
@@ -70,7 +71,7 @@ class NTKModel(BaseTuner):
         self.peft_config[adapter_name] = config
         children = [(module, dict(module._modules)) for module in model.modules()]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        switch = _use_ntk(model, modules)
+        switch = use_ntk(model, modules)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -100,7 +101,7 @@ class NTKModel(BaseTuner):
         if not hasattr(target, CHILD):
             add_child(target, NTKLayer())
         layer = getattr(target, CHILD)
-        layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **_placement(target, self.model))
+        layer.update_layer(adapter_name, peft_config, peft_config.shapes[current_key], **placement(target, self.model))
         if adapter_name not in self.active_adapters:
             layer.ntk_states[adapter_name].requires_grad_(False)
 
@@ -121,7 +122,7 @@ class NTKModel(BaseTuner):
         if different := config.shapes.keys() ^ states.keys():
             name = min(different, key=str)
             raise ValueError(
-                f"`states` must be for the modules of the adapter, {_some(config.shapes)}, got "
+                f"`states` must be for the modules of the adapter, {some(config.shapes)}, got "
                 f"{'one' if name in states else 'none'} for `{name}`"
             )
         starts = {}
@@ -266,13 +267,13 @@ class NTKModel(BaseTuner):
 
 def _resolve(model: PreTrainedModel, config: NTKConfig) -> tuple[dict[str, nn.Module], NTKConfig]:
     """The modules that an adapter is for, and its configuration with their shapes."""
-    found = _attention_modules(model, None)
+    found = attention_modules(model, None)
     names = _matching(found, config) if config.shapes is None else config.shapes
     shapes = {}
     for name in names:
         if name not in found:
-            raise ValueError(f"the adapter must be for attention modules of the model, {_some(found)}, got `{name}`")
-        shape = _find_shape(found[name])
+            raise ValueError(f"the adapter must be for attention modules of the model, {some(found)}, got `{name}`")
+        shape = find_shape(found[name])
         if shape is None:
             raise ValueError(
                 f"`target_modules` must leave out `{name}` ({type(found[name]).__name__}), whose number of heads and "
@@ -292,11 +293,11 @@ def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
     if isinstance(wanted, str):
         names = [name for name in found if re.fullmatch(wanted, name)]
         if not names:
-            raise ValueError(f"`target_modules` must match a name of {_some(found)}, got {wanted!r}")
+            raise ValueError(f"`target_modules` must match a name of {some(found)}, got {wanted!r}")
     elif wanted is not None:
         for end in wanted:
             if not any(f".{name}".endswith(f".{end}") for name in found):
-                raise ValueError(f"`target_modules` must be names of {_some(found)}, or their ends, got {end!r}")
+                raise ValueError(f"`target_modules` must be names of {some(found)}, or their ends, got {end!r}")
         names = [name for name in found if any(f".{name}".endswith(f".{end}") for end in wanted)]
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform

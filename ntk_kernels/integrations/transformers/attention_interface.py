@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ..attention import autocast, ntk_attention
-from ..decode import ntk_attention_decode
-from ..state import PrefixState
+from ...attention import autocast, ntk_attention
+from ...decode import ntk_attention_decode
+from ...state import PrefixState
+from .observer import Observer
 
 IMPLEMENTATION = "ntk"  # no part of it may be a word that transformers looks for ("flash", "sdpa", "paged|", ...)
 CHILD = "ntk_prefix"
@@ -54,13 +55,17 @@ def ntk_attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     seq_q, head_dim = query.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
-    state, state_index = _prefix_of(module, query, scale)
+    query_scale = _query_scale(module, scale, head_dim)
+    child = getattr(module, CHILD, None)
+    state, state_index = (None, None) if child is None else _prefix_of(child, query.shape[0], query_scale)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and seq_q > 1
     if is_causal and key.shape[2] > seq_q:  # a static cache, of which nothing but these tokens is filled
         key, value = key[:, :, :seq_q], value[:, :, :seq_q]
     mask = _mask(attention_mask, position_bias, key.shape[2])
+    if isinstance(child, Observer):
+        child.observe(query, key, value, mask, scale=scale, query_scale=query_scale, softcap=softcap, sink=s_aux)
     options = {"scale": scale, "softcap": softcap, "state_index": state_index, "return_lse": s_aux is not None}
     if seq_q == 1 and mask is None and not torch.is_grad_enabled():
         out = ntk_attention_decode(query, key, value, None, state, is_causal=False, **options)
@@ -96,11 +101,14 @@ def _warn(what: str) -> None:
         warnings.warn(f"ntk_kernels: {what}", stacklevel=4)
 
 
-def _prefix_of(module: nn.Module, query: Tensor, scale: float) -> tuple[PrefixState | None, Tensor | None]:
-    child = getattr(module, CHILD, None)
-    if child is None:
-        return None, None
-    batch, head_dim = query.shape[0], query.shape[3]
+def _query_scale(module: nn.Module, scale: float, head_dim: int) -> float:
+    """What the query has been multiplied by before it comes here: 1/sqrt(D) in OPT and Whisper, 1 in others."""
+    own = getattr(module, "scaling", None)
+    comes_scaled = scale == 1.0 and isinstance(own, float) and math.isclose(own, 1 / math.sqrt(head_dim))
+    return own if comes_scaled else 1.0
+
+
+def _prefix_of(child: nn.Module, batch: int, query_scale: float) -> tuple[PrefixState | None, Tensor | None]:
     state, index = child.state_and_index(batch)
     if state is None:
         return None, None
@@ -111,16 +119,9 @@ def _prefix_of(module: nn.Module, query: Tensor, scale: float) -> tuple[PrefixSt
                 f"{list(index.shape)}"
             )
         index = index.repeat_interleave(batch // index.shape[0])  # the beams of a row lie side by side
-    own_scale = getattr(module, "scaling", None)
-    if (
-        state.k is not None
-        and scale == 1.0
-        and isinstance(own_scale, float)
-        and math.isclose(own_scale, 1 / math.sqrt(head_dim))
-    ):
-        # OPT, Whisper: the query comes scaled, and φ is to see the one that it was before.
-        feature_scale = math.sqrt(own_scale) if state.feature_scale is None else state.feature_scale
-        state = replace(state, feature_scale=feature_scale / own_scale)
+    if state.k is not None and query_scale != 1.0:  # φ is to see the query that it was before
+        feature_scale = math.sqrt(query_scale) if state.feature_scale is None else state.feature_scale
+        state = replace(state, feature_scale=feature_scale / query_scale)
     return state, index
 
 

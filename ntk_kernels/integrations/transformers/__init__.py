@@ -1,0 +1,39 @@
+"""NTK-Attention in the models of Hugging Face transformers.
+
+Importing this module registers the attention implementation "ntk" with transformers: softmax attention by
+`ntk_attention`, to which a module that has a child `ntk_prefix` adds a prefix. `attach_prefix` gives a model such
+children:
+
+    from ntk_kernels.integrations.transformers import attach_prefix, load_prefix, save_prefix
+
+    prefixes = attach_prefix(model, "elu", rank=8)  # freezes the model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-15)
+
+Any child will do that has a method `state_and_index(batch)`. It gives a `PrefixState`, or None for no prefix; and None
+or, with a stack of states, which of them each batch row uses: [batch] int, -1 for none, or shorter, if each row became
+several (beams), which lie side by side. It is asked in each forward, so that the answer may depend on the task at hand.
+"""
+
+try:
+    from .attach import attach_prefix, attached_prefixes, detach_prefix
+    from .attention_interface import ntk_attention_forward
+    from .files import load_prefix, save_prefix
+    from .modules import AttentionShape, attention_shapes
+    from .prompt import prompt_to_states
+except ImportError as error:
+    raise ImportError(
+        "ntk_kernels.integrations.transformers needs transformers (4.57 or later): "
+        "pip install 'ntk-kernels[transformers]'"
+    ) from error
+
+__all__ = [
+    "AttentionShape",
+    "attach_prefix",
+    "attached_prefixes",
+    "attention_shapes",
+    "detach_prefix",
+    "load_prefix",
+    "ntk_attention_forward",
+    "prompt_to_states",
+    "save_prefix",
+]

@@ -1,0 +1,250 @@
+"""`prompt_to_states`: states in the place of a prompt, in models of many families."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from model_cases import BY_NAME, DECODER, VOCABULARY, build, llava, sharpened
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ntk_kernels import PrefixState, reference
+from ntk_kernels.conversion import gradient
+from ntk_kernels.integrations.transformers import (
+    attach_prefix,
+    attention_shapes,
+    detach_prefix,
+    prompt,
+    prompt_to_states,
+)
+
+M, LENGTH = 24, 9
+WIDE = {"sliding_window": 64}  # wider than prompt and text
+CASES = [  # family, options of the model, position of the first token after the prompt
+    ("llama", {}, 0), ("llama", {}, M), ("llama", {}, M + 3), ("qwen3", {}, 0), ("mistral", WIDE, 0), ("glm", {}, 0),
+    ("gpt_oss", WIDE, 0), ("opt", {}, M), ("gpt2", {}, M), ("deepseek_v3", {}, 0),
+]  # fmt: skip
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def convert(model, calibration=None, **options):
+    calibration = tokens(8, LENGTH, seed=1) if calibration is None else calibration
+    return prompt_to_states(model, tokens(M), calibration, progress=False, **options)
+
+
+def positions(start, length):
+    return torch.arange(start, start + length)[None]
+
+
+def logits_after_prompt(model, text, start=0):
+    """The prompt in front of each row, no cache."""
+    with torch.no_grad():
+        whole = torch.cat([tokens(M).expand(len(text), -1), text], dim=1)
+        return model(whole, position_ids=positions(start, whole.shape[1]), use_cache=False).logits[:, M:]
+
+
+def logits_at(model, text, start):
+    with torch.no_grad():
+        return model(text, position_ids=positions(start, text.shape[1]), use_cache=False).logits
+
+
+@pytest.mark.parametrize("name, options, position", CASES, ids=lambda case: case if isinstance(case, str) else None)
+def test_all_rows_are_the_prompt(name, options, position):
+    model, text = build(BY_NAME[name], **options), tokens(2, LENGTH, seed=2)
+    states = convert(model, num_rows=M, position=position)
+    assert [*states] == [*attention_shapes(model)]
+    assert all(state.num_rows == M for state in states.values())
+    expected = logits_after_prompt(model, text, position - M if name not in ("opt", "gpt2") else 0)
+    attach_prefix(model, prefixes=states)
+    torch.testing.assert_close(logits_at(model, text, position), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [("llama", {}), ("gpt_oss", WIDE), ("opt", {})])
+def test_what_the_fit_is_given(name, options, monkeypatch):
+    """Keys, queries and attention of a forward without cache, taken apart by the definition."""
+    position = M if name == "opt" else 0
+    given, seen = [], []
+    monkeypatch.setattr(prompt, "prefix_to_state", lambda **options: given.append(options) or (None, None))
+    model, text = build(BY_NAME[name], **options), tokens(3, LENGTH, seed=1)
+    convert(model, text, position=position)
+
+    def record(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
+        if name == "opt":  # which scales its query itself
+            query, scaling = query * query.shape[-1] ** 0.5, query.shape[-1] ** -0.5
+        seen.append((query, key, value, scaling, s_aux))
+        return AttentionInterface()["ntk"](
+            module, query, key, value, attention_mask, scaling=scaling, s_aux=s_aux, **kwargs
+        )
+
+    AttentionInterface.register("recorded", record)
+    AttentionMaskInterface.register("recorded", sdpa_mask)
+    model.set_attn_implementation("recorded")
+    logits_after_prompt(model, text, position - M)
+    assert len(given) == len(seen) == 2
+    for got, (query, key, value, scale, sinks) in zip(given, seen, strict=True):
+        own = slice(M, None)
+        if sinks is not None:  # one key more, which adds no value
+            state = PrefixState(
+                keys=torch.zeros(query.shape[1], 1, query.shape[3]), values=torch.zeros(query.shape[1], 1, value.shape[3]),
+                bias=sinks.detach()[:, None],
+            )  # fmt: skip
+        out, lse = reference.ntk_attention(
+            query[:, :, own], key[:, :, own], value[:, :, own], None if sinks is None else state, is_causal=True,
+            scale=scale, return_lse=True,
+        )  # fmt: skip
+        assert got["scale"] == pytest.approx(scale)
+        for one, other in (
+            (got["prefix_key"], key[0, :, :M]), (got["prefix_value"], value[0, :, :M]), (got["query"], query[:, :, own]),
+            (got["attention"][0], out), (got["attention"][1], lse),
+        ):  # fmt: skip
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_come_near(monkeypatch):
+    """With a report, and features, and a smallest error; shorter descents than usual."""
+    monkeypatch.setattr(gradient, "_STEPS", 100)
+    model, text = build(BY_NAME["llama"]), tokens(4, LENGTH, seed=2)
+    expected, without = logits_after_prompt(model, text, -M), logits_at(model, text, 0)
+    distance = (without - expected).norm()
+    for options, most in (
+        ({"num_rows": 8}, 0.5),
+        ({"feature_map": "taylor1", "num_rows": 4}, 0.8),
+        ({"error": 0.3}, 0.7),
+    ):
+        states, reports = convert(model, tokens(24, LENGTH, seed=1), return_report=True, **options)
+        assert [*reports] == [*states]
+        prefixes = attach_prefix(model, prefixes=states)
+        assert (logits_at(model, text, 0) - expected).norm() < most * distance, options
+        assert all(prefix.num_rows < M for prefix in prefixes.values())
+        detach_prefix(model)
+
+
+def test_generating_without_the_prompt():
+    model, first = build(BY_NAME["llama"]), tokens(2, 3, seed=2)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(torch.cat([tokens(M).expand(2, -1), first], dim=1), **options)[:, M:]
+    attach_prefix(model, prefixes=convert(model, num_rows=M))
+    assert torch.equal(model.generate(first, **options), expected)
+
+
+def test_shapes_of_the_arguments_and_dtypes():
+    """A prompt as tokenizers give it, one text instead of many, modules; bfloat16."""
+    model = build(BY_NAME["llama"])
+    whole = convert(model, tokens(1, 40, seed=1), num_rows=M)
+    states = prompt_to_states(
+        model, tokens(M)[None].int(), tokens(1, 40, seed=1), modules=r"layers\.1\.", num_rows=M, progress=False
+    )
+    assert [*states] == ["model.layers.1.self_attn"]
+    assert torch.equal(states["model.layers.1.self_attn"].keys, whole["model.layers.1.self_attn"].keys)
+    half = convert(model.to(torch.bfloat16), num_rows=M)
+    assert {state.keys.dtype for state in half.values()} == {torch.float32}
+
+
+def test_text_for_a_model_of_images():
+    model = llava()
+    states = prompt_to_states(model, tokens(M), tokens(4, LENGTH, seed=1), num_rows=M, progress=False)
+    assert len(states) == 2 and all("language_model" in name for name in states)
+    expected = logits_after_prompt(model, tokens(2, LENGTH, seed=2), -M)
+    attach_prefix(model, prefixes=states)
+    got = logits_at(model, tokens(2, LENGTH, seed=2), 0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_what_it_was(monkeypatch):
+    """Also when the fit fails, or the reading."""
+    model = build(BY_NAME["llama"]).requires_grad_(False)
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(True)
+
+    def looks():
+        return (
+            [name for name, _ in model.named_modules()], [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()], model.config._attn_implementation,
+        )  # fmt: skip
+
+    before = looks()
+    with torch.inference_mode():
+        convert(model, num_rows=8)
+    assert looks() == before
+    with pytest.raises(ValueError, match="num_rows"):
+        convert(model, num_rows=-1)
+    assert looks() == before
+    monkeypatch.setattr(type(model.model.layers[1].mlp), "forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(model, num_rows=M)
+    assert looks() == before
+
+
+def test_the_bar_is_for_those_who_want_it(capsys):
+    model = build(BY_NAME["llama"])
+    convert(model, num_rows=M)
+    assert capsys.readouterr().err == ""
+    prompt_to_states(model, tokens(M), tokens(8, LENGTH, seed=1), num_rows=M)
+    shown = capsys.readouterr().err
+    assert "reading" in shown and "fitting" in shown
+
+
+def hybrid():
+    """One layer of convolution, one of attention."""
+    config = transformers.Lfm2Config(**DECODER | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48})
+    return sharpened(transformers.Lfm2ForCausalLM(config)).eval()
+
+
+REFUSED = {
+    "an encoder": ("bert", {}, {"position": M}, ValueError, "`model` must be a decoder with a cache, got BertForMaskedLM"),
+    "a decoder with an encoder": ("whisper", {}, {}, ValueError, "`model` must be a decoder, got WhisperFor"),
+    "a model of images": ("vit", {}, {}, ValueError, "`model` must take token ids, got ViTForImageClassification"),
+    "no rotary embeddings": ("gpt2", {}, {}, ValueError, "`position` must be at least m=24 in GPT2LMHeadModel, .* got 0"),
+    "no room": ("gpt2", {}, {"position": 56}, ValueError, "`position` must leave room for the 9 tokens .* the 64 positions .* got 56"),
+    "a window": ("mistral", {}, {}, ValueError, "`modules` must leave out `model.layers.0.self_attn`, .* window"),
+    "a window as wide as the prompt": ("mistral", {"sliding_window": M + 1}, {}, ValueError, "must leave out .* window"),
+    "a softcap": ("gemma2", {}, {}, ValueError, r"must leave out `model.layers.0.self_attn`, which caps its scores \(at 2.0\)"),
+    "modules that tokens don't reach": ("llava", {}, {"modules": "vision"}, ValueError, "`modules` must match an attention module that tokens reach, got 'vision'"),
+    "layers without attention": ("hybrid", {}, {}, ValueError, "`modules` must be given for Lfm2ForCausalLM, got None: 1 of its 2 layers have no"),
+    "no such module": ("llama", {}, {"modules": "x"}, ValueError, "`modules` must match a name"),
+    "a position": ("llama", {}, {"position": -1}, ValueError, "`position` must be at least 0, got -1"),
+    "what the model gives": ("llama", {}, {"scale": 1.0}, TypeError, "`scale` must not be given"),
+    "an unknown option": ("llama", {}, {"rows": 8}, TypeError, "rows"),
+    "an option": ("llama", {}, {"num_rows": 0}, ValueError, "`num_rows` must be at least 1"),
+    "progress": ("llama", {}, {"progress": 1}, TypeError, "`progress` must be a bool, got int"),
+    "a prompt of texts": ("llama", {}, {"prompt": tokens(2, 5)}, ValueError, r"`prompt` must have shape \[m\] or \[1, m\], m at least 1, got \[2, 5\]"),
+    "an empty prompt": ("llama", {}, {"prompt": tokens(0)}, ValueError, r"`prompt` .* got \[0\]"),
+    "no tensor": ("llama", {}, {"prompt": "You are"}, TypeError, "`prompt` must be a torch.Tensor, got str"),
+    "no ids": ("llama", {}, {"prompt": torch.rand(5)}, TypeError, "`prompt` must be token ids, int64 or int32, got torch.float32"),
+    "ids out of range": ("llama", {}, {"calibration": tokens(4, 5) + 60}, ValueError, "`calibration` must be token ids from 0 to 60, got"),
+    "one text, flat": ("llama", {}, {"calibration": tokens(9)}, ValueError, r"`calibration` must have shape \[N, L\], L at least 2, got \[9\]"),
+    "single tokens": ("llama", {}, {"calibration": tokens(9, 1)}, ValueError, r"`calibration` .* got \[9, 1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    name, of_model, options, error, message = REFUSED[case]
+    if name in BY_NAME:
+        model = build(BY_NAME[name], **of_model)
+    elif name in ("llava", "hybrid"):
+        model = {"llava": llava, "hybrid": hybrid}[name]()
+    else:
+        pytest.skip(f"this version of transformers does not dispatch {name}")
+    given = {"prompt": tokens(M), "calibration": tokens(4, LENGTH, seed=1), "progress": False} | options
+    with pytest.raises(error, match=message):
+        prompt_to_states(model, **given)
+
+
+def test_a_model_that_has_prefixes_is_refused():
+    model = build(BY_NAME["llama"])
+    attach_prefix(model)
+    with pytest.raises(ValueError, match="`model` must have no prefixes yet"):
+        convert(model)
+
+
+def test_modules_in_spite_of_layers_without_attention():
+    states = convert(hybrid(), modules="self_attn", num_rows=M)
+    assert [*states] == ["model.layers.1.self_attn"]
