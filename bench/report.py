@@ -7,31 +7,14 @@ tables and plots. Everything comes from the JSON of the records.
 
 import argparse
 import re
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from rich.table import Table
 
-from . import (
-    accounting,
-    approximation,
-    attention,
-    ceilings,
-    convert,
-    decode,
-    demo,
-    finetune,
-    fit,
-    prompt,
-    record,
-    scaling,
-    sweep,
-)  # fmt: skip
+from . import record
 
-# What made a record, by the first word of its name.
-_MODULES = {module.__name__.rpartition(".")[2]: module for module in (
-    accounting, approximation, attention, ceilings, convert, decode, demo, finetune, fit, prompt, scaling,
-    sweep,
-)}  # fmt: skip
 RESULTS = record.ROOT / "bench" / "results"
 
 
@@ -65,7 +48,7 @@ def with_figures(text: str) -> str:
 def page_of(folder: Path) -> str:
     """All tables and plots of a device."""
     lines = [f"# Records: {folder.name}", "", "Written by `python -m bench report` from the JSON files beside it.", ""]
-    for path in sorted(path for path in folder.glob("*.json") if path.stem.partition("-")[0] in _MODULES):
+    for path in sorted(path for path in folder.glob("*.json") if _module(path) is not None):
         of_run = record.load(path)["environment"]
         where = f"{of_run['device']}, torch {of_run['torch']}, triton {of_run['triton']}"
         lines += [f"## {path.stem}", "", f"{of_run['date']}, commit {of_run['commit']}, {where}", ""]
@@ -77,7 +60,10 @@ def page_of(folder: Path) -> str:
 
 def tables(path: Path, rows=()) -> str:
     """The tables of a record as markdown, and what is to be said about them; or only rows that begin so."""
-    module, figures = _module(path), record.load(path)
+    module = _module(path)
+    if module is None:
+        raise ValueError(f"the name of a record must begin with that of a benchmark that has tables, got {path.name!r}")
+    figures = record.load(path)
     parts = [markdown(table, rows) for table in module.tables_of(figures)]
     if not rows and hasattr(module, "notes_of") and (notes := module.notes_of(figures)):
         parts.append("\n".join(f"- {note}" for note in notes) + "\n")
@@ -86,16 +72,18 @@ def tables(path: Path, rows=()) -> str:
 
 def draw(path: Path) -> None:
     """The plot of a record, if its kind has one."""
-    module = _MODULES.get(path.stem.partition("-")[0])
-    if module is not None and hasattr(module, "plot"):
+    module = _module(path)
+    if hasattr(module, "plot"):
         module.plot(path.with_suffix(".png"), record.load(path))
 
 
-def _module(path: Path):
-    name = path.stem.partition("-")[0]
-    if name not in _MODULES:
-        raise ValueError(f"the name of a record must begin with one of {sorted(_MODULES)}, got {path.name!r}")
-    return _MODULES[name]
+def _module(path: Path) -> ModuleType | None:
+    """The benchmark that made a record, which is the first word of its name; None for other files."""
+    try:
+        module = import_module(f"{__package__}.{path.stem.partition('-')[0]}")
+    except ModuleNotFoundError:
+        return None
+    return module if hasattr(module, "tables_of") else None
 
 
 def markdown(table: Table, rows=()) -> str:

@@ -1,14 +1,19 @@
 """Tiny random models of many families, and a second way to compute what their attention should give."""
 
+import copy
 import math
+import warnings
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers
+from oracle import F64
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ntk_kernels import reference
+from ntk_kernels.integrations.transformers import attach_prefix
 
 VOCABULARY, BATCH, LENGTH = 61, 2, 9
 DECODER = {
@@ -99,6 +104,14 @@ FAMILIES = [
 ]  # fmt: skip
 FAMILIES = [family for family in FAMILIES if family.since <= int(transformers.__version__.split(".")[0])]
 BY_NAME = {family.name: family for family in FAMILIES}
+all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+GENERATING = [family for family in FAMILIES if family.kind not in ("encoder", "image")]
+
+
+def some(*names):
+    return pytest.mark.parametrize(
+        "family", [BY_NAME[n] for n in names if n in BY_NAME], ids=lambda family: family.name
+    )
 
 
 def build(family, implementation=None, dtype=torch.float32, **options):
@@ -162,11 +175,55 @@ def with_labels(family, given):
     return given | {"labels": labels}
 
 
+def randomise(prefixes, seed=3):
+    """Prefixes with about as much mass as the tokens have."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for prefix in prefixes.values():
+            for name, parameter in prefix.named_parameters():
+                parameter.normal_(std=0.5, generator=generator)
+                if name == "z":
+                    parameter.mul_(3)
+    return prefixes
+
+
+def attach(family, model, *args, **options):
+    return attach_prefix(model, *args, modules=family.attention, **options)
+
+
 def visible_logits(model, given):
     """The logits [n, V] of the positions that are no padding."""
     with torch.no_grad():
         logits = model(**given).logits
     return logits[given["attention_mask"].bool()] if "attention_mask" in given else logits
+
+
+def exact(family, prefixes=None, given=None):
+    """The model in float64, its attention computed by the definition."""
+    model = build(family, "definition64", F64)
+    for name, prefix in (prefixes or {}).items():
+        model.get_submodule(name).ntk_prefix = copy.deepcopy(prefix).double()
+    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    return visible_logits(model, given)
+
+
+def exact_of(model, family, given):
+    """The same weights, as they are after rounding, in float64."""
+    model = copy.deepcopy(model).double()
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation = "definition64"
+    for module in model.modules():  # the definition takes prefixes as well
+        if "_ntk_hook" in vars(module):
+            module._ntk_hook.remove()
+    return visible_logits(model, given)
+
+
+def generated(model, given, **options):
+    given = {name: x for name, x in given.items() if name != "decoder_input_ids"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"max_new_tokens": 6, "do_sample": False} | options
+        return model.generate(**given, **options)
 
 
 def _by_definition(compute_dtype):

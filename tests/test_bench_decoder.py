@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from bench import decoder, finetune, prompt, reading, report
+from bench import decoder, finetune, finetune_methods, prompt, reading, report
 from bench.__main__ import main
 from ntk_kernels import prefix_to_state
 
@@ -143,7 +143,7 @@ def test_rows_fitted_to_text(tiny):
 
 def test_factored():
     state = prefix_to_state(torch.randn(2, 4, 8), torch.randn(2, 4, 8), "taylor1")
-    factored = finetune._factored(state, 4)
+    factored = finetune_methods._factored(state, 4)
     assert torch.allclose(factored.z_a @ factored.z_b, state.z, atol=1e-5) and torch.equal(factored.k, state.k)
 
 

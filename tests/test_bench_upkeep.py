@@ -188,5 +188,5 @@ def test_report_says_what_is_old(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "page_of", lambda folder: "another page")
     with pytest.raises(SystemExit, match="README.md: not the recorded figures; run: python -m bench report"):
         main(["report", "--check"])
-    with pytest.raises(ValueError, match="must begin with one of"):
+    with pytest.raises(ValueError, match="must begin with that of a benchmark"):
         report.tables(tmp_path / "unknown-d64.json")
