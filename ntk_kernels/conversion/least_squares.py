@@ -103,9 +103,6 @@ class _Head(NamedTuple):
             logits = self.terms.logits(part.query) - part.lse[:, None]
             yield self.terms.weights(part.query, logits), part
 
-    def mass(self, weights: Tensor, k: Tensor) -> Tensor:
-        return self.terms.mass(weights, k)
-
     def errors(self, candidates) -> list[float]:
         """Relative errors of the outputs that these (ridge, z, k) give, as the state will hold them."""
         rounded = [[tensor.to(self.dtype).double() for tensor in candidate[1:]] for candidate in candidates]
@@ -113,7 +110,7 @@ class _Head(NamedTuple):
         for weights, part in self.chunks(len(rounded[0][1])):
             exact += part.out.square().sum().item()
             for i, (z, k) in enumerate(rounded):
-                total = (part.rest + self.mass(weights, k)).clamp(min=TINY)
+                total = (part.rest + self.terms.mass(weights, k)).clamp(min=TINY)
                 squares[i] += ((part.of_input + weights @ z) / total[:, None] - part.out).square().sum().item()
         return [math.sqrt(square / max(exact, TINY)) for square in squares]
 
@@ -127,7 +124,7 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     gram, side = k.new_zeros(num_terms, num_terms), torch.zeros_like(k)
     for weights, part in fitted.chunks(num_terms):
         gram += weights.mT @ weights
-        side += weights.mT @ (part.share - fitted.mass(weights, k))
+        side += weights.mT @ (part.share - fitted.terms.mass(weights, k))
     matrix, scale = _scaled(gram[free, free])
     fitted_k = k.expand(len(_RIDGES), -1).clone()
     for new_k, ridge in zip(fitted_k, _RIDGES, strict=True):
@@ -136,7 +133,7 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
 
     def residual(weights, part, k):
         """[..., c, Dv] of k [..., F]."""
-        return part.of_prefix - weights @ z + part.out * (fitted.mass(weights, k) - part.share)[..., None]
+        return part.of_prefix - weights @ z + part.out * (fitted.terms.mass(weights, k) - part.share)[..., None]
 
     matrix, scale = _scaled(gram)
     sides = z.new_zeros(len(_RIDGES), *z.shape)
@@ -151,7 +148,7 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     for new_k in (candidates[_least(errors)][2], k):
         gram, side = torch.zeros_like(gram), torch.zeros_like(z)
         for weights, part in fitted.chunks(num_terms):
-            factor = 1 / (part.rest + fitted.mass(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
+            factor = 1 / (part.rest + fitted.terms.mass(weights, new_k)).clamp(min=_LEAST_TOTAL)[:, None]
             gram += (weights * factor).mT @ (weights * factor)
             side += weights.mT @ (residual(weights, part, new_k) * factor.square())
         matrix, scale = _scaled(gram)
