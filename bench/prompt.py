@@ -79,7 +79,7 @@ def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: lis
     kept = {NO_PROMPT: 0, PROMPT: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)}
     rows = {NO_PROMPT: 0, PROMPT: len(prompt)}
     for size in sizes:
-        states = prompt_to_states(model, prompt, calibration, num_rows=size, position=len(prompt))
+        states = prompt_to_states(model, prompt, calibration, num_rows=size, text_position=len(prompt))
         with_states = decoder.copy_of(model)
         attach_prefix(with_states, prefixes=states)
         name = f"{size:,} rows"

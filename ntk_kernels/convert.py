@@ -87,21 +87,14 @@ def prefix_to_state(
     Source: arXiv 2406.14036, section 4, there around 0; `ntk_kernels.reference.prefix_to_state` is the formula.
     """
     _check_prefix(prefix_key, prefix_value)
-    if feature_map is not None:
-        checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
-    method = ("closed_form" if query is None else "gradient") if method is None else method
-    checks.check_one_of("method", method, METHODS)
     num_keys, head_dim = prefix_key.shape[-2:]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     checks.check_finite("scale", scale, positive=True)
+    feature_map, num_rows, method = settle(
+        num_keys, query is not None, feature_map=feature_map, centers=centers, num_rows=num_rows, keep=keep,
+        error=error, method=method, feature_scale=feature_scale, seed=seed,
+    )  # fmt: skip
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
-    checks.check_finite("feature_scale", feature_scale, positive=True)
-    checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
-    _check_error(error, feature_map, num_rows, query, method)
-    if feature_map is None and num_rows is None:
-        feature_map, num_rows = ("taylor1", 0) if query is None else (None, _NUM_ROWS)
-    num_rows = 0 if num_rows is None else num_rows
-    _check_terms(feature_map, centers, num_rows, keep, num_keys, method)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
     if query is not None or num_rows:  # what these do with the rows reads them anyway
         checks.check_finite_rows("prefix_key", prefix_key)
@@ -127,6 +120,38 @@ def prefix_to_state(
             expansion = expansion._replace(feature_map=feature_map or "taylor1")
             state, report = expansion.features(prefix_key, prefix_value), None
     return (state, report) if return_report else state
+
+
+def settle(
+    num_keys: int,
+    has_query: bool,
+    *,
+    feature_map: str | None = None,
+    centers: str | int | Tensor | None = "mean",
+    num_rows: int | None = None,
+    keep: int = 0,
+    error: float | None = None,
+    method: str | None = None,
+    feature_scale: float | None = None,
+    seed: int = 0,
+) -> tuple[str | None, int, str]:
+    """Checks the options of `prefix_to_state` that no tensor has to be there for.
+
+    Returns feature map, number of rows and method, with their defaults.
+    """
+    if feature_map is not None:
+        checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
+    method = ("gradient" if has_query else "closed_form") if method is None else method
+    checks.check_one_of("method", method, METHODS)
+    if feature_scale is not None:
+        checks.check_finite("feature_scale", feature_scale, positive=True)
+    checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
+    _check_error(error, feature_map, num_rows, has_query, method)
+    if feature_map is None and num_rows is None:
+        feature_map, num_rows = (None, _NUM_ROWS) if has_query else ("taylor1", 0)
+    num_rows = 0 if num_rows is None else num_rows
+    _check_terms(feature_map, centers, num_rows, keep, num_keys, method)
+    return feature_map, num_rows, method
 
 
 def _check_prefix(prefix_key, prefix_value) -> None:
@@ -167,14 +192,14 @@ def _check_terms(feature_map, centers, num_rows, keep, num_keys, method) -> None
         )
 
 
-def _check_error(error, feature_map, num_rows, query, method) -> None:
+def _check_error(error, feature_map, num_rows, has_query, method) -> None:
     if error is None:
         return
     checks.check_finite("error", error, positive=True)
     if error >= 1:
         raise ValueError(f"`error` must be less than 1, the error of giving 0, got {error}")
-    if query is None or method != "gradient":
-        missing = "`query`, got None" if query is None else f"method='gradient', got {method!r}"
+    if not has_query or method != "gradient":
+        missing = "`query`, got None" if not has_query else f"method='gradient', got {method!r}"
         raise ValueError(f"`error` must come with {missing}")
     for name, value in (("feature_map", feature_map), ("num_rows", num_rows)):
         if value is not None:

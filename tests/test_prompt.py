@@ -56,12 +56,17 @@ def logits_at(model, text, start):
 @pytest.mark.parametrize("name, options, position", CASES, ids=lambda case: case if isinstance(case, str) else None)
 def test_all_rows_are_the_prompt(name, options, position):
     model, text = build(BY_NAME[name], **options), tokens(2, LENGTH, seed=2)
-    states = convert(model, num_rows=M, position=position)
+    states = convert(model, num_rows=M, text_position=position)
     assert [*states] == [*attention_shapes(model)]
     assert all(state.num_rows == M for state in states.values())
     expected = logits_after_prompt(model, text, position - M if name not in ("opt", "gpt2") else 0)
     attach_prefix(model, prefixes=states)
     torch.testing.assert_close(logits_at(model, text, position), expected, rtol=1e-4, atol=1e-4)
+
+
+def in_a_row(rows):
+    """One row of the batch after the other."""
+    return torch.cat(rows.split(1), dim=2)
 
 
 @pytest.mark.parametrize("name, options", [("llama", {}), ("gpt_oss", WIDE), ("opt", {})])
@@ -71,7 +76,7 @@ def test_what_the_fit_is_given(name, options, monkeypatch):
     given, seen = [], []
     monkeypatch.setattr(prompt, "prefix_to_state", lambda **options: given.append(options) or (None, None))
     model, text = build(BY_NAME[name], **options), tokens(3, LENGTH, seed=1)
-    convert(model, text, position=position)
+    convert(model, text, text_position=position)
 
     def record(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
         if name == "opt":  # which scales its query itself
@@ -99,8 +104,9 @@ def test_what_the_fit_is_given(name, options, monkeypatch):
         )  # fmt: skip
         assert got["scale"] == pytest.approx(scale)
         for one, other in (
-            (got["prefix_key"], key[0, :, :M]), (got["prefix_value"], value[0, :, :M]), (got["query"], query[:, :, own]),
-            (got["attention"][0], out), (got["attention"][1], lse),
+            (got["prefix_key"], key[0, :, :M]), (got["prefix_value"], value[0, :, :M]),
+            (got["query"], in_a_row(query[:, :, own])), (got["attention"][0], in_a_row(out)),
+            (got["attention"][1], in_a_row(lse)),
         ):  # fmt: skip
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -133,8 +139,9 @@ def test_generating_without_the_prompt():
 
 
 def test_shapes_of_the_arguments_and_dtypes():
-    """A prompt as tokenizers give it, one text instead of many, modules; bfloat16."""
+    """A prompt as tokenizers give it, one text instead of many, texts of several lengths, modules; bfloat16."""
     model = build(BY_NAME["llama"])
+    convert(model, [tokens(1, 1, seed=1), tokens(7, seed=2), tokens(1, 30, seed=3)], num_rows=M)
     whole = convert(model, tokens(1, 40, seed=1), num_rows=M)
     states = prompt_to_states(
         model, tokens(M)[None].int(), tokens(1, 40, seed=1), modules=r"layers\.1\.", num_rows=M, progress=False
@@ -196,30 +203,67 @@ def hybrid():
     return sharpened(transformers.Lfm2ForCausalLM(config)).eval()
 
 
+def parallel():
+    """Attention and a recurrence in each layer."""
+    of_recurrence = {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    }
+    config = transformers.FalconH1Config(**DECODER, **of_recurrence, mamba_n_groups=1, mamba_expand=2)
+    return sharpened(transformers.FalconH1ForCausalLM(config)).eval()
+
+
+def dynamic():
+    """Rotary embeddings whose frequencies depend on the length."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    rope = {"rope_parameters": rope} if transformers.__version__.startswith("5") else {"rope_scaling": rope}
+    return build(BY_NAME["llama"], **rope, max_position_embeddings=16)
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    return transformers.BartForCausalLM(config).eval()
+
+
+OTHERS = {"llava": llava, "hybrid": hybrid, "parallel": parallel, "dynamic": dynamic, "bart": bart}
 REFUSED = {
-    "an encoder": ("bert", {}, {"position": M}, ValueError, "`model` must be a decoder with a cache, got BertForMaskedLM"),
+    "an encoder": ("bert", {}, {"text_position": M}, ValueError, "`model` must be a decoder with a cache, got BertForMaskedLM"),
     "a decoder with an encoder": ("whisper", {}, {}, ValueError, "`model` must be a decoder, got WhisperFor"),
     "a model of images": ("vit", {}, {}, ValueError, "`model` must take token ids, got ViTForImageClassification"),
-    "no rotary embeddings": ("gpt2", {}, {}, ValueError, "`position` must be at least m=24 in GPT2LMHeadModel, .* got 0"),
-    "no room": ("gpt2", {}, {"position": 56}, ValueError, "`position` must leave room for the 9 tokens .* the 64 positions .* got 56"),
-    "a window": ("mistral", {}, {}, ValueError, "`modules` must leave out `model.layers.0.self_attn`, .* window"),
-    "a window as wide as the prompt": ("mistral", {"sliding_window": M + 1}, {}, ValueError, "must leave out .* window"),
-    "a softcap": ("gemma2", {}, {}, ValueError, r"must leave out `model.layers.0.self_attn`, which caps its scores \(at 2.0\)"),
+    "no rotary embeddings": ("gpt2", {}, {}, ValueError, "`text_position` must be at least m=24 in GPT2LMHeadModel, .* got 0"),
+    "no room": ("gpt2", {}, {"text_position": 56}, ValueError, "`text_position` must leave room for the 9 tokens .* the 64 positions .* got 56"),
+    "a window": ("mistral", {}, {}, ValueError, "`model` must have attention that states can take part in, got MistralForCausalLM, where a text does not see .* window"),
+    "a window as wide as the prompt": ("mistral", {"sliding_window": M + 1}, {}, ValueError, "got MistralForCausalLM, where .* window"),
+    "some windows": ("gemma2", {"attn_logit_softcapping": None}, {}, ValueError, "`modules` must match none of `model.layers.0.self_attn`, where a text .* got None; of `model.layers.1.self_attn` it may match all"),
+    "a softcap": ("gemma2", {}, {}, ValueError, "got Gemma2ForCausalLM, where a text .* and scores are capped"),
     "modules that tokens don't reach": ("llava", {}, {"modules": "vision"}, ValueError, "`modules` must match an attention module that tokens reach, got 'vision'"),
-    "layers without attention": ("hybrid", {}, {}, ValueError, "`modules` must be given for Lfm2ForCausalLM, got None: 1 of its 2 layers have no"),
+    "layers without attention": ("hybrid", {}, {}, ValueError, "`model` must pass on a prompt by attention and nothing else"),
+    "a recurrence beside attention": ("parallel", {}, {}, ValueError, "`model` must .* FalconH1ForCausalLM"),
+    "frequencies by length": ("dynamic", {}, {}, ValueError, "`text_position` fit it: .* in LlamaForCausalLM at text_position=0 .try 24"),
+    "positions that it counts itself": ("bart", {}, {"text_position": M}, ValueError, "`model` must take `position_ids`, got BartForCausalLM"),
     "no such module": ("llama", {}, {"modules": "x"}, ValueError, "`modules` must match a name"),
-    "a position": ("llama", {}, {"position": -1}, ValueError, "`position` must be at least 0, got -1"),
-    "what the model gives": ("llama", {}, {"scale": 1.0}, TypeError, "`scale` must not be given"),
+    "a position": ("llama", {}, {"text_position": -1}, ValueError, "`text_position` must be at least 0, got -1"),
+    "what the model gives": ("llama", {}, {"scale": 1.0}, TypeError, "`scale` must not be given, only options of prefix_to_state, which are"),
     "an unknown option": ("llama", {}, {"rows": 8}, TypeError, "rows"),
     "an option": ("llama", {}, {"num_rows": 0}, ValueError, "`num_rows` must be at least 1"),
     "progress": ("llama", {}, {"progress": 1}, TypeError, "`progress` must be a bool, got int"),
-    "a prompt of texts": ("llama", {}, {"prompt": tokens(2, 5)}, ValueError, r"`prompt` must have shape \[m\] or \[1, m\], m at least 1, got \[2, 5\]"),
+    "a prompt of texts": ("llama", {}, {"prompt": tokens(2, 5)}, ValueError, r"`prompt` must have shape \[n\] or \[1, n\], n at least 1, got \[2, 5\]"),
     "an empty prompt": ("llama", {}, {"prompt": tokens(0)}, ValueError, r"`prompt` .* got \[0\]"),
     "no tensor": ("llama", {}, {"prompt": "You are"}, TypeError, "`prompt` must be a torch.Tensor, got str"),
     "no ids": ("llama", {}, {"prompt": torch.rand(5)}, TypeError, "`prompt` must be token ids, int64 or int32, got torch.float32"),
-    "ids out of range": ("llama", {}, {"calibration": tokens(4, 5) + 60}, ValueError, "`calibration` must be token ids from 0 to 60, got"),
-    "one text, flat": ("llama", {}, {"calibration": tokens(9)}, ValueError, r"`calibration` must have shape \[N, L\], L at least 2, got \[9\]"),
-    "single tokens": ("llama", {}, {"calibration": tokens(9, 1)}, ValueError, r"`calibration` .* got \[9, 1\]"),
+    "ids out of range": ("llama", {}, {"texts": tokens(4, 5) + 60}, ValueError, r"`texts\[0\]` must be token ids from 0 to 60, got"),
+    "one text, flat": ("llama", {}, {"texts": tokens(9)}, ValueError, r"`texts` must have shape \[N, L\], got \[9\]"),
+    "strings": ("llama", {}, {"texts": ["a"]}, TypeError, r"`texts\[0\]` must be a torch.Tensor, got str"),
+    "a string": ("llama", {}, {"texts": "a"}, TypeError, "`texts` must be a tensor or a sequence of tensors, got str"),
+    "no text": ("llama", {}, {"texts": []}, ValueError, "`texts` must be at least one, got none"),
+    "texts in batches": ("llama", {}, {"texts": [tokens(2, 5)]}, ValueError, r"`texts\[0\]` must have shape .* got \[2, 5\]"),
+    "too little text": ("gpt2", {}, {"texts": [tokens(1)], "text_position": M}, ValueError, "no state could be fitted for `transformer.h.0.attn`: `query` must give"),
 }  # fmt: skip
 
 
@@ -227,13 +271,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     name, of_model, options, error, message = REFUSED[case]
-    if name in BY_NAME:
-        model = build(BY_NAME[name], **of_model)
-    elif name in ("llava", "hybrid"):
-        model = {"llava": llava, "hybrid": hybrid}[name]()
+    if name in BY_NAME or name in OTHERS:
+        model = build(BY_NAME[name], **of_model) if name in BY_NAME else OTHERS[name]()
     else:
         pytest.skip(f"this version of transformers does not dispatch {name}")
-    given = {"prompt": tokens(M), "calibration": tokens(4, LENGTH, seed=1), "progress": False} | options
+    given = {"prompt": tokens(M), "texts": tokens(4, LENGTH, seed=1), "progress": False} | options
     with pytest.raises(error, match=message):
         prompt_to_states(model, **given)
 

@@ -1,4 +1,4 @@
-"""What attention modules are given while a decoder reads a prompt and texts after it."""
+"""What an attention module is given while a decoder reads a prompt and texts after it."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import ntk_attention
+from ...state import PrefixState
 
 
 class Observed(NamedTuple):
-    """Of one attention module, as `prefix_to_state` takes it."""
+    """As `prefix_to_state` takes it; the texts one after the other in a single row of the batch."""
 
     prefix_key: Tensor
     prefix_value: Tensor
@@ -19,50 +20,49 @@ class Observed(NamedTuple):
 
 
 class Observer(nn.Module):
-    """In the place of a prefix; adds nothing. Raises ValueError where no state could stand in for the prompt."""
+    """In the place of a prefix, of which it plays three parts, one after the other (`part`).
 
-    def __init__(self, name: str, prompt_length: int):
+    "none": it adds nothing. "observe": it adds nothing and keeps what attention is given, or in `trouble` why no state
+    can stand in for the prompt here. "replay": all rows of the prompt.
+    """
+
+    def __init__(self, prompt_length: int):
         super().__init__()
-        self.name, self.prompt_length, self.reads_prompt = name, prompt_length, True
-        self.texts: list[Observed] = []
+        self.part, self.prompt_length = "none", prompt_length
+        self.trouble: str | None = None
+        self.prompt: PrefixState | None = None
+        self.scale = 1.0
+        self.queries, self.outs, self.lses = [], [], []
 
-    def state_and_index(self, batch: int) -> tuple[None, None]:
-        return None, None
+    def state_and_index(self, batch: int) -> tuple[PrefixState | None, None]:
+        return (self.prompt if self.part == "replay" else None), None
 
     def observe(self, query, key, value, mask, *, scale, query_scale, softcap, sink) -> None:
         """Takes the queries of a text, [1, Hq, L, D], and keys and values of the prompt and the text."""
-        if softcap is not None:
-            self._refuse(f"which caps its scores (at {softcap})")
-        if self.reads_prompt:
+        if self.part != "observe" or self.trouble is not None:
             return
         length = query.shape[2]
         prompt, own = slice(0, -length), slice(-length, None)
-        sees_all = True
+        sees_all = key.shape[2] - length == self.prompt_length
         if mask is not None:
-            sees_all = (mask if mask.dtype == torch.bool else mask == 0)[..., prompt].all()
+            sees_all = sees_all and bool((mask if mask.dtype == torch.bool else mask == 0)[..., prompt].all())
             mask = mask[..., own]
-        if key.shape[2] - length != self.prompt_length or not sees_all:
-            self._refuse("in which not every token sees the whole prompt as it is (a sliding window?)")
+        if softcap is not None or not sees_all:
+            self.trouble = "scores are capped" if sees_all else "a text does not see the whole prompt, as in a window"
+            return
         out, lse = ntk_attention(
             query, key[:, :, own], value[:, :, own], attn_mask=mask, scale=scale, return_lse=True
         )  # fmt: skip
         if sink is not None:  # a term of the denominator, and of no numerator
             whole = torch.logaddexp(lse, sink.reshape(1, -1, 1).to(lse.dtype))
             out, lse = (out * torch.exp(lse - whole).unsqueeze(-1)).to(out.dtype), whole
-        if self.texts:
-            prefix_key, prefix_value = self.texts[0][:2]
-        else:
-            prefix_key, prefix_value = key[0, :, prompt].clone(), value[0, :, prompt].clone()
-        self.texts.append(Observed(prefix_key, prefix_value, query / query_scale, (out, lse), scale * query_scale))
+        if self.prompt is None:
+            self.prompt = PrefixState(keys=key[0, :, prompt].clone(), values=value[0, :, prompt].clone())
+        self.scale = scale * query_scale
+        self.queries.append(query / query_scale)
+        self.outs.append(out)
+        self.lses.append(lse)
 
     def observed(self) -> Observed:
-        """All texts together."""
-        return self.texts[0]._replace(
-            query=torch.cat([text.query for text in self.texts]),
-            attention=tuple(torch.cat(parts) for parts in zip(*(text.attention for text in self.texts), strict=True)),
-        )
-
-    def _refuse(self, why: str) -> None:
-        raise ValueError(
-            f"`modules` must leave out `{self.name}`, {why}. What is left out has nothing of the prompt afterwards"
-        )
+        attention = torch.cat(self.outs, dim=2), torch.cat(self.lses, dim=2)
+        return Observed(self.prompt.keys, self.prompt.values, torch.cat(self.queries, dim=2), attention, self.scale)

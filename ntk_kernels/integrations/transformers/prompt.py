@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,19 +11,21 @@ from transformers import PreTrainedModel
 
 from ... import checks
 from ...conversion.report import ConversionReport
-from ...convert import prefix_to_state
+from ...convert import prefix_to_state, settle
 from ...state import PrefixState
 from .attach import attach_children, check_bare, detach_prefix
-from .modules import attention_modules
+from .modules import attention_modules, placement, some
 from .observer import Observer
+
+_OPTIONS = [name for name, kind in inspect.signature(settle).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
 
 
 def prompt_to_states(
     model: PreTrainedModel,
     prompt: Tensor,
-    calibration: Tensor,
+    texts: Tensor | Sequence[Tensor],
     *,
-    position: int = 0,
+    text_position: int = 0,
     modules: str | None = None,
     progress: bool = True,
     return_report: bool = False,
@@ -32,21 +34,21 @@ def prompt_to_states(
     """Converts what a decoder makes of a prompt to a state for each of its attention modules.
 
     `attach_prefix(model, prefixes=states)` then does with a few rows per head what the prompt does with its whole
-    length. The model reads the prompt once, and each calibration text as what follows it; `prefix_to_state` fits each
-    module's state to the queries of these texts.
+    length. The model reads the prompt, and each text as what follows it; `prefix_to_state` fits each module's state to
+    the queries of these texts.
 
     Args:
-        model: a decoder without prefixes. Each of its layers has attention, and each token sees the whole prompt in it:
-            no sliding window that is shorter than prompt and text; no softcap.
+        model: a decoder without prefixes, all of whose layers pass on a prompt by attention and nothing else, and let
+            each token see all of it: no sliding window that is shorter than prompt and text, no recurrence; no softcap.
         prompt: [m] or [1, m] token ids.
-        calibration: [N, L] token ids: N texts like those that will follow the prompt, of L tokens, at least 2. The last
-            quarter of them (of the tokens, if N is 1) is held out. The model may have written them itself:
-            `model.generate(prompt, do_sample=True, num_return_sequences=N)`, less the prompt. N·L·Hq·(D + Dv + 1)
-            numbers are kept of each module until it is fitted.
-        position: of the first token after the prompt. 0, the default: the prompt has the positions -m to -1, so that
-            later inputs need no `position_ids`. Rotary embeddings know such positions. m: positions as usual, and
-            later inputs need `position_ids` from m on; for models with a table of positions (GPT-2, OPT), and rotary
-            embeddings whose frequencies depend on the length (dynamic, longrope).
+        texts: [N, L] token ids, or N tensors [L] or [1, L] of any lengths: texts like those that will follow the
+            prompt, without padding. The last quarter of their tokens is held out. The model may have written them
+            itself (`model.generate(prompt, do_sample=True, ...)`, less the prompt). Until a module is fitted,
+            N·L·Hq·(D + Dv + 1) numbers are kept for it on its device.
+        text_position: of the first token after the prompt. 0, the default: the prompt has the positions -m to -1, so
+            that later inputs need no `position_ids`. Rotary embeddings know such positions, unless their frequencies
+            depend on the length (dynamic, longrope). m: positions as they are with the prompt, and later inputs need
+            `position_ids` from m on, also for `generate`; the only way with tables of positions (GPT-2, OPT).
         modules: a regular expression that is searched for in the names of the attention modules, as in `attach_prefix`;
             None for all. What is left out has nothing of the prompt afterwards.
         progress: show bars (tqdm).
@@ -57,68 +59,149 @@ def prompt_to_states(
         States, and reports, by the names of the modules; of those only that tokens reach (not of an encoder of images).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, or the module. The model is what it was
-            before, in any case.
+        TypeError, ValueError: an argument does not fit, and the message names it; or the model is another than said
+            above. For all modules that is seen by trying: with all rows of the prompt as states the first text has to
+            give what it gives after the prompt. The model is what it was before, in any case.
     """
     found = attention_modules(model, modules)
     check_bare(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` must be a decoder, got {type(model).__name__}, which has an encoder too")
-    for name in ("query", "attention", "scale"):
-        if name in options:
-            raise TypeError(f"`{name}` must not be given, got one: it is taken from the model")
-    inspect.signature(prefix_to_state).bind_partial(**options)  # before minutes of reading
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"`{name}` must not be given, only options of prefix_to_state, which are {_OPTIONS}")
     checks.check_bool("progress", progress)
     checks.check_bool("return_report", return_report)
-    prompt = _tokens("prompt", prompt, model)
-    calibration = _tokens("calibration", calibration, model)
-    _check_positions(model, position, len(prompt), calibration.shape[1])
-    observers = {name: Observer(name, len(prompt)) for name in found}
+    prompt, texts = _prompt_and_texts(model, prompt, texts)
+    settle(len(prompt), True, **options)
+    _check_positions(model, text_position, len(prompt), max(len(text) for text in texts))
+    observers = {name: Observer(len(prompt)) for name in found}
     with _observed(model, found, observers), torch.no_grad():
-        _read(model, prompt, calibration, position, observers, progress)
-    observers = {name: observer for name, observer in observers.items() if observer.texts}
-    _check_observed(model, modules, observers, len(calibration))
+        reader = _Reader(model, observers, prompt, text_position)
+        for i, text in enumerate(_bar(texts, "reading", progress)):
+            reader.read(text)
+            if i == 0:
+                reader.check(text, modules)
+    observers = {name: observer for name, observer in observers.items() if observer.queries}
     states, reports = {}, {}
     for name in _bar(list(observers), "fitting", progress):
         observed = observers.pop(name).observed()
-        states[name], reports[name] = prefix_to_state(**observed._asdict(), return_report=True, **options)
+        try:
+            states[name], reports[name] = prefix_to_state(**observed._asdict(), return_report=True, **options)
+        except ValueError as error:
+            raise ValueError(f"no state could be fitted for `{name}`: {error}") from error
     return (states, reports) if return_report else states
 
 
-def _tokens(name: str, tokens, model: PreTrainedModel) -> Tensor:
-    """[m] or [N, L], on the device of the model."""
-    checks.check_tensor(name, tokens)
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"`{name}` must be token ids, int64 or int32, got {tokens.dtype}")
-    if name == "prompt":
-        if tokens.dim() == 2 and tokens.shape[0] == 1:
-            tokens = tokens[0]
-        if tokens.dim() != 1 or len(tokens) == 0:
-            raise ValueError(f"`prompt` must have shape [m] or [1, m], m at least 1, got {list(tokens.shape)}")
-    elif tokens.dim() != 2 or len(tokens) == 0 or tokens.shape[1] < 2:
-        raise ValueError(f"`{name}` must have shape [N, L], L at least 2, got {list(tokens.shape)}")
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+class _Reader:
+    """A model that has read a prompt, and reads texts as what follows it."""
+
+    def __init__(self, model: PreTrainedModel, observers: dict[str, Observer], prompt: Tensor, text_position: int):
+        self.model, self.observers, self.prompt, self.text_position = model, observers, prompt, text_position
+        self.cache = self._forward(prompt, text_position - len(prompt), use_cache=True).get("past_key_values")
+        if self.cache is None:
+            raise ValueError(f"`model` must be a decoder with a cache, got {type(model).__name__}, which has none")
+
+    def read(self, text: Tensor) -> None:
+        self._let("observe")
+        # A copy, since not every cache can be cut back.
+        self._forward(text, self.text_position, past_key_values=copy.deepcopy(self.cache), use_cache=True)
+        self._let("none")
+
+    def check(self, text: Tensor, modules: str | None) -> None:
+        """After the first text: whether states can stand in for the prompt."""
+        reached = {name: o for name, o in self.observers.items() if o.queries or o.trouble is not None}
+        if not reached:
+            raise ValueError(f"`modules` must match an attention module that tokens reach, got {modules!r}")
+        repeated = "attention is computed more than once for a text"
+        troubles = {name: o.trouble or repeated for name, o in reached.items() if o.trouble or len(o.queries) > 1}
+        if troubles:
+            why = " and ".join(sorted(set(troubles.values())))
+            if len(troubles) == len(reached):
+                name = type(self.model).__name__
+                raise ValueError(f"`model` must have attention that states can take part in, got {name}, where {why}")
+            fit = [module for module in reached if module not in troubles]
+            raise ValueError(
+                f"`modules` must match none of {some(troubles)}, where {why}, got {modules!r}; of {some(fit)} it may "
+                "match all. What is left out has nothing of the prompt afterwards"
+            )
+        if modules is None:
+            self._check_as_states(text)
+
+    def _check_as_states(self, text: Tensor) -> None:
+        """Median over the tokens, so that a few that go to other experts by rounding do not count."""
+        expected = self._forward(torch.cat([self.prompt, text]))[0][0, len(self.prompt) :].float()
+        self._let("replay")
+        got = self._forward(text, self.text_position)[0][0].float()
+        self._let("none")
+        off = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+        if not off <= torch.finfo(self.model.dtype).eps ** 0.5:
+            length = len(self.prompt)
+            other = "" if self.text_position == length else f" (try {length}, the length of the prompt)"
+            raise ValueError(
+                "`model` must pass on a prompt by attention and nothing else, and `text_position` fit it: with all "
+                f"rows of the prompt as states the last hidden states of a text are off by {off:.2g} of themselves in "
+                f"{type(self.model).__name__} at text_position={self.text_position}{other}; `modules` may say which "
+                "modules get states all the same"
+            )
+
+    def _forward(self, tokens: Tensor, first: int | None = None, **options):
+        """Of the model without its head, as nobody asked for logits; at these positions, or those it takes itself."""
+        if first is not None:
+            options["position_ids"] = torch.arange(first, first + len(tokens), device=tokens.device)[None]
+        return self.model.base_model(input_ids=tokens[None], return_dict=True, **{"use_cache": False} | options)
+
+    def _let(self, part: str) -> None:
+        for observer in self.observers.values():
+            observer.part = part
+
+
+def _prompt_and_texts(model: PreTrainedModel, prompt, texts) -> tuple[Tensor, list[Tensor]]:
+    """[m], and N times [L], where the model takes its tokens."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is None:
         raise ValueError(f"`model` must take token ids, got {type(model).__name__}")
-    if not ((tokens >= 0) & (tokens < known)).all():
-        raise ValueError(
-            f"`{name}` must be token ids from 0 to {known - 1}, got {tokens.min().item()} to {tokens.max().item()}"
-        )
-    return tokens.to(model.device)
+    device = placement(model.get_input_embeddings(), model)["device"]
+
+    def flat(name: str, tokens) -> Tensor:
+        checks.check_tensor(name, tokens)
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"`{name}` must be token ids, int64 or int32, got {tokens.dtype}")
+        ids = tokens[0] if tokens.dim() == 2 and len(tokens) == 1 else tokens
+        if ids.dim() != 1 or len(ids) == 0:
+            raise ValueError(f"`{name}` must have shape [n] or [1, n], n at least 1, got {list(tokens.shape)}")
+        if not ((ids >= 0) & (ids < known)).all():
+            raise ValueError(
+                f"`{name}` must be token ids from 0 to {known - 1}, got {ids.min().item()} to {ids.max().item()}"
+            )
+        return ids.to(device)
+
+    prompt = flat("prompt", prompt)
+    if isinstance(texts, Tensor) and texts.dim() != 2:
+        raise ValueError(f"`texts` must have shape [N, L], got {list(texts.shape)}")
+    if not isinstance(texts, Tensor | Sequence) or isinstance(texts, str):
+        raise TypeError(f"`texts` must be a tensor or a sequence of tensors, got {type(texts).__name__}")
+    texts = [flat(f"texts[{i}]", text) for i, text in enumerate(texts)]
+    if not texts:
+        raise ValueError("`texts` must be at least one, got none")
+    return prompt, texts
 
 
-def _check_positions(model: PreTrainedModel, position: int, prompt_length: int, length: int) -> None:
-    checks.check_int("position", position, minimum=0)
-    if any("rotary" in type(module).__name__.lower() for module in model.modules()):
+def _check_positions(model: PreTrainedModel, text_position: int, prompt_length: int, longest: int) -> None:
+    checks.check_int("text_position", text_position, minimum=0)
+    decoder = model.base_model
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(f"`model` must take `position_ids`, got {type(model).__name__}, which does not")
+    if any("rotary" in type(module).__name__.lower() for module in decoder.modules()):
         return
     kind = f"{type(model).__name__}, which has no rotary embeddings"
-    if position < prompt_length:
-        raise ValueError(f"`position` must be at least m={prompt_length} in {kind}, got {position}")
+    if text_position < prompt_length:
+        raise ValueError(f"`text_position` must be at least m={prompt_length} in {kind}, got {text_position}")
     known = getattr(model.config, "max_position_embeddings", None)
-    if known is not None and position + length > known:
+    if known is not None and text_position + longest > known:
         raise ValueError(
-            f"`position` must leave room for the {length} tokens of a calibration text in the {known} positions of "
-            f"{kind}, got {position}"
+            f"`text_position` must leave room for the {longest} tokens of a text in the {known} positions of {kind}, "
+            f"got {text_position}"
         )
 
 
@@ -136,39 +219,7 @@ def _observed(model: PreTrainedModel, found: dict, observers: dict[str, Observer
             module.training = True
 
 
-def _read(model, prompt, calibration, position, observers, progress) -> None:
-    decoder = model.base_model  # without the head: nobody asked for logits
-    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-
-    def read(tokens: Tensor, first: int, cache):
-        positions = torch.arange(first, first + len(tokens), device=tokens.device)[None]
-        options = {"position_ids": positions} if takes_positions else {}
-        return decoder(input_ids=tokens[None], past_key_values=cache, use_cache=True, **options)
-
-    cache = getattr(read(prompt, position - len(prompt), None), "past_key_values", None)
-    if cache is None:
-        raise ValueError(f"`model` must be a decoder with a cache, got {type(model).__name__}, which has none")
-    for observer in observers.values():
-        observer.reads_prompt = False
-    for text in _bar(calibration, "reading", progress):
-        read(text, position, copy.deepcopy(cache))  # a copy, since not every cache can be cut back
-
-
-def _check_observed(model, modules: str | None, observers: dict[str, Observer], num_texts: int) -> None:
-    if not observers:
-        raise ValueError(f"`modules` must match an attention module that tokens reach, got {modules!r}")
-    for name, observer in observers.items():
-        if len(observer.texts) != num_texts:
-            raise ValueError(f"`modules` must leave out `{name}`, which attends more than once, got {modules!r}")
-    layers = model.config.get_text_config().num_hidden_layers
-    if modules is None and len(observers) < layers:
-        raise ValueError(
-            f"`modules` must be given for {type(model).__name__}, got None: {layers - len(observers)} of its {layers} "
-            "layers have no attention that could take a state, and will have nothing of the prompt"
-        )
-
-
-def _bar(items, what: str, progress: bool):
+def _bar(items: list, what: str, progress: bool):
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=what, disable=not progress)
