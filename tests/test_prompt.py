@@ -290,3 +290,14 @@ def test_a_model_that_has_prefixes_is_refused():
 def test_modules_in_spite_of_layers_without_attention():
     states = convert(hybrid(), modules="self_attn", num_rows=M)
     assert [*states] == ["model.layers.1.self_attn"]
+
+
+def test_where_tokens_go():
+    """Weights that are offloaded, and outputs that are tuples by default."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build(BY_NAME["llama"], return_dict=False)
+    expected = convert(model, num_rows=M)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    states = convert(model, num_rows=M)
+    for name, state in states.items():
+        assert torch.equal(state.keys, expected[name].keys)
