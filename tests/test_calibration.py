@@ -274,6 +274,15 @@ def test_ridge_regression_by_another_way(monkeypatch):
         assert (plain - weighted).norm() > 1e-3 * plain.norm()
 
 
+def test_candidates_are_judged_where_they_are_worst():
+    """Of the closed form and three more: one that fails for a query of the fit, the best, one for queries held out."""
+    held_out, fitted = [0.4, 0.2, 0.3, 0.5], [0.5, 0.9, 0.3, 0.1]
+    judged = least_squares._judged(held_out, fitted, held_out[0])
+    assert judged[:3] == [0.5, 0.9, 0.3]
+    assert math.isnan(judged[3])
+    assert least_squares._least(judged) == 2
+
+
 def test_bounds_hold():
     generator = torch.Generator().manual_seed(0)
     root, right = torch.randn(40, 12, dtype=F64, generator=generator), torch.randn(12, dtype=F64, generator=generator)

@@ -12,9 +12,9 @@ then the values, which make up for the error of the mass where they can, as the 
     (ψ_i·Z − ρ_i·p_i − o_i (ψ_i·k − ρ_i)) / (1 − ρ_i + ψ_i·k),    of which the sum of squares is minimised over Z;
 
 first without the denominator, which is near 1, for every candidate; then with it. Both stages are kept near the closed
-form by a ridge. Candidates are judged on queries that are held out. The closed form is one of them, so that on those
-queries the fit is never worse. Everything is in float64, as the systems are close to singular; their matrices are added
-up over chunks of the queries, so that memory grows with F², not with n·F.
+form by a ridge. Candidates are judged by the larger of two errors, on the queries of the fit and on those that are held
+out, on which none may be worse than the closed form. Everything is in float64, as the systems are close to singular;
+their matrices are added up over chunks of the queries, so that memory grows with F², not with n·F.
 """
 
 import math
@@ -116,7 +116,7 @@ class _Head(NamedTuple):
 
 
 def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
-    """(ridge, z, k) of the candidate with the least error on the held-out queries."""
+    """(ridge, z, k) of the best candidate."""
     num_terms, num_rows = len(k), fitted.terms.num_rows
     # Beside rows the features keep their mass: rows only add to it, and what falls below 0 would be cut off.
     free = slice(num_terms - num_rows, None) if num_rows else slice(None)
@@ -142,7 +142,8 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
     candidates = [(None, z, k)]
     for ridge, side, new_k in zip(_RIDGES, sides, fitted_k, strict=True):
         candidates.append((ridge, z + _step(matrix, scale, side, ridge), new_k))
-    errors = held_out.errors(candidates)
+    on_held_out = held_out.errors(candidates)
+    errors = _judged(on_held_out, fitted.errors(candidates), on_held_out[0])
     # Once more for the best k and that of the closed form, to all orders: each query's error over its total mass.
     again = []
     for new_k in (candidates[_least(errors)][2], k):
@@ -153,8 +154,15 @@ def _fit_head(fitted: _Head, held_out: _Head, z: Tensor, k: Tensor):
             side += weights.mT @ (residual(weights, part, new_k) * factor.square())
         matrix, scale = _scaled(gram)
         again += [(ridge, z + _step(matrix, scale, side, ridge), new_k) for ridge in _RIDGES]
-    errors += held_out.errors(again)
+    errors += _judged(held_out.errors(again), fitted.errors(again), on_held_out[0])
     return (candidates + again)[_least(errors)]
+
+
+def _judged(on_held_out: list[float], on_fitted: list[float], most: float) -> list[float]:
+    """The larger error, since a candidate may fail for one query in thousands, which either part may lack; NaN for what
+    is worse than `most` on the held-out ones."""
+    both = zip(on_held_out, on_fitted, strict=True)
+    return [max(held_out, fitted) if held_out <= most else math.nan for held_out, fitted in both]
 
 
 def _least(errors: list[float]) -> int:
