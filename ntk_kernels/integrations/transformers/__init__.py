@@ -9,6 +9,8 @@ children:
     prefixes = attach_prefix(model, "elu", rank=8)  # freezes the model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-15)
 
+`prompt_to_states` converts a long prompt to states that `attach_prefix(model, prefixes=states)` takes.
+
 Any child will do that has a method `state_and_index(batch)`. It gives a `PrefixState`, or None for no prefix; and None
 or, with a stack of states, which of them each batch row uses: [batch] int, -1 for none, or shorter, if each row became
 several (beams), which lie side by side. It is asked in each forward, so that the answer may depend on the task at hand.
