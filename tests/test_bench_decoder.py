@@ -259,14 +259,15 @@ def test_without_the_decoder(monkeypatch):
 
 
 def test_prompt(tiny, monkeypatch, tmp_path, capsys):
-    """Losses are those of the model itself on prompt and chunk at once; as many rows as tokens would be the prompt."""
+    """Losses are those of the model itself on prompt and chunk at once; as many rows as tokens would be the prompt.
+    Training brings them nearer."""
     monkeypatch.setattr(prompt, "CHUNK", LENGTH)
     monkeypatch.setattr(decoder, "CHUNK", LENGTH)
     main(["prompt", "--device", "cpu", "--prompt", "30", "--rows", "2", "16", "--calibration", "20", "--test", "3",
-          "--out", str(tmp_path)])  # fmt: skip
+          "--train", "30", "--out", str(tmp_path)])  # fmt: skip
     figures = json.loads((tmp_path / "prompt.json").read_text())
     results = {result["in_place"]: result for result in figures["results"]}
-    assert list(results) == ["no prompt", "the prompt", "2 rows", "16 rows"]
+    assert list(results) == ["no prompt", "the prompt", "2 rows", "2 rows, trained", "16 rows", "16 rows, trained"]
     tokens = torch.tensor(Tokenizer()("", False)["input_ids"])
     chunks = tokens[30 : 30 + 3 * LENGTH].view(3, LENGTH)
     for chunk, loss in zip(chunks, results["no prompt"]["losses"], strict=True):
@@ -281,13 +282,15 @@ def test_prompt(tiny, monkeypatch, tmp_path, capsys):
         return sum(abs(loss - exact) for loss, exact in both)
 
     assert distance("16 rows") < 0.3 * distance("no prompt")
+    assert distance("16 rows, trained") < 0.5 * distance("16 rows")
     assert results["the prompt"]["bytes"] == 2 * 2 * 2 * 30 * 8 * 4  # layers, keys and values, heads
-    assert results["16 rows"]["bytes"] == 2 * 2 * 16 * 17 * 4
+    assert results["16 rows"]["bytes"] == results["16 rows, trained"]["bytes"] == 2 * 2 * 16 * 17 * 4
     assert tiny.config._attn_implementation == "sdpa"
-    assert "of the gain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the gain" in printed and "for 30 steps of a chunk" in " ".join(printed.split())
     assert "a prompt of 30 tokens" in report.tables(tmp_path / "prompt.json")
     assert (tmp_path / "prompt.png").read_bytes()[:8] == PNG
-    assert len((tmp_path / "prompt.csv").read_text().splitlines()) == 1 + 4 * 3
+    assert len((tmp_path / "prompt.csv").read_text().splitlines()) == 1 + 6 * 3
 
 
 @pytest.mark.parametrize(
