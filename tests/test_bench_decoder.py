@@ -282,7 +282,8 @@ def test_prompt(tiny, monkeypatch, tmp_path, capsys):
         return sum(abs(loss - exact) for loss, exact in both)
 
     assert distance("16 rows") < 0.3 * distance("no prompt")
-    assert distance("16 rows, trained") < 0.5 * distance("16 rows")
+    total = {name: sum(result["losses"]) for name, result in results.items()}
+    assert total["the prompt"] < total["2 rows, trained"] < 0.8 * total["2 rows"] + 0.2 * total["the prompt"]
     assert results["the prompt"]["bytes"] == 2 * 2 * 2 * 30 * 8 * 4  # layers, keys and values, heads
     assert results["16 rows"]["bytes"] == results["16 rows, trained"]["bytes"] == 2 * 2 * 16 * 17 * 4
     assert tiny.config._attn_implementation == "sdpa"
