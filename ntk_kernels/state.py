@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,8 +9,9 @@ from torch.utils import _pytree as pytree
 
 from . import checks, combine
 from .feature_maps import FEATURE_MAPS, head_dim_of
+from .files import Format
 
-_FORMAT, _VERSION = "ntk-kernels prefix state", 1
+_FILES = Format("ntk-kernels prefix state", 1, "PrefixState.save")
 _TENSORS = ("z", "k", "z_a", "z_b", "centers", "log_scale", "keys", "values", "bias")
 
 
@@ -277,18 +277,9 @@ class PrefixState:
 
     def save(self, path) -> None:
         """Writes the state to `path` as a safetensors file (needs the `io` extra)."""
-        _, save_file = _safetensors()
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}")
         feature_scale = None if self.feature_scale is None else float(self.feature_scale)
         description = {"feature_map": self.feature_map, "feature_scale": feature_scale}
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(description)}
-        # Copies: safetensors refuses tensors that share memory.
-        tensors = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self.tensors().items()
-        }
-        save_file(tensors, str(path), metadata=metadata)
+        _FILES.save(path, self.tensors(), state=json.dumps(description))
 
     @classmethod
     def load(cls, path, *, device="cpu") -> "PrefixState":
@@ -296,31 +287,13 @@ class PrefixState:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is no such file, of a later version, or its tensors don't fit each other.
+            ValueError: if it is no such file, of another version, or its tensors don't fit each other.
         """
-        safe_open, _ = _safetensors()
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"`path` must be a prefix-state file, got {str(path)!r}, which is no file")
         try:
             device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"`device` must be a torch.device or its name, got {device!r}") from error
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own types for what isn't one of its files
-            raise ValueError(f"`path` must be a safetensors file, got {str(path)!r}: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"`path` must be a file written by PrefixState.save (format {_FORMAT!r}), got {str(path)!r} with "
-                f"format {metadata.get('format')!r}"
-            )
-        if metadata.get("version") != str(_VERSION):
-            raise ValueError(
-                f"`path` must be a prefix-state file of version {_VERSION}, got {str(path)!r} of version "
-                f"{metadata.get('version')}"
-            )
+        tensors, metadata = _FILES.load(path)
         try:
             unknown = sorted(set(tensors) - set(_TENSORS))
             if unknown:
@@ -329,15 +302,6 @@ class PrefixState:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must hold a valid prefix state, got {str(path)!r}: {error}") from error
         return state.to(device)
-
-
-def _safetensors():
-    try:
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("PrefixState.save and .load need safetensors: pip install 'ntk-kernels[io]'") from error
-    return safe_open, save_file
 
 
 def _flatten(state: PrefixState):

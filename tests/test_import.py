@@ -38,7 +38,7 @@ for use, package in ((lambda: state.save("x"), "io"), (lambda: ntk_kernels.Prefi
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "torch.Size([1, 2, 5, 8])",
-        *["PrefixState.save and .load need safetensors: pip install 'ntk-kernels[io]'"] * 2,
+        *["files of states and prefixes need safetensors: pip install 'ntk-kernels[io]'"] * 2,
         "an int for `centers` needs scikit-learn: pip install 'ntk-kernels[convert]'",
     ]
 

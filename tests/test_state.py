@@ -97,7 +97,7 @@ def test_load_refuses_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"written by PrefixState\.save.*format None"):
         PrefixState.load(path)
     write(path, metadata={"format": "ntk-kernels prefix state", "version": "2", "state": "{}"}, z=z, k=k)
-    with pytest.raises(ValueError, match="version 1, got .* of version 2"):
+    with pytest.raises(ValueError, match="with version '1', got .* with version '2'"):
         PrefixState.load(path)
     write(path, z=z, k=torch.rand(2, 5))
     with pytest.raises(ValueError, match=r"valid prefix state.*`z` must have shape \[Hs=2, r=5, Dv\], got \[2, 4, 6\]"):

@@ -8,8 +8,9 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ... import checks
+from ...files import safetensors
 from ...modules import NTKPrefix
-from ...state import PrefixState, _safetensors
+from ...state import PrefixState
 from ..transformers.attention_interface import CHILD
 from ..transformers.modules import some
 
@@ -145,7 +146,7 @@ class NTKConfig(PeftConfig):
             prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **self.prefix_options, device="meta")
             for key, parameter in prefix.named_parameters():
                 expected[f"base_model.model.{name}.{CHILD}.{STATES}.{key}"] = list(parameter.shape)
-        safe_open, _ = _safetensors()
+        safe_open, _ = safetensors()
         with safe_open(str(path), framework="pt") as file:
             found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         if missing := [key for key in expected if key not in found]:

@@ -1,18 +1,17 @@
 """Files with the prefixes of a model, and nothing else of it."""
 
 import json
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from ...files import Format
 from ...modules import NTKPrefix
-from ...state import _safetensors
 from .attach import attach_prefix, attached_prefixes, check_bare
 from .attention_interface import CHILD
 from .modules import attention_modules
 
-_FORMAT, _VERSION = "ntk-kernels prefixes of a model", 1
+_FILES = Format("ntk-kernels prefixes of a model", 1, "save_prefix")
 
 
 def save_prefix(model: PreTrainedModel, path) -> None:
@@ -23,22 +22,13 @@ def save_prefix(model: PreTrainedModel, path) -> None:
         FileNotFoundError: if there is no such folder.
     """
     children = attached_prefixes(model)
-    _, save_file = _safetensors()
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}")
-    options = {name: child.options for name, child in children.items()}
-    metadata = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "model": type(model).__name__,
-        "prefixes": json.dumps(options),
-    }
     tensors = {
-        f"{name}.{CHILD}.{key}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        f"{name}.{CHILD}.{key}": tensor
         for name, child in children.items()
         for key, tensor in child.state_dict().items()
     }
-    save_file(tensors, str(path), metadata=metadata)
+    options = {name: child.options for name, child in children.items()}
+    _FILES.save(path, tensors, model=type(model).__name__, prefixes=json.dumps(options))
 
 
 def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[str, NTKPrefix]:
@@ -51,21 +41,7 @@ def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[st
     """
     attention_modules(model, None)
     check_bare(model)
-    safe_open, _ = _safetensors()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`path` must be a file written by save_prefix, got {str(path)!r}, which is no file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own types for what isn't one of its files
-        raise ValueError(f"`path` must be a safetensors file, got {str(path)!r}: {error}") from error
-    for name, want in (("format", _FORMAT), ("version", str(_VERSION))):
-        if metadata.get(name) != want:
-            raise ValueError(
-                f"`path` must be a file written by save_prefix with {name} {want!r}, got {str(path)!r} with {name} "
-                f"{metadata.get(name)!r}"
-            )
+    tensors, metadata = _FILES.load(path)
     try:
         prefixes = {}
         for name, options in json.loads(metadata["prefixes"]).items():
