@@ -301,3 +301,28 @@ def test_where_tokens_go():
     states = convert(model, num_rows=M)
     for name, state in states.items():
         assert torch.equal(state.keys, expected[name].keys)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_two_prompts_in_one_batch():
+    """Adapters of PEFT that hold all rows of their prompts."""
+    peft = pytest.importorskip("peft")
+    from ntk_kernels.integrations.peft import NTKConfig
+
+    model, text, prompts = build(BY_NAME["llama"]), tokens(1, LENGTH, seed=2), {"a": tokens(M), "b": tokens(M, seed=5)}
+    texts = tokens(8, LENGTH, seed=1)
+    states = {
+        name: prompt_to_states(model, prompt, texts, num_rows=M, progress=False) for name, prompt in prompts.items()
+    }
+    with torch.no_grad():
+        expected = [model(torch.cat([prompt[None], text], dim=1)).logits[:, M:] for prompt in prompts.values()]
+        expected.append(model(text).logits)
+    config = {name: NTKConfig.of_state(of_module["model.layers.0.self_attn"]) for name, of_module in states.items()}
+    model = peft.get_peft_model(model, config["a"], adapter_name="a")
+    model.add_adapter("b", config["b"])
+    for name, of_module in states.items():
+        model.init_from_states(of_module, name)
+    model.eval()
+    with torch.no_grad():
+        logits = model(text.expand(3, -1), adapter_names=["a", "b", "__base__"]).logits
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
