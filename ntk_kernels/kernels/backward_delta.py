@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .features import elu_mass, taylor_mass
-from .launch import Call, Launch, layout, strides
+from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
 from .tiles import LOG2_E, load_tile
 from .visibility import locate_rows
@@ -128,7 +128,7 @@ def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms, confi
     details = layout(out), layout(grad_out), layout(grad_lse), row_terms.weights is None
 
     def describe():
-        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        num_tiles = ceil_div(call.seq_q, config.block_m)
         scalars = (
             *map(strides, (call.query, out, grad_out)), row_terms.lse.shape[2], call.seq_q, num_tiles, call.heads,
             call.scale * LOG2_E, call.feature_scale,

@@ -19,7 +19,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import load_columns
-from .launch import Call, Launch, layout, run_with_best_tiles, strides
+from .launch import Call, Launch, ceil_div, layout, run_with_best_tiles, strides
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
 from .visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
 
@@ -158,7 +158,7 @@ def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value,
     details = layout(grad_out), layout(grad_key), layout(grad_value), row_terms.weights is None
 
     def describe():
-        num_tiles, heads = triton.cdiv(call.seq_k, config.block_n), call.key.shape[1]
+        num_tiles, heads = ceil_div(call.seq_k, config.block_n), call.key.shape[1]
         scalars = (
             *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides, strides(grad_key),
             strides(grad_value), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, heads, call.group,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .launch import Call, Launch, layout, strides
+from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix import locate_state
 from .prefix_backward import add_own_rows, linear_term_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
@@ -157,7 +157,7 @@ def dq_launch(
     details = layout(grad_out), layout(grad_query), grad_log_weights is None, row_terms.weights is None
 
     def describe():
-        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        num_tiles = ceil_div(call.seq_q, config.block_m)
         scalars = (
             *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides, strides(grad_query),
             row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper,

@@ -24,7 +24,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
 from .features import load_column, load_columns, pair_start, section_of, square_start
-from .launch import Call, Launch, layout, strides
+from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix_backward import own_rows_grad
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
 from .visibility import locate_rows
@@ -232,7 +232,7 @@ def sections_of(feature_map: str) -> tuple[str, ...]:
 
 def blocks_of(call: Call, section: str) -> int:
     """Programs that share a section's features of one centre."""
-    num_chunks = triton.cdiv(call.query.shape[3], call.blocks.chunk)
+    num_chunks = ceil_div(call.query.shape[3], call.blocks.chunk)
     return num_chunks * (max(call.query.shape[3] - 1, 0) if section == "pairs" else 1)
 
 
@@ -278,7 +278,7 @@ def rows_launch(
         constants = {name: call.prefix[name] for name in ("PREFIX_PRECISION", "LOGIT_PRECISION", "CHUNK")}
         constants |= call.sizes | {"PRECISION": call.flags["PRECISION"]}
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        grid = (triton.cdiv(call.state.num_rows, config.block_n) * num_state_heads, splits)
+        grid = (ceil_div(call.state.num_rows, config.block_n) * num_state_heads, splits)
         return grid, scalars, constants
 
     details = section, splits, layout(grad_out), row_terms.weights is None, _present(grads)
@@ -308,7 +308,7 @@ def run_state_backward(
         gradients |= added_up(sums[0], wanted)
     if of_rows:
         config = call.candidates("rows")[0]
-        sums = _partial_sums(call, of_rows, triton.cdiv(call.state.num_rows, config.block_n), config)
+        sums = _partial_sums(call, of_rows, ceil_div(call.state.num_rows, config.block_n), config)
         for section, names in ROW_SECTIONS.items():
             if wanted.keys() & set(names):
                 rows_launch(call, grad_out, row_terms, *sums, section, config)()
@@ -320,7 +320,7 @@ def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileCo
     """Uninitialised sums, and their number: so many splits that no multiprocessor has more than two programs."""
     num_states = next(iter(tensors.values())).shape[0]  # used or not: their sums take memory
     programs = max(1, blocks * num_states * call.state.num_heads)
-    tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, config.block_m)
+    tiles = call.batch * call.state.query_heads_per_head * ceil_div(call.seq_q, config.block_m)
     splits = max(1, min(2 * configs.multiprocessors(call.query.device) // programs, tiles))
     sums = {
         name: torch.empty(splits, *tensor.shape, dtype=torch.float32, device=tensor.device)

@@ -24,7 +24,7 @@ import triton.language as tl
 from . import configs
 from .backward_state import sections_of
 from .features import add_elu, add_taylor, load_column, load_columns, pair_start, section_of
-from .launch import Launch, Plan, contiguous, options_of
+from .launch import Launch, Plan, ceil_div, contiguous, options_of
 from .prefix_backward import features_grad
 from .tiles import dot, rounded_to, state_dot, store_tile
 
@@ -275,7 +275,7 @@ def num_features_of(section: str, head_dim: int) -> int:
 
 def _blocks_of(section: str, head_dim: int, chunk: int) -> int:
     """Programs that share a section's features of one centre."""
-    return triton.cdiv(head_dim, chunk) * (head_dim - 1 if section == "pairs" else 1)
+    return ceil_div(head_dim, chunk) * (head_dim - 1 if section == "pairs" else 1)
 
 
 def run_sum_features(rows: Rows, feature_map: str, key_scale: float) -> tuple[torch.Tensor, ...]:
@@ -336,5 +336,5 @@ def _splits(rows: Rows, programs: int, per_multiprocessor: int, config: configs.
     """So many that no multiprocessor has more programs, unless the sums of a program became too long."""
     num_rows = rows.k.shape[1]
     splits = per_multiprocessor * configs.multiprocessors(rows.k.device) // programs
-    splits = max(splits, triton.cdiv(num_rows, _MAX_ROWS_OF_SPLIT * _num_centers(rows)))
-    return max(1, min(splits, triton.cdiv(num_rows, config.block_m)))
+    splits = max(splits, ceil_div(num_rows, _MAX_ROWS_OF_SPLIT * _num_centers(rows)))
+    return max(1, min(splits, ceil_div(num_rows, config.block_m)))

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import Call, Launch, layout, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
 from .visibility import locate_keys, masked, soft_capped
@@ -281,9 +281,9 @@ def decode_launch(
         kv_heads, state = call.key.shape[1], call.state
         rows = call.group * call.seq_q
         block_m = min(config.block_m, max(configs.least_rows(call.arch), triton.next_power_of_2(rows)))
-        num_tiles = triton.cdiv(rows, block_m)
+        num_tiles = ceil_div(rows, block_m)
         state_heads = max(state.num_heads // kv_heads, 1)
-        prefix_tiles = triton.cdiv(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
+        prefix_tiles = ceil_div(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
         scalars = (
             *map(strides, (call.query, call.key, call.value)), 0 if block_table is None else block_table.stride(0),
             out.stride()[:4], lse[0].numel(), call.seq_q, call.seq_k, num_tiles, num_splits, prefix_tiles, kv_heads,
@@ -348,7 +348,7 @@ def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
         return 1
 
     def busy(splits):
-        waves = triton.cdiv(programs * splits, multiprocessors)
+        waves = ceil_div(programs * splits, multiprocessors)
         return programs * splits / (waves * multiprocessors)
 
     possible = range(1, max(min(tiles // 2, multiprocessors), 1) + 1)
@@ -360,9 +360,9 @@ def _num_splits(call: Call, config: configs.TileConfig) -> int:
     visible = call.seq_k
     if call.flags["HAS_LOWER"]:
         visible = min(visible, call.seq_q - call.lower)
-    row_tiles = triton.cdiv(call.group * call.seq_q, config.block_m)
+    row_tiles = ceil_div(call.group * call.seq_q, config.block_m)
     programs = row_tiles * call.key.shape[1] * call.batch
-    return splits_for(programs, triton.cdiv(visible, config.block_n), configs.multiprocessors(call.query.device))
+    return splits_for(programs, ceil_div(visible, config.block_n), configs.multiprocessors(call.query.device))
 
 
 def run_ntk_decode(

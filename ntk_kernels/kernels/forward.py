@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, prefix_pass
-from .launch import Call, Launch, layout, prepare, run_with_best_tiles, strides
+from .launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
 from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
@@ -217,7 +217,7 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     details = layout(out), layout(lse), descriptors[0] is None
 
     def describe():
-        num_tiles = triton.cdiv(call.seq_q, config.block_m)
+        num_tiles = ceil_div(call.seq_q, config.block_m)
         scalars = (
             *map(strides, (call.query, key, value)), call.mask_strides, strides(out), lse.stride(0), lse.stride(1),
             call.seq_q, call.seq_k, num_tiles, call.heads, call.group, call.lower, call.upper, call.scale * LOG2_E,

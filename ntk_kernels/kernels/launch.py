@@ -64,6 +64,11 @@ def _addresses(tensors: tuple) -> int:
     return bits
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. On the host `triton.cdiv` takes microseconds, which a decoding step notices."""
+    return -(-a // b)
+
+
 def options_of(config: configs.TileConfig) -> dict:
     """What a kernel is compiled with."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

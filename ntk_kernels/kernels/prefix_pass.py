@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .features import elu_of
-from .launch import Call, Launch, layout, strides
+from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix import MAX_WEIGHT, SMALLEST_MASS, locate_state
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
 from .visibility import locate_rows
@@ -126,10 +126,10 @@ def takes(call: Call) -> bool:
 
 def _splits_of(call: Call, config: configs.TileConfig) -> int:
     """Into how many parts the rows of a head are cut, so that the last program to finish does so early."""
-    tiles, heads = triton.cdiv(call.seq_q, config.block_m), call.heads * call.batch
+    tiles, heads = ceil_div(call.seq_q, config.block_m), call.heads * call.batch
     slots = max(1, 8 // config.num_warps) * configs.multiprocessors(call.query.device)
     # The time, in tiles: rounds of programs, each of so many tiles and of what it takes to fetch Z.
-    return min(range(1, tiles + 1), key=lambda n: triton.cdiv(n * heads, slots) * (triton.cdiv(tiles, n) + 1))
+    return min(range(1, tiles + 1), key=lambda n: ceil_div(n * heads, slots) * (ceil_div(tiles, n) + 1))
 
 
 def prefix_pass_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:

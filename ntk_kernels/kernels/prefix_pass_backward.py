@@ -22,7 +22,7 @@ import triton.language as tl
 from . import configs
 from .backward_delta import load_lse
 from .backward_state import StateGrads, added_up
-from .launch import Call, Launch, layout, run_with_best_tiles, strides
+from .launch import Call, Launch, ceil_div, layout, run_with_best_tiles, strides
 from .prefix import MAX_WEIGHT, SMALLEST_MASS
 from .prefix_pass import features_and_mass, load_state, takes
 from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
@@ -144,7 +144,7 @@ def prefix_pass_backward_launch(
     def describe():
         scalars = (
             *map(strides, (call.query, grad_out, out, grad_query)), lse.shape[2], call.seq_q, call.batch,
-            triton.cdiv(call.seq_q, config.block_m), call.heads, call.scale * LOG2_E, call.feature_scale,
+            ceil_div(call.seq_q, config.block_m), call.heads, call.scale * LOG2_E, call.feature_scale,
         )  # fmt: skip
         constants = {name: call.prefix[name] for name in ("FEATURE_MAP", "NUM_FEATURES", "PREFIX_PRECISION")}
         constants |= call.sizes | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
@@ -158,7 +158,7 @@ def run_prefix_pass_backward(
 ) -> dict[str, torch.Tensor]:
     """Adds to `grad_query` (may be None); gives the gradients of the `wanted` tensors of the state."""
     # One program for each multiprocessor, if there are as many tiles.
-    tiles = call.batch * call.state.query_heads_per_head * triton.cdiv(call.seq_q, 64)
+    tiles = call.batch * call.state.query_heads_per_head * ceil_div(call.seq_q, 64)
     splits = max(1, min(configs.multiprocessors(call.query.device) // call.state.num_heads, tiles))
     sums = {name: lse.new_empty(splits, *tensor.shape) for name, tensor in wanted.items()}
     grads = StateGrads(**dict.fromkeys(StateGrads._fields) | sums)
