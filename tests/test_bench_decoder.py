@@ -11,6 +11,8 @@ from bench import decoder, finetune, finetune_methods, prompt, reading, report
 from bench.__main__ import main
 from ntk_kernels import prefix_to_state
 
+# PEFT asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 LENGTH, PNG = 12, b"\x89PNG\r\n\x1a\n"
 SMALL = ["--device", "cpu", "--steps", "3", "--batch", "2", "--length", str(LENGTH), "--held-out", "3", "--seeds", "2"]
 

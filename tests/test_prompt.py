@@ -309,7 +309,11 @@ def test_two_prompts_in_one_batch():
     peft = pytest.importorskip("peft")
     from ntk_kernels.integrations.peft import NTKConfig
 
-    model, text, prompts = build(BY_NAME["llama"]), tokens(1, LENGTH, seed=2), {"a": tokens(M), "b": tokens(M, seed=5)}
+    model, text, prompts = (
+        build(BY_NAME["llama"]),
+        tokens(1, LENGTH, seed=2),
+        {"one": tokens(M), "two": tokens(M, seed=5)},
+    )
     texts = tokens(8, LENGTH, seed=1)
     states = {
         name: prompt_to_states(model, prompt, texts, num_rows=M, progress=False) for name, prompt in prompts.items()
@@ -318,11 +322,11 @@ def test_two_prompts_in_one_batch():
         expected = [model(torch.cat([prompt[None], text], dim=1)).logits[:, M:] for prompt in prompts.values()]
         expected.append(model(text).logits)
     config = {name: NTKConfig.of_state(of_module["model.layers.0.self_attn"]) for name, of_module in states.items()}
-    model = peft.get_peft_model(model, config["a"], adapter_name="a")
-    model.add_adapter("b", config["b"])
+    model = peft.get_peft_model(model, config["one"], adapter_name="one")
+    model.add_adapter("two", config["two"])
     for name, of_module in states.items():
         model.init_from_states(of_module, name)
     model.eval()
     with torch.no_grad():
-        logits = model(text.expand(3, -1), adapter_names=["a", "b", "__base__"]).logits
+        logits = model(text.expand(3, -1), adapter_names=["one", "two", "__base__"]).logits
     torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
