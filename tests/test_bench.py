@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+import time
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -436,6 +438,51 @@ def test_timing_takes_turns():
     rounds = ["".join(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert set(rounds) == {"ab", "ba"}
     assert result["a"]["rounds"] == result["b"]["rounds"] == len(rounds) - 1 == 5
+
+
+def test_a_gpu_is_busy_as_long_as_python_needs(monkeypatch):
+    """Flushes before each call, of 0.5 ms as the events say: one, and as many as the 2 ms of the slow call take."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    class Cache:
+        def zero_(self):
+            log.append("flush")
+
+    for name, fake in {
+        "Event": Event,
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing, "_flushed", lambda device: Cache())
+
+    def slow():
+        log.append("slow")
+        time.sleep(0.002)
+
+    calls = {"slow": slow, "fast": lambda: log.append("fast")}
+    result = timing.measure(calls, "cuda", seconds=0)
+    assert result["slow"]["ms"] == result["fast"]["ms"] == 0.5
+    rounds = " ".join([*log, ""]).split(" event ")
+    before = {
+        name: [rounds[i - 1].count("flush") for i, called in enumerate(rounds) if called == name] for name in calls
+    }
+    assert len(before["slow"]) == len(before["fast"]) == result["slow"]["rounds"] == 5
+    assert set(before["fast"]) == {1}
+    assert len(set(before["slow"])) == 1 and before["slow"][0] >= 5
 
 
 def test_records_say_where_they_come_from(tmp_path):
