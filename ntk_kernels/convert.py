@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .conversion.closed_form import Expansion
+from .conversion.closed_form import ClosedForm
 from .conversion.fit import fit
+from .conversion.layout import Layout, layouts_for_budget, layouts_for_error
 from .conversion.report import ConversionReport
+from .conversion.targets import num_fitted
 from .feature_maps import FEATURE_MAPS
 from .state import PrefixState
 
@@ -25,6 +27,7 @@ def prefix_to_state(
     num_rows: int | None = None,
     keep: int = 0,
     error: float | None = None,
+    budget: int | None = None,
     query: Tensor | None = None,
     attention: tuple[Tensor, Tensor] | None = None,
     method: str | None = None,
@@ -62,6 +65,10 @@ def prefix_to_state(
             (attention sinks); the rest of the prefix is converted.
         error: instead of `num_rows`: the relative error, mean over the heads on held-out queries, that is wanted. The
             state is the smallest of 8, 16, 32, ... rows that reaches it, at worst the prefix itself.
+        budget: instead of `feature_map`, `centers`, `num_rows` and `keep`: rows C·r + R + keep that a head may have. Up
+            to seven states of that size are fitted, of rows, of rows some of which are kept, and of rows beside
+            features of each map, also around several centres. The one with the least error, mean over the heads on
+            held-out queries, is taken.
         query: [B, Hq, L, D], calibration queries, Hq a multiple of Hs; of text that is like what the state is for. The
             last quarter (of the batch rows, or of the tokens) is held out: the fit does not see it, the report does.
         attention: (out [B, Hq, L, Dv], lse [B, Hq, L]) of these queries over their own input, as
@@ -92,7 +99,7 @@ def prefix_to_state(
     checks.check_finite("scale", scale, positive=True)
     feature_map, num_rows, method = settle(
         num_keys, query is not None, feature_map=feature_map, centers=centers, num_rows=num_rows, keep=keep,
-        error=error, method=method, feature_scale=feature_scale, seed=seed,
+        error=error, budget=budget, method=method, feature_scale=feature_scale, seed=seed,
     )  # fmt: skip
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
@@ -103,22 +110,25 @@ def prefix_to_state(
     dtype = torch.float64 if prefix_key.dtype == torch.float64 else torch.float32
     keeps_graph = torch.is_grad_enabled() and method == "closed_form"
     with torch.autocast(prefix_key.device.type, enabled=False), torch.set_grad_enabled(keeps_graph):
-        expansion = Expansion(feature_map, centers, scale, feature_scale, seed, dtype)
+        closed_form = ClosedForm(scale, feature_scale, seed, dtype)
         if query is not None and num_keys > 0:
+            layouts = [Layout(feature_map, centers, num_rows, keep)]
+            if error is not None:
+                of_query = num_fitted(query.numel() // (prefix_key.shape[0] * head_dim))
+                layouts = layouts_for_error(keep, num_keys, of_query, head_dim, prefix_value.shape[2])
+            elif budget is not None:
+                layouts = layouts_for_budget(budget, num_keys, head_dim)
             with torch.inference_mode(False), torch.set_grad_enabled(keeps_graph):  # a descent needs gradients
-                state, report = fit(
-                    prefix_key, prefix_value, query, attention, expansion, num_rows, keep, error, method
-                )  # fmt: skip
+                state, report = fit(prefix_key, prefix_value, query, attention, closed_form, layouts, method, error)
         elif feature_map is None and num_keys > num_rows:
-            state, report = expansion.rows(prefix_key, prefix_value, num_rows).state(), None
+            state, report = closed_form.rows(prefix_key, prefix_value, num_rows).state(), None
         elif feature_map is None and num_keys > 0:
             keys, values = (
                 tensor.to(dtype, copy=True) for tensor in (prefix_key, prefix_value)
             )  # not a view of a cache
             state, report = PrefixState(keys=keys, values=values), None
         else:
-            expansion = expansion._replace(feature_map=feature_map or "taylor1")
-            state, report = expansion.features(prefix_key, prefix_value), None
+            state, report = closed_form.features(prefix_key, prefix_value, feature_map or "taylor1", centers), None
     return (state, report) if return_report else state
 
 
@@ -131,6 +141,7 @@ def settle(
     num_rows: int | None = None,
     keep: int = 0,
     error: float | None = None,
+    budget: int | None = None,
     method: str | None = None,
     feature_scale: float | None = None,
     seed: int = 0,
@@ -147,6 +158,7 @@ def settle(
         checks.check_finite("feature_scale", feature_scale, positive=True)
     checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
     _check_error(error, feature_map, num_rows, has_query, method)
+    _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query, method)
     if feature_map is None and num_rows is None:
         feature_map, num_rows = (None, _NUM_ROWS) if has_query else ("taylor1", 0)
     num_rows = 0 if num_rows is None else num_rows
@@ -204,6 +216,26 @@ def _check_error(error, feature_map, num_rows, has_query, method) -> None:
     for name, value in (("feature_map", feature_map), ("num_rows", num_rows)):
         if value is not None:
             raise ValueError(f"`{name}` must be None with `error`, which finds the number of rows, got {value!r}")
+
+
+def _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query, method) -> None:
+    if budget is None:
+        return
+    checks.check_int("budget", budget, minimum=1)
+    if not has_query or method == "closed_form":
+        missing = "`query`, got None" if not has_query else f"a method that fits to it, got {method!r}"
+        raise ValueError(f"`budget` must come with {missing}")
+    for name, value, default in (
+        ("feature_map", feature_map, None),
+        ("centers", centers, "mean"),
+        ("num_rows", num_rows, None),
+        ("keep", keep, 0),
+        ("error", error, None),
+    ):
+        if not (type(value) is type(default) and value == default):
+            raise ValueError(
+                f"`{name}` must be {default!r} with `budget`, which finds what the state is made of, got {value!r}"
+            )
 
 
 def _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report) -> None:

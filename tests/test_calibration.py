@@ -7,6 +7,7 @@ import torch
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 from ntk_kernels.conversion import gradient, least_squares, targets
+from ntk_kernels.conversion.layout import Layout
 from ntk_kernels.conversion.targets import targets_of
 
 F64 = torch.float64
@@ -213,6 +214,78 @@ def test_the_smallest_state_with_an_error(monkeypatch):
     assert report.error.max() < 1e-9
 
 
+def test_a_budget(monkeypatch):
+    """All that is tried has the size of the budget, and the state is the best of it."""
+    monkeypatch.setattr(gradient, "_STEPS", 100)
+    sample = Sample()
+    state, report = sample.convert(budget=20)
+    same_size = {
+        "20 rows": sample.convert(num_rows=20),
+        "15 rows + 5 kept": sample.convert(num_rows=15, keep=5),
+        "taylor1 + 11 rows": sample.convert("taylor1", num_rows=11),
+        "taylor1 around 2 centres + 2 rows": sample.convert("taylor1", centers=2, num_rows=2),
+        "elu + 12 rows": sample.convert("elu", centers=None, num_rows=12),
+    }
+    assert report.tried == {name: each.error.mean().item() for name, (_, each) in same_size.items()}
+    assert {each.rows_per_head for _, each in same_size.values()} == {20}
+    assert all(list(each.tried.values()) == [each.error.mean().item()] for _, each in same_size.values())
+    best, expected = same_size[min(report.tried, key=report.tried.get)]
+    assert all(torch.equal(tensor, getattr(state, name)) for name, tensor in best.tensors().items())
+    assert torch.equal(report.error, expected.error)
+    assert f"tried: 20 rows: {report.tried['20 rows']:.3f}, 15 rows + 5 kept: " in str(report)
+    assert "tried" not in str(expected)
+
+
+def test_a_budget_goes_to_what_the_prefix_is_like():
+    """Clusters for which rows are made; logits so small that exp is linear; every map in a budget large enough."""
+    sample = Sample()
+    state, report = sample.convert(budget=20, method="least_squares")
+    assert (state.k, state.num_rows) == (None, 20)
+    sample.query /= 100
+    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
+    state, report = sample.convert(budget=9, method="least_squares")
+    assert (state.feature_map, state.num_rows) == ("taylor1", 0)
+    _, report = sample.convert(budget=45, method="least_squares")
+    assert list(report.tried) == [
+        "45 rows", "34 rows + 11 kept", "taylor1 + 36 rows", "taylor1 around 2 centres + 27 rows",
+        "taylor1 around 5 centres", "elu + 37 rows", "taylor2",
+    ]  # fmt: skip
+
+
+def test_a_budget_for_all_rows():
+    sample = Sample(rows=20)
+    state, report = sample.convert(budget=20)
+    assert (state.num_rows, report.kept_rows, list(report.tried)) == (20, 20, ["20 kept"])
+    assert report.error.max() < 1e-6
+
+
+@pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
+def test_numbers_of_queries(args, options, monkeypatch):
+    """A descent needs one for each of its unknowns, over the number of values; least squares one for each term."""
+    sample = Sample()
+    monkeypatch.setattr(gradient, "_STEPS", 1)
+    state = sample.convert(*args, **options | {"keep": 0}, return_report=False)
+    layout = Layout(args[0], options.get("centers", "mean"), options.get("num_rows", 0), options.get("keep", 0))
+    unknowns = sum(tensor[0].numel() for tensor in state.tensors().values())
+    assert layout.fitted_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
+    terms = state.num_rows + (0 if state.k is None else state.k[0].numel())
+    assert layout.fitted_queries("least_squares", DIM, VALUE_DIM) == terms
+    assert layout.fitted_queries("closed_form", DIM, VALUE_DIM) == 0
+
+
+def test_too_few_queries_are_refused_at_once(monkeypatch):
+    """Before the exact attention, which may take minutes; for a budget by what needs most."""
+    sample = Sample()
+    monkeypatch.setattr(targets, "ntk_attention", lambda *_, **__: 1 / 0)
+    for options in ({"num_rows": 300}, {"budget": 300}):
+        with pytest.raises(
+            ValueError, match=r"`query` must give each state head at least 1,000 queries to fit 300 feat"
+        ):
+            sample.convert(**options)
+    with pytest.raises(ZeroDivisionError):
+        sample.convert(num_rows=8)
+
+
 def test_without_an_input():
     """The queries see the prefix and nothing else."""
     sample = Sample()
@@ -370,6 +443,14 @@ def refused():
         "error of a method": ({"error": 0.1, "method": "least_squares"}, "`error` must come with method='gradient', got 'least_squares'"),
         "error and rows": ({"error": 0.1, "num_rows": 3}, "`num_rows` must be None with `error`, which finds the number of rows, got 3"),
         "error of features": ({"error": 0.1, "feature_map": "elu"}, "`feature_map` must be None with `error`, which finds the number of rows, got 'elu'"),
+        "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
+        "budget without queries": ({"budget": 9, "query": None, "attention": None, "return_report": False}, "`budget` must come with `query`, got None"),
+        "budget in closed form": ({"budget": 9, "method": "closed_form"}, "`budget` must come with a method that fits to it, got 'closed_form'"),
+        "budget and map": ({"budget": 9, "feature_map": "elu"}, "`feature_map` must be None with `budget`, which finds what the state is made of, got 'elu'"),
+        "budget and centres": ({"budget": 9, "centers": torch.zeros(2, 1, 8)}, "`centers` must be 'mean' with `budget`, which finds what the state is made of, got tensor"),
+        "budget and rows": ({"budget": 9, "num_rows": 9}, "`num_rows` must be None with `budget`, which finds what the state is made of, got 9"),
+        "budget and kept rows": ({"budget": 9, "keep": 2}, "`keep` must be 0 with `budget`, which finds what the state is made of, got 2"),
+        "budget and error": ({"budget": 9, "error": 0.1}, "`error` must be None with `budget`, which finds what the state is made of, got 0.1"),
         "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
     }  # fmt: skip
 

@@ -24,23 +24,23 @@ class Rows(NamedTuple):
         return PrefixState(keys=self.keys, values=self.values, bias=self.count.log())
 
 
-class Expansion(NamedTuple):
-    """What the features of a state are, if it has any, and how it is found."""
+class ClosedForm(NamedTuple):
+    """For attention of this scale, with this factor on the query inside φ; the seed of k-means, the state's dtype."""
 
-    feature_map: str | None
-    centers: str | int | Tensor | None
     scale: float
     feature_scale: float
     seed: int
     dtype: torch.dtype
 
-    def features(self, prefix_key: Tensor, prefix_value: Tensor) -> PrefixState:
+    def features(
+        self, prefix_key: Tensor, prefix_value: Tensor, feature_map: str, centers: str | int | Tensor | None
+    ) -> PrefixState:
         """Sums of features over the rows nearest to each centre, divided by their number."""
         lead = prefix_key.shape[:-2]
-        centers = find_centers(self.centers, prefix_key, self.feature_map, self.dtype, self.seed)
+        centers = find_centers(centers, prefix_key, feature_map, self.dtype, self.seed)
         flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
         z, k, count = ops.sum_features(
-            flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), self.feature_map,
+            flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), feature_map,
             self.scale / self.feature_scale, sums_backend(flat_key, flat_value),
         )  # fmt: skip
         if not torch.compiler.is_compiling() and checks.readable(z) and not (z.isfinite().all() and k.isfinite().all()):
@@ -49,7 +49,7 @@ class Expansion(NamedTuple):
         mid = () if centers is None else (centers.shape[-2],)
         return state_of_sums(
             z.reshape(*lead, *mid, *z.shape[2:]), k.reshape(*lead, *mid, k.shape[2]), count.reshape(*lead, *mid),
-            centers, self.feature_map, self.feature_scale,
+            centers, feature_map, self.feature_scale,
         )  # fmt: skip
 
     def rows(self, prefix_key: Tensor, prefix_value: Tensor, num_rows: int) -> Rows:

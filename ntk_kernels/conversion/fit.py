@@ -1,97 +1,123 @@
 """From a prefix and calibration queries to a state and its report."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..state import PrefixState
 from . import gradient, least_squares
-from .closed_form import Expansion, Rows, together
+from .closed_form import ClosedForm, Rows, together
+from .layout import Layout
 from .report import ConversionReport
-from .targets import Targets, held_out_errors, most_seen, targets_of, with_rows
+from .targets import Targets, check_enough, held_out_errors, most_seen, targets_of, with_rows
 
-_FEWEST_ROWS = 8  # tried for an error
 _SEEN_PART = 8  # one in so many rows begins at a row with much attention, the others at means of keys
 
 
 def fit(
-    prefix_key: Tensor, prefix_value: Tensor, query: Tensor, attention, expansion: Expansion, num_rows: int, keep: int,
-    error: float | None, method: str,
+    prefix_key: Tensor, prefix_value: Tensor, query: Tensor, attention, closed_form: ClosedForm,
+    layouts: list[Layout], method: str, enough: float | None = None,
 ) -> tuple[PrefixState, ConversionReport]:  # fmt: skip
-    """See `prefix_to_state`. With `error` the first of the sizes 8, 16, 32, ... whose mean error is no larger."""
-    num_keys, scale, dtype = prefix_key.shape[1], expansion.scale, expansion.dtype
+    """The state with the least mean error of all `layouts`; of those up to the first with an error of at most `enough`.
+
+    The others as in `prefix_to_state`.
+    """
+    num_keys, head_dim, value_dim, scale = *prefix_key.shape[1:], prefix_value.shape[2], closed_form.scale
+    layouts = [layout.within(num_keys) for layout in layouts]
+    for layout in layouts:
+        if layout.keep < num_keys:
+            _check_enough(layout, method, query, prefix_key, value_dim)
     with torch.no_grad():
         exact = targets_of(query, prefix_key, prefix_value, attention, scale)
-        if keep >= num_keys or (expansion.feature_map is None and error is None and num_rows + keep >= num_keys):
-            num_rows, keep = 0, num_keys
-        chosen = most_seen(exact, prefix_key, keep, scale) if keep else None
-    kept, rest, targets = None, (prefix_key, prefix_value), exact
-    if keep:
+    best, least, tried, parted = None, math.inf, {}, {}
+    for layout in layouts:
+        if layout.keep not in parted:
+            parted = {layout.keep: _part(prefix_key, prefix_value, query, attention, exact, layout.keep, closed_form)}
+        kept, rest, targets = parted[layout.keep]
+        before, state, ridge = _fitted(rest, targets, closed_form, layout, method)
+        if kept is not None:
+            before, state = (kept if s is None else s.merge(kept) for s in (before, state))
+        with torch.no_grad():
+            report = ConversionReport(
+                *(held_out_errors(s, exact, scale) for s in (state, before, None)),
+                prefix_share=exact.share.mean(-1).float(),
+                method=method,
+                ridge=ridge,
+                held_out_queries=exact.num_queries - exact.num_fitted,
+                rows_per_head=layout.num_features(head_dim) + state.num_rows,
+                kept_rows=layout.keep,
+                state_bytes=state.nbytes,
+                prefix_bytes=prefix_key.nbytes + prefix_value.nbytes,
+                break_even=layout.num_features(head_dim) / 2 + state.num_rows,
+                tried=tried,
+            )
+        error = tried[str(layout)] = report.error.mean().item()
+        if best is None or error < least:
+            best, least = (state, report), math.inf if math.isnan(error) else error
+        if enough is not None and error <= enough:
+            break
+    return best
+
+
+def _check_enough(layout: Layout, method: str, query: Tensor, prefix_key: Tensor, value_dim: int) -> None:
+    heads, _, head_dim = prefix_key.shape
+    terms = layout.num_features(head_dim) + layout.num_rows
+    check_enough(
+        query.numel() // (heads * head_dim),
+        layout.fitted_queries(method, head_dim, value_dim),
+        f"{terms:,} features and rows{' by gradient descent' if method == 'gradient' else ''}",
+    )
+
+
+def _part(prefix_key: Tensor, prefix_value: Tensor, query: Tensor, attention, exact: Targets, keep: int, closed_form):
+    """The rows with the most attention as a state (None without any), the rest, and its targets beside them."""
+    if not keep:
+        return None, (prefix_key, prefix_value), exact
+    scale = closed_form.scale
+    kept, rest, targets = (prefix_key, prefix_value), (prefix_key[:, keep:], prefix_value[:, keep:]), exact
+    if keep < prefix_key.shape[1]:
+        with torch.no_grad():
+            chosen = most_seen(exact, prefix_key, keep, scale)
         kept, rest = _split(prefix_key, prefix_value, chosen)
         with torch.no_grad():
             targets = targets_of(query, *rest, with_rows(attention, query, *kept, scale), scale)
-        kept = PrefixState(keys=kept[0].to(dtype), values=kept[1].to(dtype))
-    sizes = [num_rows]
-    if error is not None:
-        sizes = _sizes(rest[0].shape[1], targets, prefix_key.shape[2], prefix_value.shape[2])
-    for num_rows in sizes:
-        before, state, ridge = _fitted(rest, targets, expansion, num_rows, method)
-        if kept is not None:
-            before, state = (kept if s is None else s.merge(kept) for s in (before, state))
-        exactly = num_keys if expansion.feature_map is None and num_rows + keep == num_keys else keep
-        with torch.no_grad():
-            report = _report_of(
-                state, before, exact, ridge, exactly, scale, method, prefix_key.nbytes + prefix_value.nbytes
-            )
-        if error is not None and report.error.mean() <= error:
-            break
-    return state, report
+    keys, values = (tensor.to(closed_form.dtype, copy=True) for tensor in kept)  # not a view of a cache
+    return PrefixState(keys=keys, values=values), rest, targets
 
 
-def _sizes(num_keys: int, targets: Targets, head_dim: int, value_dim: int) -> list[int]:
-    """Numbers of rows to be tried for an error: those that there are queries enough to fit, then all rows."""
-    sizes = [_FEWEST_ROWS << i for i in range(num_keys.bit_length())]
-    enough = [
-        size for size in sizes
-        if size < num_keys and size * (head_dim + value_dim + 1) <= targets.num_fitted * value_dim
-    ]  # fmt: skip
-    return [*enough, num_keys]
-
-
-def _fitted(prefix: tuple[Tensor, Tensor], targets: Targets, expansion: Expansion, num_rows: int, method: str):
-    """The closed form, the state and the ridge of each head (least squares only); None without terms."""
-    if expansion.feature_map is None and num_rows in (0, prefix[0].shape[1]):
-        if num_rows == 0:
-            return None, None, None
-        keys, values = (tensor.to(expansion.dtype, copy=True) for tensor in prefix)  # not a view of a cache
-        whole = PrefixState(keys=keys, values=values)
-        return whole, whole, None
-    features = None if expansion.feature_map is None else expansion.features(*prefix)
-    if method == "closed_form":
-        start = together(features, expansion.rows(*prefix, num_rows) if num_rows else None)
-        return start, start, None
-    rows = _first_rows(prefix, targets, expansion, num_rows) if num_rows else None
-    if prefix[0].shape[1] == 0:  # all is kept
+def _fitted(rest: tuple[Tensor, Tensor], targets: Targets, closed_form: ClosedForm, layout: Layout, method: str):
+    """Of the rest: the closed form, the state and the ridge of each head (least squares only); None without terms."""
+    features = rows = None
+    if layout.feature_map is not None:
+        features = closed_form.features(*rest, layout.feature_map, layout.centers)
+    if rest[0].shape[1] == 0:  # all is kept
         return features, features, None
+    if method == "closed_form":
+        before = together(features, closed_form.rows(*rest, layout.num_rows) if layout.num_rows else None)
+        return before, before, None
+    if layout.num_rows:
+        rows = _first_rows(rest, targets, closed_form, layout.num_rows)
     if method == "least_squares":
         before = together(features, rows) if features is None else features
-        return before, *least_squares.fit_state(before, rows, targets, expansion.scale)
+        return before, *least_squares.fit_state(before, rows, targets, closed_form.scale)
     before = together(features, rows)
     spread = {
         name: tensor.double().var(1, correction=0).mean(-1).sqrt()
-        for name, tensor in zip(("keys", "values"), prefix, strict=True)
+        for name, tensor in zip(("keys", "values"), rest, strict=True)
     }
-    return before, gradient.descend(before, spread, targets, expansion.scale, expansion.seed), None
+    return before, gradient.descend(before, spread, targets, closed_form.scale, closed_form.seed), None
 
 
-def _first_rows(prefix: tuple[Tensor, Tensor], targets: Targets, expansion: Expansion, num_rows: int) -> Rows:
+def _first_rows(rest: tuple[Tensor, Tensor], targets: Targets, closed_form: ClosedForm, num_rows: int) -> Rows:
     """A few rows with much attention as they are (sinks), and means of clusters of the others."""
     num_seen = num_rows // _SEEN_PART
     if not num_seen:
-        return expansion.rows(*prefix, num_rows)
-    seen, others = _split(*prefix, most_seen(targets, prefix[0], num_seen, expansion.scale))
-    seen = Rows(*(tensor.to(expansion.dtype) for tensor in seen), targets.lse.new_ones(seen[0].shape[:2]))
-    means = expansion.rows(*others, num_rows - num_seen)
-    return Rows(*(torch.cat([a, b.to(a)], dim=1).to(expansion.dtype) for a, b in zip(seen, means, strict=True)))
+        return closed_form.rows(*rest, num_rows)
+    seen, others = _split(*rest, most_seen(targets, rest[0], num_seen, closed_form.scale))
+    seen = Rows(*(tensor.to(closed_form.dtype) for tensor in seen), targets.lse.new_ones(seen[0].shape[:2]))
+    means = closed_form.rows(*others, num_rows - num_seen)
+    return Rows(*(torch.cat([a, b.to(a)], dim=1).to(closed_form.dtype) for a, b in zip(seen, means, strict=True)))
 
 
 def _split(prefix_key: Tensor, prefix_value: Tensor, chosen: Tensor):
@@ -105,19 +131,3 @@ def _split(prefix_key: Tensor, prefix_value: Tensor, chosen: Tensor):
         for tensor in (prefix_key, prefix_value)
     ]
     return chosen_rows, rest
-
-
-def _report_of(state, before, exact, ridge, keep, scale, method, prefix_bytes) -> ConversionReport:
-    features = 0 if state.k is None else state.num_centers * state.k.shape[-1]
-    return ConversionReport(
-        *(held_out_errors(s, exact, scale) for s in (state, before, None)),
-        prefix_share=exact.share.mean(-1).float(),
-        method=method,
-        ridge=ridge,
-        held_out_queries=exact.num_queries - exact.num_fitted,
-        rows_per_head=features + state.num_rows,
-        kept_rows=keep,
-        state_bytes=state.nbytes,
-        prefix_bytes=prefix_bytes,
-        break_even=features / 2 + state.num_rows,
-    )

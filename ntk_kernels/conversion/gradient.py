@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..merge import merge_attention, prefix_attention_state
 from ..state import PrefixState
-from .targets import TINY, Targets, check_enough, held_out_errors
+from .targets import TINY, Targets, held_out_errors
 
 _STEPS = 600
 _JUDGED_EVERY = 50
@@ -26,7 +26,6 @@ def descend(state: PrefixState, spread: dict[str, Tensor], targets: Targets, sca
 
     `spread`: standard deviations [Hs] of the prefix's "keys" and "values".
     """
-    check_enough(targets, _unknowns_per_value(state), f"{_num_terms(state):,} features and rows by gradient descent")
     start = state.tensors()
     units = {name: _unit(name, tensor, spread) for name, tensor in start.items()}
     moves = {name: torch.zeros_like(tensor, requires_grad=True) for name, tensor in start.items()}
@@ -85,16 +84,6 @@ def _unit(name: str, tensor: Tensor, spread: dict[str, Tensor]):
     """How far a step of size 1 goes."""
     of = {"keys": "keys", "centers": "keys", "values": "values", "z": "values"}.get(name)
     return 1.0 if of is None else spread[of].to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
-
-
-def _num_terms(state: PrefixState) -> int:
-    return state.num_rows + (0 if state.k is None else state.num_centers * state.k.shape[-1])
-
-
-def _unknowns_per_value(state: PrefixState) -> int:
-    """Of a head: its numbers over those of a query's output."""
-    unknowns = sum(tensor[0].numel() for tensor in state.tensors().values())
-    return -(-unknowns // state.value_dim)
 
 
 def _by_head(choose: Tensor, a: PrefixState, b: PrefixState) -> PrefixState:

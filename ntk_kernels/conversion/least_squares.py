@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..state import PrefixState
-from .targets import TINY, Targets, check_enough
+from .targets import TINY, Targets
 from .terms import Terms
 
 # Of a matrix with ones on its diagonal. From 2^-20 on, what rounding Z to bfloat16 adds to the error stays below what
@@ -63,7 +63,6 @@ def fit_state(
         None if state.log_scale is None else state.log_scale.double().reshape(heads, -1),
         None if rows is None else keys, None if rows is None else count.log(),
     )  # fmt: skip
-    check_enough(targets, k.shape[1], f"{k.shape[1]:,} features and rows")
     fitted, held_out = targets.first(targets.num_fitted), targets.from_(targets.num_fitted)
     best = [
         _fit_head(

@@ -26,6 +26,7 @@ class ConversionReport:
         kept_rows: of these, rows of the prefix that were kept exactly.
         state_bytes, prefix_bytes: what is to be kept instead of what.
         break_even: rows of an exact prefix that cost as much arithmetic as the state, r·C / 2 + R.
+        tried: mean errors over the heads of all that was fitted, by what it was made of. The state is the best of it.
     """
 
     error: Tensor
@@ -40,6 +41,7 @@ class ConversionReport:
     state_bytes: int
     prefix_bytes: int
     break_even: float
+    tried: dict[str, float]
 
     @property
     def incompressible_heads(self) -> list[int]:
@@ -58,6 +60,8 @@ class ConversionReport:
             f"{self.state_bytes / 2**10:,.0f} KiB instead of {self.prefix_bytes / 2**10:,.0f} KiB",
             f"cheaper than an exact prefix from about {self.break_even:,.0f} rows on",
         ]
+        if len(self.tried) > 1:
+            lines.append("tried: " + ", ".join(f"{made_of}: {error:.3f}" for made_of, error in self.tried.items()))
         if self.incompressible_heads:
             named = ", ".join(f"{head} ({self.error[head]:.2f})" for head in self.incompressible_heads)
             lines.append(f"heads that do not compress: {named}")

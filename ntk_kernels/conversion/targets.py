@@ -43,7 +43,7 @@ class Targets(NamedTuple):
     @property
     def num_fitted(self) -> int:
         """How many of the queries the fit sees; the others are held out."""
-        return self.num_queries - max(1, round(HELD_OUT * self.num_queries))
+        return num_fitted(self.num_queries)
 
     def first(self, count: int) -> "Targets":
         return Targets(*(tensor[:, :count] for tensor in self))
@@ -61,13 +61,17 @@ class Targets(NamedTuple):
             yield Targets(*part)
 
 
-def check_enough(targets: Targets, needed: int, what: str) -> None:
+def num_fitted(num_queries: int) -> int:
+    return num_queries - max(1, round(HELD_OUT * num_queries))
+
+
+def check_enough(num_queries: int, needed: int, what: str) -> None:
     """Refuses to fit `what` to fewer queries than it takes."""
-    if targets.num_fitted < needed:
+    if num_fitted(num_queries) < needed:
         total = math.ceil(needed / (1 - HELD_OUT))
         raise ValueError(
             f"`query` must give each state head at least {total:,} queries to fit {what}, a quarter of them to be held "
-            f"out, got {targets.num_queries:,}"
+            f"out, got {num_queries:,}"
         )
 
 

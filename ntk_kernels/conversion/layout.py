@@ -1,0 +1,86 @@
+"""What a state is made of, and what is tried for an error that is wanted or a size that is given."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..feature_maps import feature_dim
+
+_FEWEST_ROWS = 8  # tried for an error
+_KEPT_PART = 4  # of a budget: one row in so many is kept as it is
+
+
+class Layout(NamedTuple):
+    """Features around centres, rows that are fitted, and rows that are kept as they are in the prefix."""
+
+    feature_map: str | None
+    centers: str | int | Tensor | None
+    num_rows: int
+    keep: int = 0
+
+    @property
+    def num_centers(self) -> int:
+        if isinstance(self.centers, int):
+            return self.centers
+        return self.centers.shape[-2] if isinstance(self.centers, Tensor) else 1
+
+    def num_features(self, head_dim: int) -> int:
+        return 0 if self.feature_map is None else self.num_centers * feature_dim(self.feature_map, head_dim)
+
+    def within(self, num_keys: int) -> "Layout":
+        """For a prefix of so many rows: if there is room for all of them they are all kept."""
+        everything = self.keep if self.feature_map else self.keep + self.num_rows
+        return self if everything < num_keys else self._replace(num_rows=0, keep=num_keys)
+
+    def fitted_queries(self, method: str, head_dim: int, value_dim: int) -> int:
+        """How many a fit has to see: not fewer than it has unknowns for each number of a query's output.
+
+        Least squares finds the Z, k, weights and values of its terms; a descent moves keys and centres too.
+        """
+        if method == "closed_form":
+            return 0
+        terms = self.num_features(head_dim) + self.num_rows
+        if method == "least_squares":
+            return terms
+        unknowns = terms * (value_dim + 1) + self.num_rows * head_dim
+        if self.feature_map is not None:  # weights of centres, and where they are
+            unknowns += self.num_centers * (1 if self.centers is None else 1 + head_dim)
+        return -(-unknowns // value_dim)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.feature_map is not None:
+            several = f" around {self.num_centers} centres" if self.num_centers > 1 else ""
+            parts.append(f"{self.feature_map}{several}")
+        if self.num_rows:
+            parts.append(f"{self.num_rows:,} rows")
+        if self.keep:
+            parts.append(f"{self.keep:,} kept")
+        return " + ".join(parts)
+
+
+def layouts_for_error(keep: int, num_keys: int, num_fitted: int, head_dim: int, value_dim: int) -> list[Layout]:
+    """8, 16, 32, ... rows beside those kept, as far as there are queries enough to fit them, then the prefix itself."""
+    rows = [Layout(None, "mean", _FEWEST_ROWS << i, keep) for i in range(num_keys.bit_length())]
+    enough = [
+        layout for layout in rows
+        if layout.num_rows + keep < num_keys
+        and layout.fitted_queries("gradient", head_dim, value_dim) <= num_fitted
+    ]  # fmt: skip
+    return [*enough, Layout(None, "mean", 0, num_keys)]
+
+
+def layouts_for_budget(budget: int, num_keys: int, head_dim: int) -> list[Layout]:
+    """Rows, with and without kept ones, and features of each map, around several centres if it can; none is larger."""
+    layouts = [Layout(None, "mean", budget)]
+    if budget >= num_keys:
+        return layouts
+    if kept := budget // _KEPT_PART:
+        layouts.append(Layout(None, "mean", budget - kept, kept))
+    most = budget // feature_dim("taylor1", head_dim)
+    features = [("taylor1", "mean" if count == 1 else count) for count in sorted({1, most // 2, most})]
+    for feature_map, centers in [*features, ("elu", None), ("taylor2", "mean")]:
+        size = Layout(feature_map, centers, 0).num_features(head_dim)
+        if 0 < size <= budget:
+            layouts.append(Layout(feature_map, centers, budget - size))
+    return layouts
