@@ -37,7 +37,7 @@ MODELS = {
     "encoder": Model("all-MiniLM-L6-v2", 6, tuple(range(6)), 32256),
     "decoder": Model(decoder.MODEL, 30, decoder.LAYERS, 6144),
 }
-NO_PREFIX, GRADIENT = "no prefix", "rows, gradient"
+NO_PREFIX, GRADIENT, BUDGET = "no prefix", "rows, gradient", "best for the budget"
 OWN_SIZE = {  # closed forms that have one size only
     "elu, closed form": {"feature_map": "elu", "centers": None},
     "taylor2, closed form": {"feature_map": "taylor2"},
@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--rows", type=record.positive(int), nargs="+", metavar="R", default=[32, 128, 512, 1024],
                         help="rows of the state per head (default: 32 128 512 1024)")  # fmt: skip
+    parser.add_argument(
+        "--budget", action="store_true", help="also the best state of each size by `budget=`, which fits up to seven"
+    )
     parser.add_argument("--calibration", type=record.positive(int), default=32, metavar="N",
                         help="chunks of 512 tokens that the fits see (default: %(default)s)")  # fmt: skip
     parser.add_argument("--test", type=record.positive(int), default=4, metavar="N",
@@ -84,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         layers = reader.layers(lambda: progress.advance(reading))
         if arguments.model == "encoder":
             layers = [layers[i] for i in numbers]
-        methods = methods_of(layers[0].prefix_key.shape[2], sizes)
+        methods = methods_of(layers[0].prefix_key.shape[2], sizes, arguments.budget)
         progress.update(converting, total=len(layers) * len(lengths) * len(methods))
         for i, layer in zip(numbers, layers, strict=True):
             layer = Layer(*(tensor.to(device) for tensor in layer))
@@ -105,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     rows = [
         {"benchmark": "fit", "model": model.name}
-        | {name: result for name, result in conversion.items() if not isinstance(result, list)}
+        | {name: result for name, result in conversion.items() if not isinstance(result, list | dict)}
         | {"head": head, "relative_error": error, "held_out_error": held_out}
         for conversion in conversions
         for head, (error, held_out) in enumerate(
@@ -136,7 +139,7 @@ def _reader(model: str, prefix_rows: int, num_inputs: int, numbers: list[int]):
     return decoder.Reader(prefix_rows, num_inputs, tuple(numbers))
 
 
-def methods_of(head_dim: int, sizes: list[int]) -> list[tuple[str, int | None, dict]]:
+def methods_of(head_dim: int, sizes: list[int], budget: bool = False) -> list[tuple[str, int | None, dict]]:
     """Names, rows asked for (None: a size of its own) and arguments of prefix_to_state."""
     closed, least_squares = {"method": "closed_form"}, {"method": "least_squares"}
     methods = [(name, None, options | closed) for name, options in OWN_SIZE.items()]
@@ -152,6 +155,8 @@ def methods_of(head_dim: int, sizes: list[int]) -> list[tuple[str, int | None, d
         if solved:
             methods.append(("rows, least squares (attention matching)", size, rows | least_squares))
         methods.append((GRADIENT, size, rows | {"method": "gradient"}))
+        if budget:
+            methods.append((BUDGET, size, {"budget": size}))
     return methods
 
 
@@ -179,6 +184,8 @@ def measure(layer: Layer, methods, num_test: int, is_causal: bool, on_state=lamb
         )  # fmt: skip
         seconds = round(_now(exact) - start, 3)
         results.append(result(name, size, state, report.rows_per_head, report.error, seconds))
+        if "budget" in options:
+            results[-1]["tried"] = {made_of: round(error, 6) for made_of, error in report.tried.items()}
         on_state()
     return [result(NO_PREFIX, None, None, 0, report.no_prefix_error, 0.0), *results]
 
@@ -226,6 +233,11 @@ def _tables_of_length(figures: dict, m: int) -> list[Table]:
         _error_table(f"States of {size:,} rows a head: {on}", no_prefix + of_this_size, settings)
         for size, of_this_size in of_size.items()
     ]
+    tables += [
+        _tried_table(f"Budgets of {size:,} rows a head: {on}", [c for c in of_this_size if c["method"] == BUDGET])
+        for size, of_this_size in of_size.items()
+        if any(c["method"] == BUDGET for c in of_this_size)
+    ]
     if len(figures["prefix_rows"]) > 1:
         return tables
     tables.append(_error_table(f"States that have one size only: {on}", of_own_size, settings))
@@ -267,6 +279,20 @@ def _error_table(title: str, conversions: list[dict], settings: dict) -> Table:
     return table
 
 
+def _tried_table(title: str, conversions: list[dict]) -> Table:
+    table = Table(
+        title=f"{title}. What was tried, and its relative error on held-out queries of the calibration text, mean over "
+        "the heads; the least (*) is taken"
+    )
+    table.add_column("made of")
+    for c in conversions:
+        table.add_column(f"layer {c['layer']}", justify="right", no_wrap=True)
+    for made_of in conversions[0]["tried"]:
+        errors = ((c["tried"][made_of], min(c["tried"].values())) for c in conversions)
+        table.add_row(made_of, *(f"{error:.4f}{' *' if error == least else ''}" for error, least in errors))
+    return table
+
+
 def _cell(errors: list[float]) -> str:
     return f"{_short(_median(errors))} / {_short(sum(errors) / len(errors))} ({_short(max(errors))})"
 
@@ -300,7 +326,7 @@ def plot(path, figures: dict) -> None:
                 lines[name] = axes.axhline(points[0][1], ls=":", color="black")
             else:
                 style = {"ls": ":", "color": "black"} if name == NO_PREFIX else {"color": f"C{i - 1}"}
-                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="osD^vXP"[i - 1], **style)
+                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="osD^vXP*"[i - 1], **style)
         axes.set(xscale="log", yscale="log", ylabel="relative error, median over heads", title=f"layer {number}",
                  xlabel="rows of the prefix" if by_length else "rows of the state per head")  # fmt: skip
         plots.mark(axes.xaxis, lengths if by_length else figures["state_rows"])

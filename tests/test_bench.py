@@ -370,6 +370,34 @@ def test_fit_of_several_lengths(monkeypatch, tmp_path, one_thread):
     assert (tmp_path / "fit-lengths.png").read_bytes()[:8] == PNG
 
 
+def test_fit_of_a_budget(monkeypatch, tmp_path, one_thread):
+    monkeypatch.setattr(encoder, "Reader", ClusteredReader)
+    monkeypatch.setattr(gradient, "_STEPS", 50)
+    monkeypatch.setattr(gradient, "_BATCH", 256)
+    main(["fit", "--device", "cpu", "--layers", "1", "0", "--prefix-rows", "512", "--rows", "4", "18", "--budget",
+          "--calibration", "5", "--test", "1", "--out", str(tmp_path)])  # fmt: skip
+    figures = json.loads((tmp_path / "fit-encoder.json").read_text())
+    best, rows = ([c for c in figures["conversions"] if c["method"] == name] for name in (fit.BUDGET, fit.GRADIENT))
+    assert [(c["layer"], c["rows"], c["rows_per_head"]) for c in best] == [
+        (0, 4, 4),
+        (0, 18, 18),
+        (1, 4, 4),
+        (1, 18, 18),
+    ]
+    for of_budget, of_rows in zip(best, rows, strict=True):
+        held_out = {name: sum(c["held_out_error"]) / 2 for name, c in (("budget", of_budget), ("rows", of_rows))}
+        assert min(of_budget["tried"].values()) == pytest.approx(held_out["budget"], abs=2e-6)
+        assert of_budget["tried"][f"{of_rows['rows']} rows"] == pytest.approx(held_out["rows"], abs=2e-6)
+    first, second = fit.tables_of(figures)[2:4]
+    assert [table.title.partition(":")[0] for table in (first, second)] == [
+        "Budgets of 4 rows a head", "Budgets of 18 rows a head",
+    ]  # fmt: skip
+    assert list(second.columns[0].cells) == list(best[1]["tried"])
+    for column in second.columns[1:]:
+        least = min(column.cells, key=lambda cell: float(cell.removesuffix(" *")))
+        assert least.endswith(" *")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--prefix-rows", "1000"], "--prefix-rows must be a multiple of 512 for the encoder, got 1000"),
