@@ -10,7 +10,6 @@ from .conversion.closed_form import ClosedForm
 from .conversion.fit import fit
 from .conversion.layout import Layout, layouts_for_budget, layouts_for_error
 from .conversion.report import ConversionReport
-from .conversion.targets import num_fitted
 from .feature_maps import FEATURE_MAPS
 from .state import PrefixState
 
@@ -66,9 +65,10 @@ def prefix_to_state(
         error: instead of `num_rows`: the relative error, mean over the heads on held-out queries, that is wanted. The
             state is the smallest of 8, 16, 32, ... rows that reaches it, at worst the prefix itself.
         budget: instead of `feature_map`, `centers`, `num_rows` and `keep`: rows C·r + R + keep that a head may have. Up
-            to seven states of that size are fitted, of rows, of rows some of which are kept, and of rows beside
-            features of each map, also around several centres. The one with the least error, mean over the heads on
-            held-out queries, is taken.
+            to seven states of that size are fitted: rows, rows of which a quarter is kept, and rows beside features of
+            each map that fits in, also around several centres. The one with the least error, mean over the heads on
+            held-out queries, is taken. It may be made of something else for each prefix; what is to be stacked has to
+            be made of the same.
         query: [B, Hq, L, D], calibration queries, Hq a multiple of Hs; of text that is like what the state is for. The
             last quarter (of the batch rows, or of the tokens) is held out: the fit does not see it, the report does.
         attention: (out [B, Hq, L, Dv], lse [B, Hq, L]) of these queries over their own input, as
@@ -102,6 +102,8 @@ def prefix_to_state(
         error=error, budget=budget, method=method, feature_scale=feature_scale, seed=seed,
     )  # fmt: skip
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
+    if isinstance(centers, Tensor):
+        _check_given_centers(centers, prefix_key, feature_map)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
     if query is not None or num_rows:  # what these do with the rows reads them anyway
         checks.check_finite_rows("prefix_key", prefix_key)
@@ -112,12 +114,13 @@ def prefix_to_state(
     with torch.autocast(prefix_key.device.type, enabled=False), torch.set_grad_enabled(keeps_graph):
         closed_form = ClosedForm(scale, feature_scale, seed, dtype)
         if query is not None and num_keys > 0:
-            layouts = [Layout(feature_map, centers, num_rows, keep)]
             if error is not None:
-                of_query = num_fitted(query.numel() // (prefix_key.shape[0] * head_dim))
-                layouts = layouts_for_error(keep, num_keys, of_query, head_dim, prefix_value.shape[2])
+                num_queries = query.numel() // (prefix_key.shape[0] * head_dim)
+                layouts = layouts_for_error(keep, num_keys, num_queries, head_dim, prefix_value.shape[2])
             elif budget is not None:
                 layouts = layouts_for_budget(budget, num_keys, head_dim)
+            else:
+                layouts = [Layout(feature_map, centers, num_rows, keep)]
             with torch.inference_mode(False), torch.set_grad_enabled(keeps_graph):  # a descent needs gradients
                 state, report = fit(prefix_key, prefix_value, query, attention, closed_form, layouts, method, error)
         elif feature_map is None and num_keys > num_rows:
@@ -193,15 +196,39 @@ def _check_terms(feature_map, centers, num_rows, keep, num_keys, method) -> None
             f"`num_rows` and `keep` must be at most the number of prefix rows together, m={num_keys}, "
             f"got {num_rows} and {keep}"
         )
-    if isinstance(centers, int) and num_keys - keep < centers <= num_keys:
-        raise ValueError(
-            f"`centers` must be at most the number of prefix rows that are not kept, m={num_keys} less {keep}, got "
-            f"{centers}"
-        )
+    if isinstance(centers, str) and centers != "mean":
+        raise ValueError(f"`centers` must be 'mean', an int, a tensor or None, got {centers!r}")
+    if not (centers is None or isinstance(centers, str | Tensor)):
+        _check_num_centers(centers, feature_map, keep, num_keys)
     if num_rows and method == "closed_form":
         raise ValueError(
             f"`num_rows` must be 0 in closed form with a feature map (either holds all of the prefix), got {num_rows}"
         )
+
+
+def _check_num_centers(centers, feature_map, keep, num_keys) -> None:
+    if isinstance(centers, bool) or not isinstance(centers, int):
+        raise TypeError(f"`centers` must be 'mean', an int, a tensor or None, got {type(centers).__name__}")
+    checks.check_int("centers", centers, minimum=1)
+    if centers > num_keys - keep:
+        which = f" that are not kept, m={num_keys} less {keep}" if keep else f", m={num_keys}"
+        raise ValueError(f"`centers` must be at most the number of prefix rows{which}, got {centers}")
+    if centers > 1 and feature_map != "taylor1":
+        raise ValueError(f"`centers` must be at most 1 with feature_map={feature_map!r}, got {centers}")
+
+
+def _check_given_centers(centers: Tensor, prefix_key: Tensor, feature_map) -> None:
+    checks.check_floating("centers", centers)
+    letters = "N Hs C D" if prefix_key.dim() == 4 else "Hs C D"
+    checks.check_shape("centers", centers, (*prefix_key.shape[:-2], None, prefix_key.shape[-1]), letters)
+    if centers.device != prefix_key.device:
+        raise ValueError(f"`centers` must be on the device of `prefix_key`, {prefix_key.device}, got {centers.device}")
+    if not 1 <= centers.shape[-2] <= (1 if feature_map != "taylor1" else math.inf):
+        raise ValueError(
+            f"`centers` must hold one centre, or several with 'taylor1', got {centers.shape[-2]} with {feature_map!r}"
+        )
+    if checks.readable(centers):
+        checks.check_finite_rows("centers", centers)
 
 
 def _check_error(error, feature_map, num_rows, has_query, method) -> None:
@@ -222,9 +249,10 @@ def _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query
     if budget is None:
         return
     checks.check_int("budget", budget, minimum=1)
-    if not has_query or method == "closed_form":
-        missing = "`query`, got None" if not has_query else f"a method that fits to it, got {method!r}"
-        raise ValueError(f"`budget` must come with {missing}")
+    if not has_query:
+        raise ValueError("`budget` must come with `query`, got None")
+    if method == "closed_form":
+        raise ValueError(f"`method` must be 'gradient' or 'least_squares' with `budget`, got {method!r}")
     for name, value, default in (
         ("feature_map", feature_map, None),
         ("centers", centers, "mean"),

@@ -393,9 +393,11 @@ def test_fit_of_a_budget(monkeypatch, tmp_path, one_thread):
         "Budgets of 4 rows a head", "Budgets of 18 rows a head",
     ]  # fmt: skip
     assert list(second.columns[0].cells) == list(best[1]["tried"])
-    for column in second.columns[1:]:
-        least = min(column.cells, key=lambda cell: float(cell.removesuffix(" *")))
-        assert least.endswith(" *")
+    for column, i in zip(second.columns[1:], (1, 3), strict=True):
+        errors = list(best[i]["tried"].values())
+        assert list(column.cells) == [f"{error:.4f}{' *' * (error == min(errors))}" for error in errors]
+    with (tmp_path / "fit-encoder.csv").open(encoding="utf-8") as file:
+        assert "tried" not in file.readline()
 
 
 @pytest.mark.parametrize(

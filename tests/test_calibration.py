@@ -252,11 +252,32 @@ def test_a_budget_goes_to_what_the_prefix_is_like():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("healthy", [1, 0])
+def test_searches_go_by_the_heads_that_are_numbers(healthy, monkeypatch):
+    monkeypatch.setattr(gradient, "_STEPS", 50)
+    sample = Sample(rows=40)
+    out = sample.attention[0].clone()
+    out[:, 2 * healthy :] = math.nan
+    state, report = sample.convert(error=1e-9, attention=(out, sample.attention[1]))
+    assert state.num_rows == report.kept_rows == 40
+    assert report.error.isnan().tolist() == [not healthy, True]
+    _, report = sample.convert(budget=20, attention=(out, sample.attention[1]))
+    if healthy:
+        assert report.error[0] == pytest.approx(min(report.tried.values()))
+        assert report.error[0] == report.error.nanmean()
+    else:
+        assert all(math.isnan(error) for error in report.tried.values())
+
+
 def test_a_budget_for_all_rows():
     sample = Sample(rows=20)
-    state, report = sample.convert(budget=20)
-    assert (state.num_rows, report.kept_rows, list(report.tried)) == (20, 20, ["20 kept"])
-    assert report.error.max() < 1e-6
+    for options in ({"budget": 20}, {"keep": 20, "query": sample.query[:1, :, :2], "attention": None}):
+        state, report = sample.convert(**options)
+        assert (state.num_rows, report.kept_rows, list(report.tried)) == (20, 20, ["20 kept"])
+        assert report.error.max() < 1e-6
+        assert torch.equal(state.keys, sample.prefix_key)
+    _, report = sample.convert("taylor1", num_rows=5, keep=15, method="least_squares")
+    assert (report.rows_per_head, report.kept_rows) == (9 + 20, 15)
 
 
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
@@ -267,10 +288,10 @@ def test_numbers_of_queries(args, options, monkeypatch):
     state = sample.convert(*args, **options | {"keep": 0}, return_report=False)
     layout = Layout(args[0], options.get("centers", "mean"), options.get("num_rows", 0), options.get("keep", 0))
     unknowns = sum(tensor[0].numel() for tensor in state.tensors().values())
-    assert layout.fitted_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
+    assert layout.needed_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
     terms = state.num_rows + (0 if state.k is None else state.k[0].numel())
-    assert layout.fitted_queries("least_squares", DIM, VALUE_DIM) == terms
-    assert layout.fitted_queries("closed_form", DIM, VALUE_DIM) == 0
+    assert layout.needed_queries("least_squares", DIM, VALUE_DIM) == terms
+    assert layout.needed_queries("closed_form", DIM, VALUE_DIM) == 0
 
 
 def test_too_few_queries_are_refused_at_once(monkeypatch):
@@ -445,10 +466,15 @@ def refused():
         "error of features": ({"error": 0.1, "feature_map": "elu"}, "`feature_map` must be None with `error`, which finds the number of rows, got 'elu'"),
         "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
         "budget without queries": ({"budget": 9, "query": None, "attention": None, "return_report": False}, "`budget` must come with `query`, got None"),
-        "budget in closed form": ({"budget": 9, "method": "closed_form"}, "`budget` must come with a method that fits to it, got 'closed_form'"),
+        "budget in closed form": ({"budget": 9, "method": "closed_form"}, "`method` must be 'gradient' or 'least_squares' with `budget`, got 'closed_form'"),
         "budget and map": ({"budget": 9, "feature_map": "elu"}, "`feature_map` must be None with `budget`, which finds what the state is made of, got 'elu'"),
         "budget and centres": ({"budget": 9, "centers": torch.zeros(2, 1, 8)}, "`centers` must be 'mean' with `budget`, which finds what the state is made of, got tensor"),
         "budget and rows": ({"budget": 9, "num_rows": 9}, "`num_rows` must be None with `budget`, which finds what the state is made of, got 9"),
+        "budget and no kept rows": ({"budget": 9, "keep": False}, "`keep` must be 0 with `budget`, which finds what the state is made of, got False"),
+        "centres on a line": ({"feature_map": "taylor1", "centers": torch.zeros(8)}, "`centers` must have shape [Hs=2, C, D=8], got [8]"),
+        "many centres": ({"feature_map": "taylor1", "centers": 1000}, "`centers` must be at most the number of prefix rows, m=20, got 1000"),
+        "centres of taylor2": ({"feature_map": "taylor2", "centers": 2}, "`centers` must be at most 1 with feature_map='taylor2', got 2"),
+        "given centres of elu": ({"feature_map": "elu", "centers": torch.zeros(2, 3, 8)}, "`centers` must hold one centre, or several with 'taylor1', got 3 with 'elu'"),
         "budget and kept rows": ({"budget": 9, "keep": 2}, "`keep` must be 0 with `budget`, which finds what the state is made of, got 2"),
         "budget and error": ({"budget": 9, "error": 0.1}, "`error` must be None with `budget`, which finds what the state is made of, got 0.1"),
         "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
@@ -557,6 +583,13 @@ def test_an_error_that_more_queries_would_reach(monkeypatch):
     assert state.num_rows == report.kept_rows == 400
     with pytest.raises(ValueError, match="`query` must give each state head at least"):
         sample.convert(num_rows=64)
+    # 60 tokens of two heads, 90 of the queries fitted: 8 * 15 / 6 = 20 are enough for 8 rows, as are 80 for 32.
+    _, report = sample.convert(error=1e-9)
+    assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]
+    _, report = Sample(batch=1, length=53).convert(error=1e-9)  # 106, 80 of them fitted
+    assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]
+    _, report = Sample(batch=1, length=52).convert(error=1e-9)  # 104 and 78
+    assert list(report.tried) == ["8 rows", "16 rows", "400 kept"]
 
 
 def test_in_inference_mode():

@@ -10,38 +10,13 @@ from ..backends.sums import nearest_centers
 _SAMPLES_PER_CENTER, _ENOUGH_SAMPLES, _LEAST_PER_CENTER = 256, 16384, 16
 
 
-def find_centers(centers, prefix_key: Tensor, feature_map: str, dtype: torch.dtype, seed: int) -> Tensor | None:
-    """The centres [..., C, D] to expand around; None for the origin."""
-    lead, (num_rows, head_dim) = prefix_key.shape[:-2], prefix_key.shape[-2:]
-    if centers is None:
-        return None
+def find_centers(centers, prefix_key: Tensor, dtype: torch.dtype, seed: int) -> Tensor | None:
+    """The centres [..., C, D] to expand around, "mean" or so many by k-means or given; None for the origin."""
     if isinstance(centers, str):
-        if centers != "mean":
-            raise ValueError(f"`centers` must be 'mean', an int, a tensor or None, got {centers!r}")
-        return prefix_key.sum(-2, keepdim=True, dtype=dtype) / max(num_rows, 1)
-    if isinstance(centers, Tensor):
-        checks.check_floating("centers", centers)
-        letters = "N Hs C D" if len(lead) == 2 else "Hs C D"
-        checks.check_shape("centers", centers, (*lead, None, head_dim), letters)
-        if centers.device != prefix_key.device:
-            raise ValueError(
-                f"`centers` must be on the device of `prefix_key`, {prefix_key.device}, got {centers.device}"
-            )
-        if centers.shape[-2] == 0:
-            raise ValueError(f"`centers` must hold at least one centre, got {list(centers.shape)}")
-        if checks.readable(centers):
-            checks.check_finite_rows("centers", centers)
-        centers = centers.to(dtype)
-    else:
-        if isinstance(centers, bool) or not isinstance(centers, int):
-            raise TypeError(f"`centers` must be 'mean', an int, a tensor or None, got {type(centers).__name__}")
-        checks.check_int("centers", centers, minimum=1)
-        if centers > num_rows:
-            raise ValueError(f"`centers` must be at most the number of prefix rows, m={num_rows}, got {centers}")
-        if centers > 1 and feature_map != "taylor1":
-            raise ValueError(f"`centers` must be at most 1 with feature_map={feature_map!r}, got {centers}")
-        centers = k_means(prefix_key.detach(), centers, seed).to(dtype)
-    return centers
+        return prefix_key.sum(-2, keepdim=True, dtype=dtype) / max(prefix_key.shape[-2], 1)
+    if isinstance(centers, int):
+        centers = k_means(prefix_key.detach(), centers, seed)
+    return None if centers is None else centers.to(dtype)
 
 
 def cluster_means(prefix_key: Tensor, prefix_value: Tensor, num_rows: int, dtype: torch.dtype, seed: int):

@@ -25,11 +25,11 @@ class Rows(NamedTuple):
 
 
 class ClosedForm(NamedTuple):
-    """For attention of this scale, with this factor on the query inside φ; the seed of k-means, the state's dtype."""
+    """Makes states of `dtype`, for attention with `scale` and `feature_scale`, from sums and means over a prefix."""
 
     scale: float
     feature_scale: float
-    seed: int
+    seed: int  # of k-means
     dtype: torch.dtype
 
     def features(
@@ -37,7 +37,7 @@ class ClosedForm(NamedTuple):
     ) -> PrefixState:
         """Sums of features over the rows nearest to each centre, divided by their number."""
         lead = prefix_key.shape[:-2]
-        centers = find_centers(centers, prefix_key, feature_map, self.dtype, self.seed)
+        centers = find_centers(centers, prefix_key, self.dtype, self.seed)
         flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
         z, k, count = ops.sum_features(
             flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), feature_map,

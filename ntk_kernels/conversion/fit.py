@@ -1,6 +1,7 @@
 """From a prefix and calibration queries to a state and its report."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,18 @@ from . import gradient, least_squares
 from .closed_form import ClosedForm, Rows, together
 from .layout import Layout
 from .report import ConversionReport
-from .targets import Targets, check_enough, held_out_errors, most_seen, targets_of, with_rows
+from .targets import Targets, held_out_errors, most_seen, targets_of, with_rows
 
 _SEEN_PART = 8  # one in so many rows begins at a row with much attention, the others at means of keys
+
+
+class _Part(NamedTuple):
+    """A prefix less the rows that are kept."""
+
+    keep: int
+    kept: PrefixState | None
+    rest: tuple[Tensor, Tensor]
+    targets: Targets  # of the rest, beside the input and what is kept
 
 
 def fit(
@@ -21,59 +31,48 @@ def fit(
 ) -> tuple[PrefixState, ConversionReport]:  # fmt: skip
     """The state with the least mean error of all `layouts`; of those up to the first with an error of at most `enough`.
 
-    The others as in `prefix_to_state`.
+    The others as in `prefix_to_state`. Heads whose error is NaN are left out of the mean.
     """
-    num_keys, head_dim, value_dim, scale = *prefix_key.shape[1:], prefix_value.shape[2], closed_form.scale
+    heads, num_keys, head_dim = prefix_key.shape
     layouts = [layout.within(num_keys) for layout in layouts]
     for layout in layouts:
         if layout.keep < num_keys:
-            _check_enough(layout, method, query, prefix_key, value_dim)
+            layout.check_queries(query.numel() // (heads * head_dim), method, head_dim, prefix_value.shape[2])
     with torch.no_grad():
-        exact = targets_of(query, prefix_key, prefix_value, attention, scale)
-    best, least, tried, parted = None, math.inf, {}, {}
+        exact = targets_of(query, prefix_key, prefix_value, attention, closed_form.scale)
+        of_prefix = {
+            "no_prefix_error": held_out_errors(None, exact, closed_form.scale),
+            "prefix_share": exact.share.mean(-1).float(),
+            "held_out_queries": exact.num_queries - exact.num_fitted,
+            "prefix_bytes": prefix_key.nbytes + prefix_value.nbytes,
+        }
+    best, least, tried, part = None, math.inf, {}, None
     for layout in layouts:
-        if layout.keep not in parted:
-            parted = {layout.keep: _part(prefix_key, prefix_value, query, attention, exact, layout.keep, closed_form)}
-        kept, rest, targets = parted[layout.keep]
-        before, state, ridge = _fitted(rest, targets, closed_form, layout, method)
-        if kept is not None:
-            before, state = (kept if s is None else s.merge(kept) for s in (before, state))
+        if part is None or part.keep != layout.keep:
+            part = _part(prefix_key, prefix_value, query, attention, exact, layout.keep, closed_form)
+        before, state, ridge = _fitted(part.rest, part.targets, closed_form, layout, method)
+        if part.kept is not None:
+            before, state = (part.kept if s is None else s.merge(part.kept) for s in (before, state))
         with torch.no_grad():
+            errors, errors_before = (held_out_errors(s, exact, closed_form.scale) for s in (state, before))
+        error = tried[str(layout)] = errors.nanmean().item()
+        if best is None or not error >= least:
+            num_features = layout.num_features(head_dim)
             report = ConversionReport(
-                *(held_out_errors(s, exact, scale) for s in (state, before, None)),
-                prefix_share=exact.share.mean(-1).float(),
-                method=method,
-                ridge=ridge,
-                held_out_queries=exact.num_queries - exact.num_fitted,
-                rows_per_head=layout.num_features(head_dim) + state.num_rows,
-                kept_rows=layout.keep,
-                state_bytes=state.nbytes,
-                prefix_bytes=prefix_key.nbytes + prefix_value.nbytes,
-                break_even=layout.num_features(head_dim) / 2 + state.num_rows,
-                tried=tried,
-            )
-        error = tried[str(layout)] = report.error.mean().item()
-        if best is None or error < least:
-            best, least = (state, report), math.inf if math.isnan(error) else error
+                error=errors, closed_form_error=errors_before, method=method, ridge=ridge,
+                rows_per_head=num_features + state.num_rows, kept_rows=layout.keep, state_bytes=state.nbytes,
+                break_even=num_features / 2 + state.num_rows, tried=tried, **of_prefix,
+            )  # fmt: skip
+            best, least = (state, report), least if math.isnan(error) else error
         if enough is not None and error <= enough:
             break
     return best
 
 
-def _check_enough(layout: Layout, method: str, query: Tensor, prefix_key: Tensor, value_dim: int) -> None:
-    heads, _, head_dim = prefix_key.shape
-    terms = layout.num_features(head_dim) + layout.num_rows
-    check_enough(
-        query.numel() // (heads * head_dim),
-        layout.fitted_queries(method, head_dim, value_dim),
-        f"{terms:,} features and rows{' by gradient descent' if method == 'gradient' else ''}",
-    )
-
-
-def _part(prefix_key: Tensor, prefix_value: Tensor, query: Tensor, attention, exact: Targets, keep: int, closed_form):
-    """The rows with the most attention as a state (None without any), the rest, and its targets beside them."""
+def _part(prefix_key: Tensor, prefix_value: Tensor, query, attention, exact: Targets, keep: int, closed_form) -> _Part:
+    """Keeps the rows with the most attention."""
     if not keep:
-        return None, (prefix_key, prefix_value), exact
+        return _Part(keep, None, (prefix_key, prefix_value), exact)
     scale = closed_form.scale
     kept, rest, targets = (prefix_key, prefix_value), (prefix_key[:, keep:], prefix_value[:, keep:]), exact
     if keep < prefix_key.shape[1]:
@@ -83,7 +82,7 @@ def _part(prefix_key: Tensor, prefix_value: Tensor, query: Tensor, attention, ex
         with torch.no_grad():
             targets = targets_of(query, *rest, with_rows(attention, query, *kept, scale), scale)
     keys, values = (tensor.to(closed_form.dtype, copy=True) for tensor in kept)  # not a view of a cache
-    return PrefixState(keys=keys, values=values), rest, targets
+    return _Part(keep, PrefixState(keys=keys, values=values), rest, targets)
 
 
 def _fitted(rest: tuple[Tensor, Tensor], targets: Targets, closed_form: ClosedForm, layout: Layout, method: str):

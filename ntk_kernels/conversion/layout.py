@@ -1,10 +1,12 @@
 """What a state is made of, and what is tried for an error that is wanted or a size that is given."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..feature_maps import feature_dim
+from .targets import HELD_OUT, num_fitted
 
 _FEWEST_ROWS = 8  # tried for an error
 _KEPT_PART = 4  # of a budget: one row in so many is kept as it is
@@ -32,20 +34,31 @@ class Layout(NamedTuple):
         everything = self.keep if self.feature_map else self.keep + self.num_rows
         return self if everything < num_keys else self._replace(num_rows=0, keep=num_keys)
 
-    def fitted_queries(self, method: str, head_dim: int, value_dim: int) -> int:
-        """How many a fit has to see: not fewer than it has unknowns for each number of a query's output.
+    def needed_queries(self, method: str, head_dim: int, value_dim: int) -> int:
+        """Of a state head, how many a fit has to see.
 
-        Least squares finds the Z, k, weights and values of its terms; a descent moves keys and centres too.
+        Least squares: one for each term. Descent: as many as have as many numbers of output as the state has numbers.
         """
         if method == "closed_form":
             return 0
         terms = self.num_features(head_dim) + self.num_rows
         if method == "least_squares":
             return terms
-        unknowns = terms * (value_dim + 1) + self.num_rows * head_dim
+        numbers = terms * (value_dim + 1) + self.num_rows * head_dim
         if self.feature_map is not None:  # weights of centres, and where they are
-            unknowns += self.num_centers * (1 if self.centers is None else 1 + head_dim)
-        return -(-unknowns // value_dim)
+            numbers += self.num_centers * (1 if self.centers is None else 1 + head_dim)
+        return math.ceil(numbers / value_dim)
+
+    def check_queries(self, num_queries: int, method: str, head_dim: int, value_dim: int) -> None:
+        """Refuses to be fitted to fewer queries of a state head than that takes."""
+        needed = self.needed_queries(method, head_dim, value_dim)
+        if num_fitted(num_queries) < needed:
+            terms = self.num_features(head_dim) + self.num_rows
+            how = " by gradient descent" if method == "gradient" else ""
+            raise ValueError(
+                f"`query` must give each state head at least {math.ceil(needed / (1 - HELD_OUT)):,} queries to fit "
+                f"{terms:,} features and rows{how}, a quarter of them to be held out, got {num_queries:,}"
+            )
 
     def __str__(self) -> str:
         parts = []
@@ -53,25 +66,26 @@ class Layout(NamedTuple):
             several = f" around {self.num_centers} centres" if self.num_centers > 1 else ""
             parts.append(f"{self.feature_map}{several}")
         if self.num_rows:
-            parts.append(f"{self.num_rows:,} rows")
+            parts.append(f"{self.num_rows:,} row{'s' if self.num_rows > 1 else ''}")
         if self.keep:
             parts.append(f"{self.keep:,} kept")
         return " + ".join(parts)
 
 
-def layouts_for_error(keep: int, num_keys: int, num_fitted: int, head_dim: int, value_dim: int) -> list[Layout]:
+def layouts_for_error(keep: int, num_keys: int, num_queries: int, head_dim: int, value_dim: int) -> list[Layout]:
     """8, 16, 32, ... rows beside those kept, as far as there are queries enough to fit them, then the prefix itself."""
     rows = [Layout(None, "mean", _FEWEST_ROWS << i, keep) for i in range(num_keys.bit_length())]
     enough = [
         layout for layout in rows
         if layout.num_rows + keep < num_keys
-        and layout.fitted_queries("gradient", head_dim, value_dim) <= num_fitted
+        and layout.needed_queries("gradient", head_dim, value_dim) <= num_fitted(num_queries)
     ]  # fmt: skip
     return [*enough, Layout(None, "mean", 0, num_keys)]
 
 
 def layouts_for_budget(budget: int, num_keys: int, head_dim: int) -> list[Layout]:
-    """Rows, with and without kept ones, and features of each map, around several centres if it can; none is larger."""
+    """Rows, rows of which a quarter is kept, and rows beside features of each map that fits in, also around several
+    centres; or the whole prefix."""
     layouts = [Layout(None, "mean", budget)]
     if budget >= num_keys:
         return layouts

@@ -11,8 +11,8 @@ _FAILED = 0.5  # of a relative error: above it a head is named as one that does 
 class ConversionReport:
     """Relative errors ‖out − exact‖ / ‖exact‖ of attention with the state, head by head, on the held-out queries.
 
-    The held-out queries also chose among a few states of each head (ridges, or steps of a descent), so the error on
-    other text can be slightly larger. `str()` gives all of it as text.
+    The held-out queries also chose among a few states of each head (ridges, or steps of a descent), and with `budget`
+    what they are made of, so the error on other text can be larger. `str()` gives all of it as text.
 
     Attributes:
         error: [Hs], with the state.
@@ -26,7 +26,8 @@ class ConversionReport:
         kept_rows: of these, rows of the prefix that were kept exactly.
         state_bytes, prefix_bytes: what is to be kept instead of what.
         break_even: rows of an exact prefix that cost as much arithmetic as the state, r·C / 2 + R.
-        tried: mean errors over the heads of all that was fitted, by what it was made of. The state is the best of it.
+        tried: by what they were made of, the errors of all states that were fitted, mean over the heads (of those that
+            are not NaN). The state is the best of them.
     """
 
     error: Tensor

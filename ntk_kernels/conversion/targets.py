@@ -1,6 +1,5 @@
 """What attention over input and prefix gives to calibration queries, and how far off a state is on those held out."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,16 +62,6 @@ class Targets(NamedTuple):
 
 def num_fitted(num_queries: int) -> int:
     return num_queries - max(1, round(HELD_OUT * num_queries))
-
-
-def check_enough(num_queries: int, needed: int, what: str) -> None:
-    """Refuses to fit `what` to fewer queries than it takes."""
-    if num_fitted(num_queries) < needed:
-        total = math.ceil(needed / (1 - HELD_OUT))
-        raise ValueError(
-            f"`query` must give each state head at least {total:,} queries to fit {what}, a quarter of them to be held "
-            f"out, got {num_queries:,}"
-        )
 
 
 def targets_of(
