@@ -53,7 +53,8 @@ def prompt_to_states(
             None for all. What is left out has nothing of the prompt afterwards.
         progress: show bars (tqdm).
         return_report: also a `ConversionReport` for each module.
-        options: of `prefix_to_state`: `num_rows` (128 if nothing else is said) or `error`, `keep`, `feature_map`, ...
+        options: of `prefix_to_state`: `num_rows` (128 if nothing else is said), `error` or `budget`, `keep`,
+            `feature_map`, ... By `error` and `budget` each module may get another size or make.
 
     Returns:
         States, and reports, by the names of the modules; of those only that tokens reach (not of an encoder of images).
