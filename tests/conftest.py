@@ -11,6 +11,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from ntk_kernels import dispatch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    # As on GPUs, where the smaller and the larger of NaN and a number are the number, unless propagate_nan is asked for.
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -1,7 +1,10 @@
 """Accuracy judged against float64: ours may err twice as much as the plain formula in float32 (the largest entry three
 times), plus one eps of the dtype (half precisions are thus allowed the rounding of their result, and little more)."""
 
+import math
+
 import torch
+from cases import make_state
 
 from ntk_kernels import PrefixState, ntk_attention, reference
 from ntk_kernels.attention import state_arguments
@@ -121,3 +124,49 @@ def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False, d
     assert ours["out"].dtype == dtype
     for name in ours:
         assert_as_accurate(name, ours[name], eager[name], exact[name], dtype, lse_size=lse_size, **tolerance)
+
+
+NAN_STATES = {
+    "elu": {"centers": 1, "log_scale": True},
+    "elu and rows": {"rows": 2},
+    "taylor1": {"feature_map": "taylor1", "centers": 2, "log_scale": True, "mass": "mixed"},
+    "taylor1, one centre": {"feature_map": "taylor1", "centers": 1, "log_scale": True, "mass": "mixed"},
+    "taylor2": {"feature_map": "taylor2", "centers": 1, "log_scale": True},
+}
+
+
+def check_nan(recipe, seq_k, backend, device="cpu", head_dim=8, dtype=torch.float32):
+    """NaN in a query, a mask or a state is neither hidden, where the reference has it, nor spread to other heads."""
+
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        state = make_state(generator, head_dim=head_dim, value_dim=head_dim, heads=2, **recipe)
+        query = torch.randn(2, 4, 21, head_dim, generator=generator).to(dtype)
+        key, value = torch.randn(2, 2, 2, seq_k, head_dim, generator=generator).to(dtype).unbind()
+        mask = torch.zeros(21, seq_k, dtype=dtype)
+        return {"query": query, "key": key, "value": value, "attn_mask": mask}, state.tensors(), state
+
+    for name in ("query", "attn_mask", *inputs()[1]):
+        tensors, of_state, state = inputs()
+        if name in ("query", "attn_mask"):
+            if tensors[name].numel() == 0:
+                continue
+            tensors[name][..., 3, 1] = math.nan
+        else:
+            of_state[name][1].view(-1)[0] = math.nan
+            del tensors["attn_mask"]
+        state = PrefixState(**of_state, feature_map=state.feature_map)
+        ours = ntk_attention(
+            *(tensor.to(device) for tensor in list(tensors.values())[:3]), state.to(device), return_lse=True,
+            attn_mask=tensors["attn_mask"].to(device) if name == "attn_mask" else None, backend=backend,
+        )  # fmt: skip
+        exact = reference.ntk_attention(
+            *(tensor.double() for tensor in list(tensors.values())[:3]), state.to(torch.float64), return_lse=True,
+            attn_mask=tensors["attn_mask"].double() if name == "attn_mask" else None,
+        )  # fmt: skip
+        assert exact[0].isnan().any(), name
+        for result, expected in zip(ours, exact, strict=True):
+            result = result.cpu()
+            assert not (expected.isnan() & ~result.isnan()).any(), f"NaN in {name} is hidden"
+            unspoilt = result[:, :, :3] if name in ("query", "attn_mask") else result[:, :2]
+            assert not unspoilt.isnan().any(), f"NaN in {name} is spread"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
 from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
-from oracle import check_case, run
+from oracle import NAN_STATES, check_case, check_nan, run
 from test_calibration import STATES as FITTED
 from test_calibration import Sample
 from test_sums import a_prefix, by_op, results
@@ -285,6 +285,22 @@ def test_sums_over_more_elements_than_int32_counts(centers):
         if ours[name].shape == keys.shape:  # in the end: offsets beyond int32
             ours[name], expected[name] = (found[name][:, -512:].double() for found in (ours, expected))
         assert (ours[name] - expected[name]).norm() < 1e-2 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("seq_k", [0, 21])
+@pytest.mark.parametrize("recipe", NAN_STATES.values(), ids=NAN_STATES)
+def test_nan_is_not_hidden(recipe, seq_k, dtype, backend):
+    check_nan(recipe, seq_k, backend, device="cuda", head_dim=64, dtype=dtype)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_a_key_that_is_no_number_is_refused(feature_map):
+    keys, values = torch.randn(2, 3, 500, 64, device="cuda", dtype=BF16).unbind()
+    keys[1, 7, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"`prefix_key` must be finite, got .* at index \[1, 7\]"):
+        prefix_to_state(keys, values, feature_map, centers=None)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import CASES, make_inputs, make_state
-from oracle import run
+from oracle import NAN_STATES, check_nan, run
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
 
@@ -199,6 +199,13 @@ def test_nan_stays_in_its_row(backend):
     assert torch.equal(out.isnan().all(-1), bad)
     assert torch.equal(out.isnan().any(-1), bad)
     assert torch.equal(lse.isnan(), bad)
+
+
+@all_backends
+@pytest.mark.parametrize("seq_k", [0, 21])
+@pytest.mark.parametrize("recipe", NAN_STATES.values(), ids=NAN_STATES)
+def test_nan_is_not_hidden(recipe, seq_k, backend):
+    check_nan(recipe, seq_k, backend)
 
 
 @all_backends

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BF16, CAUSAL, F32, HALF, TAYLOR1, TAYLOR2, Case, make_inputs
-from oracle import check_case
+from oracle import NAN_STATES, check_case, check_nan
 
 from ntk_kernels import PrefixState, ntk_attention
 from ntk_kernels.backends import torch as torch_backend
@@ -52,6 +52,13 @@ def test_against_the_reference(case, tile, launched, monkeypatch):
     assert "_prefix_pass_kernel" in launched
     assert ("_prefix_pass_backward_kernel" in launched) == one_state
     assert ("_ntk_bwd_dq_kernel" in launched) != one_state
+
+
+@pytest.mark.parametrize("seq_k", [0, 21])
+@pytest.mark.parametrize("recipe", [NAN_STATES["elu"], NAN_STATES["taylor1, one centre"]], ids=["elu", "taylor1"])
+def test_nan_is_not_hidden(recipe, seq_k, launched):
+    check_nan(recipe, seq_k, "torch")
+    assert "_prefix_pass_kernel" in launched
 
 
 def test_each_gradient_alone_is_what_it_is_among_all(launched):

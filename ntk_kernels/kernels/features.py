@@ -88,7 +88,8 @@ def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexp
 @triton.jit
 def elu_of(x):
     """elu(x) + 1, without cancellation for x < 0."""
-    return tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * _LOG2_E))
+    negative = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else 0 for NaN
+    return tl.where(x > 0, x + 1.0, tl.exp2(negative * _LOG2_E))
 
 
 @triton.jit

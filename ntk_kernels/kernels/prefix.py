@@ -123,7 +123,7 @@ def start_from_prefix(
         logit = center_logit(q_rows, row_mask, state, center, scale, HEAD_DIM, BLOCK_M, CHUNK)
         if FEATURE_MAP == "elu":  # has one centre
             m_i = logit
-            weight = tl.full([BLOCK_M], 1.0, tl.float32)
+            weight = tl.where(logit == logit, 1.0, logit)  # NaN stays
         else:
             mass = taylor_mass(
                 q_rows, row_mask, state.k + center * NUM_FEATURES, feature_scale, FEATURE_MAP, HEAD_DIM, BLOCK_M,
@@ -131,7 +131,7 @@ def start_from_prefix(
             )  # fmt: skip
             left_out = left_out | ((mass == 0) & (logit != -float("inf")))
             logit = tl.where(mass == 0, -float("inf"), logit)
-            m_new = tl.maximum(m_i, logit)
+            m_new = tl.maximum(m_i, logit, propagate_nan=tl.PropagateNan.ALL)
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)
             alpha = tl.exp2(m_i - shift)
             weight = tl.exp2(logit - shift)

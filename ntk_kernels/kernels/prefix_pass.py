@@ -94,7 +94,7 @@ def _prefix_pass_kernel(
         )
         numerator = dot(rounded_to(phi, z.dtype), z, None, PREFIX_PRECISION) + z_0[None, :]
 
-        massless = (mass < _SMALLEST_MASS) | (logit == -float("inf"))
+        massless = ((mass < _SMALLEST_MASS) & (logit == logit)) | (logit == -float("inf"))  # NaN stays
         m_i = tl.where(massless, -float("inf"), logit)
         m_new = tl.maximum(m_i, lse, propagate_nan=tl.PropagateNan.ALL)
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)

@@ -145,5 +145,6 @@ def masked(s, rows, keys, mask_ptr, stride_mask, seq_q, start, stop, lower, uppe
             bias = bias.to(tl.float32)
             visible = visible & (bias != -float("inf"))
             # finfo.min, which some use for -inf, times log2(e) would be -inf
-            s += tl.minimum(tl.maximum(bias, -_LARGEST_BIAS), _LARGEST_BIAS) * _LOG2_E
+            bias = tl.maximum(bias, -_LARGEST_BIAS, propagate_nan=tl.PropagateNan.ALL)
+            s += tl.minimum(bias, _LARGEST_BIAS, propagate_nan=tl.PropagateNan.ALL) * _LOG2_E
     return s, visible
