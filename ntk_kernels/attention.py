@@ -71,6 +71,7 @@ def ntk_attention(
 
     Source: arXiv 2406.14036, Algorithm 2; `ntk_kernels.reference.ntk_attention` is this definition as code.
     """
+    query, key, value = autocast(query, key, value)
     checks.check_qkv(query, key, value)
     checks.check_bool("return_lse", return_lse)
     scale = check_options(query, state, scale, is_causal, window, softcap)
@@ -85,7 +86,6 @@ def ntk_attention(
             checks.check_sequence_tensor(name, tensor, query.shape[0], "B", query)
     check_state(state, query, key, value, state_index, query.shape[0])
 
-    query, key, value = autocast(query, key, value)
     left, right = window or (-1, -1)
     offset = key.shape[2] - query.shape[2] if causal_offset is None else causal_offset
     is_square = (
@@ -158,13 +158,18 @@ def check_state(state, query: Tensor, key: Tensor, value: Tensor, state_index: T
         raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}{hint}")
 
 
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as an op that autocast knows would take them."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as an op that autocast knows would take them, before they are checked."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-    return [tensor.to(dtype) for tensor in tensors]
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
 
 
 def feature_scale_of(state: PrefixState | None, scale: float) -> float:

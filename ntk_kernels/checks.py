@@ -42,12 +42,12 @@ def check_shape(name: str, tensor: Tensor, expected: tuple, names: str) -> None:
 
 def check_bool(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a bool, got {_type_of(value)}")
 
 
 def check_int(name: str, value, *, minimum: int = -(2**62), maximum: int = 2**62) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be an int, got {_type_of(value)}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
     if value > maximum:
@@ -64,8 +64,16 @@ def check_finite(name: str, value, *, positive: bool = False) -> None:
 
 
 def check_one_of(name: str, value, allowed: tuple) -> None:
+    if not (value is None or isinstance(value, str)):
+        raise TypeError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {_type_of(value)}")
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _type_of(value) -> str:
+    """numpy.int64 is not torch.int64, and numpy.bool no bool."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ in ("builtins", "torch") else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, suffix: str = "", *, paged: bool = False) -> None:

@@ -1,6 +1,7 @@
 """From a real prefix, or the keys and values of a cache, to a `PrefixState`."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def prefix_to_state(
         keep: further rows of the prefix that the state keeps exactly, those with the largest attention from `query`
             (attention sinks); the rest of the prefix is converted.
         error: instead of `num_rows`: the relative error, mean over the heads on held-out queries, that is wanted. The
-            state is the smallest of 8, 16, 32, ... rows that reaches it, at worst the prefix itself.
+            state is the smallest of 8, 16, 32, ... rows that reaches it, as far as there are queries enough to fit so
+            many; otherwise the prefix itself, with a warning if there were too few.
         budget: instead of `feature_map`, `centers`, `num_rows` and `keep`: rows C·r + R + keep that a head may have. Up
             to seven states of that size are fitted: rows, rows of which a quarter is kept, and rows beside features of
             each map that fits in, also around several centres. The one with the least error, mean over the heads on
@@ -72,8 +74,8 @@ def prefix_to_state(
         query: [B, Hq, L, D], calibration queries, Hq a multiple of Hs; of text that is like what the state is for. The
             last quarter (of the batch rows, or of the tokens) is held out: the fit does not see it, the report does.
         attention: (out [B, Hq, L, Dv], lse [B, Hq, L]) of these queries over their own input, as
-            `ntk_attention(query, key, value, is_causal=True, return_lse=True)` gives them. Without it the queries see
-            the prefix and nothing else.
+            `ntk_attention(query, key, value, is_causal=True, return_lse=True)` gives them. An infinite lse marks a
+            query that saw nothing, as in `merge_attention`. Without it the queries see the prefix and nothing else.
         method: "closed_form"; "gradient", the default with queries: descent through the attention itself, which moves
             keys and centres too; "least_squares": the best Z, k, weights and values for keys and centres as they are.
         scale: the factor on Q·Kᵀ of the attention that the state is for; default 1/sqrt(D).
@@ -105,6 +107,8 @@ def prefix_to_state(
     if isinstance(centers, Tensor):
         _check_given_centers(centers, prefix_key, feature_map)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
+    if attention is not None:
+        attention = _of_rows_that_see(*attention)
     if query is not None or num_rows:  # what these do with the rows reads them anyway
         checks.check_finite_rows("prefix_key", prefix_key)
         checks.check_finite_rows("prefix_value", prefix_value)
@@ -116,13 +120,19 @@ def prefix_to_state(
         if query is not None and num_keys > 0:
             if error is not None:
                 num_queries = query.numel() // (prefix_key.shape[0] * head_dim)
-                layouts = layouts_for_error(keep, num_keys, num_queries, head_dim, prefix_value.shape[2])
+                layouts, left_out = layouts_for_error(keep, num_keys, num_queries, head_dim, prefix_value.shape[2])
             elif budget is not None:
                 layouts = layouts_for_budget(budget, num_keys, head_dim)
             else:
                 layouts = [Layout(feature_map, centers, num_rows, keep)]
             with torch.inference_mode(False), torch.set_grad_enabled(keeps_graph):  # a descent needs gradients
                 state, report = fit(prefix_key, prefix_value, query, attention, closed_form, layouts, method, error)
+            if error is not None and left_out and report.kept_rows == num_keys:
+                warnings.warn(
+                    f"prefix_to_state: fewer rows do not reach an error of {error:g}, and {num_queries:,} queries of a "
+                    f"state head are too few to fit {left_out[0].num_rows:,}: the state is the prefix itself",
+                    stacklevel=2,
+                )
         elif feature_map is None and num_keys > num_rows:
             state, report = closed_form.rows(prefix_key, prefix_value, num_rows).state(), None
         elif feature_map is None and num_keys > 0:
@@ -160,7 +170,7 @@ def settle(
     if feature_scale is not None:
         checks.check_finite("feature_scale", feature_scale, positive=True)
     checks.check_int("seed", seed, minimum=0, maximum=2**32 - 1)
-    _check_error(error, feature_map, num_rows, has_query, method)
+    _check_error(error, feature_map, centers, num_rows, has_query, method)
     _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query, method)
     if feature_map is None and num_rows is None:
         feature_map, num_rows = (None, _NUM_ROWS) if has_query else ("taylor1", 0)
@@ -172,6 +182,8 @@ def settle(
 def _check_prefix(prefix_key, prefix_value) -> None:
     checks.check_floating("prefix_key", prefix_key)
     checks.check_floating("prefix_value", prefix_value)
+    if prefix_key.device.type == "meta":
+        raise ValueError("`prefix_key` must have values, got a tensor on the device 'meta'")
     if prefix_key.dim() not in (3, 4) or 0 in (*prefix_key.shape[:-2], prefix_key.shape[-1]):
         raise ValueError(f"`prefix_key` must have shape [Hs, m, D] or [N, Hs, m, D], got {list(prefix_key.shape)}")
     letters = "N Hs m Dv" if prefix_key.dim() == 4 else "Hs m Dv"
@@ -231,7 +243,7 @@ def _check_given_centers(centers: Tensor, prefix_key: Tensor, feature_map) -> No
         checks.check_finite_rows("centers", centers)
 
 
-def _check_error(error, feature_map, num_rows, has_query, method) -> None:
+def _check_error(error, feature_map, centers, num_rows, has_query, method) -> None:
     if error is None:
         return
     checks.check_finite("error", error, positive=True)
@@ -240,9 +252,12 @@ def _check_error(error, feature_map, num_rows, has_query, method) -> None:
     if not has_query or method != "gradient":
         missing = "`query`, got None" if not has_query else f"method='gradient', got {method!r}"
         raise ValueError(f"`error` must come with {missing}")
-    for name, value in (("feature_map", feature_map), ("num_rows", num_rows)):
-        if value is not None:
-            raise ValueError(f"`{name}` must be None with `error`, which finds the number of rows, got {value!r}")
+    _check_defaults(
+        "`error`, which finds the number of rows",
+        ("feature_map", feature_map, None),
+        ("centers", centers, "mean"),
+        ("num_rows", num_rows, None),
+    )
 
 
 def _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query, method) -> None:
@@ -253,17 +268,21 @@ def _check_budget(budget, feature_map, centers, num_rows, keep, error, has_query
         raise ValueError("`budget` must come with `query`, got None")
     if method == "closed_form":
         raise ValueError(f"`method` must be 'gradient' or 'least_squares' with `budget`, got {method!r}")
-    for name, value, default in (
+    _check_defaults(
+        "`budget`, which finds what the state is made of",
         ("feature_map", feature_map, None),
         ("centers", centers, "mean"),
         ("num_rows", num_rows, None),
         ("keep", keep, 0),
         ("error", error, None),
-    ):
+    )
+
+
+def _check_defaults(beside: str, *options: tuple) -> None:
+    """Options (name, value, default) that must not be given `beside` another."""
+    for name, value, default in options:
         if not (type(value) is type(default) and value == default):
-            raise ValueError(
-                f"`{name}` must be {default!r} with `budget`, which finds what the state is made of, got {value!r}"
-            )
+            raise ValueError(f"`{name}` must be {default!r} with {beside}, got {value!r}")
 
 
 def _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report) -> None:
@@ -303,3 +322,12 @@ def _check_calibration(prefix_key, prefix_value, query, attention, method, keep,
         checks.check_shape(name, tensor, shape, letters)
         if tensor.device != query.device:
             raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+    out, lse = _of_rows_that_see(*attention)
+    checks.check_finite_rows("attention[0]", out)
+    checks.check_finite_rows("attention[1]", lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+
+
+def _of_rows_that_see(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """An infinite lse marks a query that saw nothing; its out may be anything."""
+    nothing = lse.isinf()
+    return out.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)

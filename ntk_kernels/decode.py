@@ -71,6 +71,7 @@ def ntk_attention_decode(
         NotImplementedError: the backend asked for by name cannot serve the call.
     """
     paged = block_table is not None
+    query, key_cache, value_cache = autocast(query, key_cache, value_cache)
     checks.check_qkv(query, key_cache, value_cache, "_cache", paged=paged)
     checks.check_bool("return_lse", return_lse)
     scale = check_options(query, state, scale, is_causal, window, softcap)
@@ -86,7 +87,6 @@ def ntk_attention_decode(
         _check_pages(query, key_cache, cache_seqlens, block_table)
     check_state(state, query, key_cache, value_cache, state_index, batch)
 
-    query, key_cache, value_cache = autocast(query, key_cache, value_cache)
     backend = choose_backend(backend, query, key_cache, value_cache, state, None, softcap)
     if backend == "reference":
         if not torch.compiler.is_compiling():

@@ -118,7 +118,7 @@ class NTKPrefix(nn.Module):
             self.raw_k = parameter(*mid, r)
             self.log_scale = parameter(*mid) if log_scale else None
             share = init_mass / (r if feature_map == "elu" else math.prod(mid))
-            start = _inverse(torch.tensor(share, dtype=torch.float64), positive).item()
+            start = _inverse(torch.tensor(share, dtype=torch.float64, device="cpu"), positive).item()
             with torch.no_grad():
                 (self.raw_k if feature_map == "elu" else self.raw_k[..., 0]).fill_(start)
         self.keys = self.values = self.bias = None

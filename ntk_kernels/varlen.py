@@ -50,6 +50,7 @@ def ntk_attention_varlen(
             on the CPU; on a GPU only with NTK_KERNELS_CHECK=1 in the environment, since it then has to be waited for.
         NotImplementedError: the backend asked for by name cannot serve the call.
     """
+    query, key, value = autocast(query, key, value)
     for name, tensor, letters in (
         ("query", query, "total_q Hq D"),
         ("key", key, "total_k Hkv D"),
@@ -70,7 +71,6 @@ def ntk_attention_varlen(
     checks.check_int("max_seqlen_k", max_seqlen_k, minimum=0)
     check_state(state, query, key, value, state_index, cu_seqlens_q.shape[0] - 1)
 
-    query, key, value = autocast(query, key, value)
     backend = choose_backend(backend, query, key, value, state, None, softcap)
     if backend == "reference":
         if not torch.compiler.is_compiling():

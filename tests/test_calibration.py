@@ -126,9 +126,7 @@ def test_a_descent_that_finds_nothing_better_leaves_the_closed_form(monkeypatch)
 def test_a_head_of_nan_does_not_spoil_the_others():
     sample = Sample()
     expected, _ = sample.convert(num_rows=8)
-    out, lse = sample.attention
-    sample.attention = out.clone(), lse.clone()
-    sample.attention[0][:, 2:] = math.nan  # the query heads of the second state head
+    sample.prefix_value[1] *= 1e200  # its squares are infinite
     state, report = sample.convert(num_rows=8)
     assert report.error.isnan().tolist() == [False, True]
     torch.testing.assert_close(state.values[0], expected.values[0])
@@ -252,21 +250,29 @@ def test_a_budget_goes_to_what_the_prefix_is_like():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("healthy", [1, 0])
-def test_searches_go_by_the_heads_that_are_numbers(healthy, monkeypatch):
+def test_searches_go_by_the_heads_that_are_numbers(monkeypatch):
     monkeypatch.setattr(gradient, "_STEPS", 50)
     sample = Sample(rows=40)
-    out = sample.attention[0].clone()
-    out[:, 2 * healthy :] = math.nan
-    state, report = sample.convert(error=1e-9, attention=(out, sample.attention[1]))
+    sample.prefix_value[1] *= 1e200  # the squares of its errors are infinite
+    state, report = sample.convert(error=1e-9)
     assert state.num_rows == report.kept_rows == 40
-    assert report.error.isnan().tolist() == [not healthy, True]
-    _, report = sample.convert(budget=20, attention=(out, sample.attention[1]))
-    if healthy:
-        assert report.error[0] == pytest.approx(min(report.tried.values()))
-        assert report.error[0] == report.error.nanmean()
-    else:
-        assert all(math.isnan(error) for error in report.tried.values())
+    _, report = sample.convert(budget=20)
+    assert report.error[1].isnan()
+    assert report.error[0] == pytest.approx(min(report.tried.values()))
+    assert len(set(report.tried.values())) == 5
+
+
+def test_an_infinite_lse_marks_a_query_that_saw_nothing():
+    """Whatever stands beside it, in the conventions of FlashAttention and of math attention."""
+    sample = Sample()
+    out, lse = (tensor.clone() for tensor in sample.attention)
+    out[:, :, :3], lse[:, :, :3] = 0, -math.inf
+    expected, expected_report = sample.convert(num_rows=8, attention=(out, lse))
+    for content, mark in ((math.nan, -math.inf), (0.0, math.inf), (math.inf, math.inf)):
+        out[:, :, :3], lse[:, :, :3] = content, mark
+        state, report = sample.convert(num_rows=8, attention=(out, lse))
+        assert torch.equal(report.error, expected_report.error)
+        assert torch.equal(state.values, expected.values)
 
 
 def test_a_budget_for_all_rows():
@@ -462,6 +468,9 @@ def refused():
         "error in percent": ({"error": 5.0}, "`error` must be less than 1, the error of giving 0, got 5.0"),
         "error without queries": ({"error": 0.1, "query": None, "attention": None, "return_report": False}, "`error` must come with `query`, got None"),
         "error of a method": ({"error": 0.1, "method": "least_squares"}, "`error` must come with method='gradient', got 'least_squares'"),
+        "NaN of the input": ({"attention": (attention[0].clone().index_fill_(2, torch.tensor(5), math.nan), attention[1])}, "`attention[0]` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
+        "lse of NaN": ({"attention": (attention[0], attention[1].clone().index_fill_(2, torch.tensor(5), math.nan))}, "`attention[1]` must be finite, got [nan]... at index [0, 0, 5]"),
+        "error and centres": ({"error": 0.1, "centers": 3}, "`centers` must be 'mean' with `error`, which finds the number of rows, got 3"),
         "error and rows": ({"error": 0.1, "num_rows": 3}, "`num_rows` must be None with `error`, which finds the number of rows, got 3"),
         "error of features": ({"error": 0.1, "feature_map": "elu"}, "`feature_map` must be None with `error`, which finds the number of rows, got 'elu'"),
         "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
@@ -575,6 +584,7 @@ def test_an_error_is_found_in_short_prefixes_too(monkeypatch):
     assert (state.num_rows, report.kept_rows) == (100, 100)
 
 
+@pytest.mark.filterwarnings("ignore:prefix_to_state")
 def test_an_error_that_more_queries_would_reach(monkeypatch):
     """Sizes that cannot be fitted to so few are left out: after them comes the prefix itself."""
     monkeypatch.setattr(gradient, "_STEPS", 50)
@@ -584,7 +594,10 @@ def test_an_error_that_more_queries_would_reach(monkeypatch):
     with pytest.raises(ValueError, match="`query` must give each state head at least"):
         sample.convert(num_rows=64)
     # 60 tokens of two heads, 90 of the queries fitted: 8 * 15 / 6 = 20 are enough for 8 rows, as are 80 for 32.
-    _, report = sample.convert(error=1e-9)
+    with pytest.warns(
+        UserWarning, match=r"120 queries of a state head are too few to fit 64: the state is the prefix its"
+    ):
+        _, report = sample.convert(error=1e-9)
     assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]
     _, report = Sample(batch=1, length=53).convert(error=1e-9)  # 106, 80 of them fitted
     assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]

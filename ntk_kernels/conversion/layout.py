@@ -72,15 +72,16 @@ class Layout(NamedTuple):
         return " + ".join(parts)
 
 
-def layouts_for_error(keep: int, num_keys: int, num_queries: int, head_dim: int, value_dim: int) -> list[Layout]:
-    """8, 16, 32, ... rows beside those kept, as far as there are queries enough to fit them, then the prefix itself."""
-    rows = [Layout(None, "mean", _FEWEST_ROWS << i, keep) for i in range(num_keys.bit_length())]
-    enough = [
-        layout for layout in rows
-        if layout.num_rows + keep < num_keys
-        and layout.needed_queries("gradient", head_dim, value_dim) <= num_fitted(num_queries)
-    ]  # fmt: skip
-    return [*enough, Layout(None, "mean", 0, num_keys)]
+def layouts_for_error(keep: int, num_keys: int, num_queries: int, head_dim: int, value_dim: int):
+    """8, 16, 32, ... rows beside those kept, then the prefix itself; and those there are too few queries to fit."""
+    layouts, left_out = [], []
+    num_rows = _FEWEST_ROWS
+    while num_rows + keep < num_keys:
+        layout = Layout(None, "mean", num_rows, keep)
+        enough = layout.needed_queries("gradient", head_dim, value_dim) <= num_fitted(num_queries)
+        (layouts if enough else left_out).append(layout)
+        num_rows *= 2
+    return [*layouts, Layout(None, "mean", 0, num_keys)], left_out
 
 
 def layouts_for_budget(budget: int, num_keys: int, head_dim: int) -> list[Layout]:

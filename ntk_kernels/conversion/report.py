@@ -59,7 +59,7 @@ class ConversionReport:
             f"share of the attention that the prefix has: mean {self.prefix_share.mean():.2f}",
             f"{self.rows_per_head:,} rows a head ({self.kept_rows} of the prefix kept exactly), "
             f"{self.state_bytes / 2**10:,.0f} KiB instead of {self.prefix_bytes / 2**10:,.0f} KiB",
-            f"cheaper than an exact prefix from about {self.break_even:,.0f} rows on",
+            f"as much arithmetic as an exact prefix of about {self.break_even:,.0f} rows",
         ]
         if len(self.tried) > 1:
             lines.append("tried: " + ", ".join(f"{made_of}: {error:.3f}" for made_of, error in self.tried.items()))

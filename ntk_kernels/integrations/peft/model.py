@@ -293,7 +293,10 @@ def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
     if isinstance(wanted, str):
         names = [name for name in found if re.fullmatch(wanted, name)]
         if not names:
-            raise ValueError(f"`target_modules` must match a name of {some(found)}, got {wanted!r}")
+            raise ValueError(
+                f"`target_modules` must be a regular expression for the whole of a name of {some(found)}, or a list of "
+                f"their ends, got {wanted!r}"
+            )
     elif wanted is not None:
         for end in wanted:
             if not any(f".{name}".endswith(f".{end}") for name in found):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ...attention import autocast, ntk_attention
+from ...attention import ntk_attention
 from ...decode import ntk_attention_decode
 from ...state import PrefixState
 from .observer import Observer
@@ -49,8 +49,6 @@ def ntk_attention_forward(
         out [B, Lq, Hq, Dv], and None for the attention weights. A row that sees nothing gives 0.
     """
     _check_call(module, dropout, kwargs)
-    # Under autocast a rotation leaves query and key in float32, and value in half precision.
-    query, key, value = autocast(query, key, value)
     if query.shape[0] != key.shape[0]:  # learned queries, which all rows share
         query = query.expand(key.shape[0], -1, -1, -1)
     seq_q, head_dim = query.shape[2], query.shape[3]

@@ -135,6 +135,11 @@ class _Reader:
         self._let("replay")
         got = self._forward(text, self.text_position)[0][0].float()
         self._let("none")
+        if not expected.isfinite().all():
+            raise ValueError(
+                f"`model` must give finite hidden states, got {type(self.model).__name__} in {self.model.dtype}, which "
+                "after the prompt gives others for the first text"
+            )
         off = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
         if not off <= torch.finfo(self.model.dtype).eps ** 0.5:
             length = len(self.prompt)
