@@ -64,10 +64,10 @@ def check_finite(name: str, value, *, positive: bool = False) -> None:
 
 
 def check_one_of(name: str, value, allowed: tuple) -> None:
-    if not (value is None or isinstance(value, str)):
-        raise TypeError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {_type_of(value)}")
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    comparable = type(value) in map(type, allowed)
+    if not comparable or value not in allowed:
+        got = repr(value) if comparable else _type_of(value)
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {got}")
 
 
 def _type_of(value) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -94,3 +95,14 @@ def test_values_on_other_devices_are_read_only_on_demand(monkeypatch):
     assert checks.readable(torch.zeros(2)) and not checks.readable(None) and not checks.readable(elsewhere)
     monkeypatch.setenv("NTK_KERNELS_CHECK", "1")
     assert checks.readable(elsewhere)
+
+
+def test_what_was_got_is_short_and_unmistakable():
+    for check, value, got in (
+        (lambda x: checks.check_one_of("name", x, ("a", None)), torch.zeros(3, 3), "Tensor"),
+        (lambda x: checks.check_one_of("name", x, ("a", None)), "b", "'b'"),
+        (lambda x: checks.check_bool("name", x), numpy.bool_(True), r"numpy\.bool_?"),
+        (lambda x: checks.check_int("name", x), numpy.int64(3), r"numpy\.int64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"^`name` must be .*, got {got}$"):
+            check(value)

@@ -288,8 +288,9 @@ def test_autocast(backend):
     query, cache = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 40, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = ntk_attention_decode(query, cache, cache, backend=backend)
+        mixed = ntk_attention_decode(query, cache.bfloat16(), cache.bfloat16(), backend=backend)
     expected = ntk_attention_decode(query.bfloat16(), cache.bfloat16(), cache.bfloat16(), backend=backend)
-    assert out.dtype == BF16 and torch.equal(out, expected)
+    assert out.dtype == BF16 and torch.equal(out, expected) and torch.equal(mixed, expected)
 
 
 def test_number_of_splits():

@@ -277,9 +277,10 @@ def test_autocast_casts_the_model_and_not_the_state(backend):
     state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ntk_attention(query, key, value, state, backend=backend)
+        mixed = ntk_attention(query, key, value.bfloat16(), state, backend=backend)  # as a rotation leaves them
     expected = ntk_attention(*(tensor.bfloat16() for tensor in (query, key, value)), state, backend=backend)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, expected)
+    assert torch.equal(out, expected) and torch.equal(mixed, expected)
     assert torch.autograd.grad(out.float().sum(), state.z)[0].dtype == torch.float32
 
 

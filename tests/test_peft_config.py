@@ -117,7 +117,10 @@ def test_configurations_that_are_refused(options, error, message):
 
 FITS = [
     ({"target_modules": ["q_proj"]}, "`target_modules` must be names of `model.layers.0.self_attn`, .*, got 'q_proj'"),
-    ({"target_modules": "all-linear"}, "`target_modules` must match a name of .*, got 'all-linear'"),
+    (
+        {"target_modules": "all-linear"},
+        "`target_modules` must be a regular expression for the whole of a name of .*, got 'all-linear'",
+    ),
     ({"layers_to_transform": 2}, r"`layers_to_transform` must be of the layers \[0, 1\] of .*, got 2"),
     (
         {"shapes": {"model.layers.5.self_attn": [2, 8, 8]}},
