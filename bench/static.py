@@ -54,6 +54,7 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "decode", 64): 8,
     ("3.6", "sm90", "decode", 256): 8,
     ("3.6", "sm100", "sums_backward keys", 256): 24,  # taylor2
+    ("3.7", "sm90", "decode", 256): 8,  # elu
     ("3.7", "sm90", "forward without keys", 128): 32,  # taylor2
     ("3.7", "sm90", "forward without keys", 256): 8,  # taylor2
     ("3.7", "sm90", "prefix_pass_backward", 128): 8,  # taylor1

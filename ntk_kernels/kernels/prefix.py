@@ -123,7 +123,7 @@ def start_from_prefix(
         logit = center_logit(q_rows, row_mask, state, center, scale, HEAD_DIM, BLOCK_M, CHUNK)
         if FEATURE_MAP == "elu":  # has one centre
             m_i = logit
-            weight = tl.where(logit == logit, 1.0, logit)  # NaN stays
+            weight = tl.full([BLOCK_M], 1.0, tl.float32)
         else:
             mass = taylor_mass(
                 q_rows, row_mask, state.k + center * NUM_FEATURES, feature_scale, FEATURE_MAP, HEAD_DIM, BLOCK_M,
@@ -142,6 +142,7 @@ def start_from_prefix(
             acc, l_i, weight, q_rows, row_mask, state, center, feature_scale, FEATURE_MAP, NUM_FEATURES, HEAD_DIM,
             VALUE_DIM, RANK, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_RANK, CHUNK, PRECISION, OPERAND, STAGES,
         )  # fmt: skip
+    l_i = tl.where(m_i == m_i, l_i, m_i)  # NaN stays
     massless = (l_i < _SMALLEST_MASS) | (m_i == -float("inf"))
     left_out = left_out | (massless & (m_i != -float("inf")))
     acc = tl.where(massless[:, None], 0.0, acc)
