@@ -239,7 +239,7 @@ def _check_given_centers(centers: Tensor, prefix_key: Tensor, feature_map) -> No
         raise ValueError(
             f"`centers` must hold one centre, or several with 'taylor1', got {centers.shape[-2]} with {feature_map!r}"
         )
-    if checks.readable(centers):
+    if not torch.compiler.is_compiling() and checks.readable(centers):
         checks.check_finite_rows("centers", centers)
 
 

@@ -265,15 +265,17 @@ def test_double_backward_is_refused(backend):
 
 @all_backends
 @all_maps
-def test_conversion_compiles_without_graph_breaks(feature_map, backend, monkeypatch):
+@pytest.mark.parametrize("centers", ["mean", "given"])
+def test_conversion_compiles_without_graph_breaks(centers, feature_map, backend, monkeypatch):
     monkeypatch.setenv("NTK_KERNELS_BACKEND", backend)
     torch._dynamo.reset()
 
     def loss(keys, values):
-        state = prefix_to_state(2 * keys, values, feature_map, centers="mean")
+        state = prefix_to_state(2 * keys, values, feature_map, centers=around)
         return state.z.sin().sum() + state.k.sin().sum() + state.log_scale.sum()
 
     keys, values, _, _ = a_prefix()
+    around = "mean" if centers == "mean" else keys[:, :1].detach().clone()
     found = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = [tensor.clone().requires_grad_() for tensor in (keys, values)]
