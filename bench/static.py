@@ -82,7 +82,9 @@ class Shape:
         def meta(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        query, key, value, out, grad = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(5))
+        value_dim = self.value_dim()
+        query, key = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(2))
+        value, out, grad = (meta(batch, heads, length, value_dim, dtype=dtype) for _ in range(3))
         lse = meta(batch, heads, length)
         arguments = {"scale": dim**-0.5, "causal_offset": 0, "window_right": 0}
         centers = 16 if self.option == "centres" else 1
@@ -91,17 +93,18 @@ class Shape:
             r = feature_dim(self.feature_map, dim)
             arguments |= {"feature_map": self.feature_map, "k": meta(1, heads, centers, r, dtype=state)}
             if self.option == "low rank":
-                arguments |= {"z": meta(1, heads, 1, r, 64), "z_b": meta(1, heads, 1, 64, dim)}
+                arguments |= {"z": meta(1, heads, 1, r, 64), "z_b": meta(1, heads, 1, 64, value_dim)}
             else:
-                arguments["z"] = meta(1, heads, centers, r, dim, dtype=state)
+                arguments["z"] = meta(1, heads, centers, r, value_dim, dtype=state)
             if centers > 1 or self.option == "centre":
                 arguments |= {"centers": meta(1, heads, centers, dim), "log_scale": meta(1, heads, centers)}
         options = {
-            "rows": {"row_keys": meta(1, heads, 4, dim), "row_values": meta(1, heads, 4, dim),
+            "rows": {"row_keys": meta(1, heads, 4, dim), "row_values": meta(1, heads, 4, value_dim),
                      "row_bias": meta(1, heads, 4)},
             "state index": {"state_index": meta(batch, dtype=torch.int64)},
             "bool mask": {"attn_mask": meta(batch, 1, length, length, dtype=torch.bool)},
             "additive mask": {"attn_mask": meta(batch, 1, length, length, dtype=dtype)},
+            "float32 mask": {"attn_mask": meta(batch, 1, length, length)},
             "softcap": {"softcap": 30.0},
             "full": {"window_right": -1},
             "window": {"window_left": 1024},
@@ -148,6 +151,9 @@ class Shape:
             "rows": lambda: rows_launch(call, grad, terms, sums, 2, section, config),
         }[kernel]()
 
+    def value_dim(self) -> int:
+        return 256 if self.option == "wide values" else self.head_dim
+
     def _decode_launch(self, query, key, value, arguments, meta):
         """One token a batch row, four query heads a key/value head; "decode in splits": in four."""
         batch, heads, length, dim = query.shape
@@ -193,14 +199,16 @@ class Shape:
         return sums_launch(rows, sums, section, 0.5, self.config(), self.arch)
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:
-        return configs.candidates(*self._kind(), self.option in ("centres", "rows", "bool mask", "additive mask"))
+        masks = {"bool mask": 1, "additive mask": record.DTYPES[self.dtype].itemsize, "float32 mask": 4}
+        crowded = self.option in ("centres", "rows", *masks)
+        return configs.candidates(*self._kind(), crowded, masks.get(self.option, 0))
 
     def tuned(self) -> configs.TileConfig | None:
         return configs.tuned_tile(*self._kind())
 
     def _kind(self) -> tuple:
         feature_map = None if self.feature_map == "none" else self.feature_map
-        blocks = configs.blocks(self.arch, self.head_dim, self.head_dim)
+        blocks = configs.blocks(self.arch, self.head_dim, self.value_dim())
         return self.kernel.split()[0], self.arch, blocks, record.DTYPES[self.dtype], feature_map
 
     def config(self) -> configs.TileConfig:
@@ -209,7 +217,9 @@ class Shape:
 
 WITHOUT_KEYS = "without keys"  # the prefix, added to another attention
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
-OPTIONS = ("rows", "state index", "bool mask", "additive mask", "softcap", "full", "window", "key range", "packed")
+OPTIONS = (
+    "rows", "state index", "bool mask", "additive mask", "float32 mask", "softcap", "full", "window", "key range", "packed"
+)  # fmt: skip
 
 
 def shapes(archs, *, quick: bool = False) -> list[Shape]:

@@ -88,7 +88,8 @@ class PrefixAccumulator:
                     f"`centers` must hold one centre, or several with 'taylor1', got {num_centers} with {feature_map!r}"
                 )
         if centers is not None:
-            centers = centers.detach().to(device, torch.promote_types(centers.dtype, torch.float32))
+            dtype = torch.promote_types(centers.dtype, torch.float32)
+            centers = centers.detach().to(device, dtype, copy=True)  # the sums so far are around what they are now
         self._centers = centers
         features = feature_dim(feature_map, head_dim)
         sizes = ((features, value_dim), (features,), ())

@@ -122,6 +122,10 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
         raise TypeError(f"`attn_mask` must be bool (True = visible) or floating-point, got {attn_mask.dtype}")
+    if attn_mask.dtype == torch.float64 != query.dtype:
+        raise TypeError(
+            f"`attn_mask` must be bool, float32 or narrower, as `query` is {query.dtype}, got torch.float64"
+        )
     if attn_mask.device != query.device:
         raise ValueError(f"`attn_mask` must be on the device of `query`, {query.device}, got {attn_mask.device}")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])

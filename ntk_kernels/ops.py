@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import checks
@@ -76,7 +77,7 @@ def _call(op, function, inputs):
         return op(*inputs)
     # What the op's autograd kernel would do, without the way through the dispatcher. (torch.func wants to see the
     # autograd.Function itself, not an op with one behind it.)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or _in_forward_mode():
         return function.apply(*inputs)
     if _needs_grad(inputs):
         return _WITH_CTX.get(function, function).apply(*inputs)
@@ -92,7 +93,31 @@ def _needs_grad(inputs) -> bool:
     return False
 
 
+def _in_forward_mode() -> bool:
+    """Whether inputs may have tangents, which only an autograd.Function sees."""
+    return forward_ad._current_level >= 0
+
+
 # Autograd --------------------------------------------------------------------------------------------------------
+
+
+def _refusal(message: str):
+    """A derivative that does not exist, of an autograd.Function."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(message)
+
+    return staticmethod(refuse)
+
+
+_NO_FORWARD_MODE_OF_SUMS = (
+    "sums of features have no forward-mode derivatives; use reverse mode, or ntk_kernels.reference.prefix_to_state, "
+    "which is plain PyTorch"
+)
+_NO_FORWARD_MODE = (
+    "ntk_attention has no forward-mode derivatives (dual numbers, torch.func.jvp, jacfwd, hessian); use reverse mode, "
+    "or backend='reference', which is plain PyTorch"
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -120,6 +145,8 @@ class _Attention(torch.autograd.Function):
         grads = _call(_attention_backward, _AttentionBackward, inputs)
         return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)) + no_grads
 
+    jvp = _refusal(_NO_FORWARD_MODE)
+
 
 class _AttentionWithCtx(torch.autograd.Function):
     """The same in the form that torch.func does not take, whose signature PyTorch does not look at in each call."""
@@ -131,6 +158,7 @@ class _AttentionWithCtx(torch.autograd.Function):
         return output
 
     backward = _Attention.backward
+    jvp = _Attention.jvp
 
 
 class _SumFeatures(torch.autograd.Function):
@@ -156,6 +184,8 @@ class _SumFeatures(torch.autograd.Function):
         keys, values, centers = (grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
         return keys, values, None, centers, None, None, None
 
+    jvp = _refusal(_NO_FORWARD_MODE_OF_SUMS)
+
 
 _WITH_CTX = {_Attention: _AttentionWithCtx}
 
@@ -175,9 +205,7 @@ def _without_backward(op, message: str):
         def setup_context(ctx, inputs, output):
             pass
 
-        @staticmethod
-        def backward(ctx, *grads):
-            raise NotImplementedError(message)
+        backward = jvp = _refusal(message)
 
     return WithoutBackward
 
@@ -199,7 +227,7 @@ _SumFeaturesBackward = _without_backward(
 
 def _autograd_kernel(op, function):
     def kernel(*inputs):
-        if _needs_grad(inputs):
+        if _needs_grad(inputs) or _in_forward_mode():
             return function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)

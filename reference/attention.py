@@ -181,7 +181,8 @@ def ntk_attention_varlen(
         lses.append(lse[0])
     rest = query[bounds_q[-1] :]  # belongs to no sequence
     outs.append(rest.new_zeros(*rest.shape[:2], value.shape[-1]))
-    lses.append(rest.new_full(rest.shape[1::-1], -math.inf, dtype=lses[0].dtype if lses else None))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lses.append(rest.new_full(rest.shape[1::-1], -math.inf, dtype=lses[0].dtype if lses else dtype))
     out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
     return (out, lse) if return_lse else out
 

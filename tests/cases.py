@@ -247,6 +247,8 @@ CASES = [
     Case("d128", "", head_dim=128, batch=1, options=CAUSAL),
     Case("d80_rows", "rows and centres beyond one tile of columns", head_dim=80, value_dim=96, seq_q=9, seq_k=9,
          state={"rows": 3, "centers": 2, "stack": 2} | TAYLOR1, state_index=(1, 0), options=CAUSAL),
+    Case("taylor2_wide_values", "Z read in steps of columns", value_dim=200, batch=1, heads=2, kv_heads=1, seq_q=9,
+         seq_k=5, state=TAYLOR2, options=CAUSAL),
     Case("d130_taylor2", "pairs of wide heads", head_dim=130, value_dim=70, batch=1, heads=2, kv_heads=1, seq_q=9, seq_k=5,
          state=TAYLOR2, options=CAUSAL),
     Case("bf16_d130", "Z of taylor1 in two parts", head_dim=130, batch=1, heads=2, kv_heads=1, seq_q=9, seq_k=5, dtype=BF16,

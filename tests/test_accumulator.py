@@ -254,3 +254,15 @@ def test_a_row_that_is_not_finite_is_refused_and_nothing_added():
             ours.update(**chunk)
     for name, tensor in before.tensors().items():
         assert torch.equal(tensor, getattr(ours.state(), name))
+
+
+def test_centers_may_change_in_place_between_updates():
+    """What came first is around what they were then: the accumulator has its own."""
+    keys, values = a_prefix(HEADS)
+    centers = centers_of("given")
+    sums = accumulator("taylor1", centers)
+    sums.update(keys[:, :50], values[:, :50])
+    before = centers.clone()
+    centers.zero_()
+    sums.update(keys[:, 50:], values[:, 50:])
+    assert_same(sums.state(), accumulator("taylor1", before).update(keys, values).state())

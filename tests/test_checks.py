@@ -47,6 +47,8 @@ REFUSED = {
     "mask_float8": (dict(attn_mask=torch.ones(7, 7).to(torch.float8_e5m2)), TypeError, "`attn_mask` must be bool"),
     "mask_type": (dict(attn_mask=[[True]]), TypeError, "`attn_mask` must be a torch.Tensor, got list"),
     "mask_dtype": (dict(attn_mask=torch.ones(7, 7).long()), TypeError, "`attn_mask` must be bool .* or floating-point"),
+    "mask_double": (dict(attn_mask=torch.ones(7, 7).double()), TypeError,
+                    "`attn_mask` must be bool, float32 or narrower, as `query` is torch.float32, got torch.float64"),
     "mask_shape": (dict(attn_mask=torch.ones(3, 1, 7, 7)), ValueError,
                    r"`attn_mask` must be broadcastable to \[B, Hq, Lq, Lk\] = \[2, 4, 7, 7\], got \[3, 1, 7, 7\]"),
     "mask_rank": (dict(attn_mask=torch.ones(1, 1, 1, 7, 7)), ValueError, "`attn_mask` must be broadcastable"),

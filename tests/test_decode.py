@@ -305,6 +305,29 @@ def test_number_of_splits():
         assert 1 <= splits <= 32
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@pytest.mark.parametrize("far", ["heads of queries", "rows of pages"])
+def test_offsets_beyond_two_to_the_31(far):
+    """Address space only: pages that nobody touches take no memory."""
+    query, cache = torch.randn(1, 5, 1, 16).half(), torch.randn(3, 1, 256, 16).half()
+    tensors = make_state(
+        torch.Generator(), heads=1, head_dim=16, value_dim=16, feature_map="taylor1", mass="none"
+    ).tensors()
+    options = {
+        "cache_seqlens": torch.tensor([600], dtype=torch.int32),
+        "block_table": torch.tensor([[2, 0, 1]]),
+        "num_splits": 2,
+    }
+    options |= {"state": PrefixState(**tensors, feature_map="taylor1"), "backend": "triton"}
+    expected = ntk_attention_decode(query, cache, cache, **options)
+    storage = torch.empty(2**31 + 2**29, dtype=torch.float16)
+    if far == "heads of queries":
+        query = storage.as_strided(query.shape, (1, 2**29, 16, 1)).copy_(query)
+    else:
+        cache = storage.as_strided(cache.shape, (16, 16, 2**23 + 2**20, 1)).copy_(cache)
+    assert torch.equal(ntk_attention_decode(query, cache, cache, **options), expected)
+
+
 BAD = {
     "rows": ({"query": torch.randn(2, 4, 17, 8)}, ValueError,
              "`query` must have at most 16 rows (Lq), got 17; ntk_attention takes any number"),

@@ -260,6 +260,26 @@ def test_a_centre_without_content_outshines_nobody(backend):
 
 
 @all_backends
+@pytest.mark.parametrize("above", [5.0, 120.0])  # e^120: more than float32 can hold
+def test_a_centre_of_values_alone_hides_no_mass(above, backend):
+    """k_c = 0, z_c not: the mass of the others stays, however much larger the weight of this centre."""
+    query, key, value = (tensor.float() for tensor in qkv(backend))
+    tensors = a_state(backend, feature_map="taylor1", centers=2, log_scale=True, dtype=torch.float32).tensors()
+    tensors["k"][:, 1] = 0
+    tensors["log_scale"][:, 1] += above
+    state = PrefixState(**tensors, feature_map="taylor1")
+    out, lse = ntk_attention(query, key, value, state, return_lse=True, backend=backend)
+    double = PrefixState(**{name: tensor.double() for name, tensor in tensors.items()}, feature_map="taylor1")
+    expected, expected_lse = ntk_attention(
+        query.double(), key.double(), value.double(), double, return_lse=True, backend="reference"
+    )  # fmt: skip
+    torch.testing.assert_close(lse, expected_lse.float())
+    if above < 40:
+        torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-4)
+    assert out.isfinite().all()
+
+
+@all_backends
 def test_a_zero_state_can_be_trained(backend):
     """Zeros everywhere, several centres: z and k must get a gradient, or they stay zeros."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
@@ -424,17 +444,31 @@ def test_index_tensors_of_any_strides(backend):
     torch.testing.assert_close(out, ntk_attention(query, key, value, stack, **plain, backend=backend), rtol=0, atol=0)
 
 
+BLIND = {  # rows 0 and 1 of every batch row, in three ways
+    "offset": {"is_causal": True, "causal_offset": -2},
+    "window": {"window": (1, 0), "causal_offset": -2},
+    "mask": {"attn_mask": torch.ones(21, 21, dtype=torch.bool).tril(-2)},
+    "key range": {"is_causal": True, "key_start": torch.tensor([2, 2]), "key_stop": torch.tensor([21, 20])},
+}
+
+
 @all_backends
-@pytest.mark.parametrize("recipe", [{"mass": "none", "log_scale": True}, {"feature_map": None, "rows": 2}])
-def test_the_gradient_of_an_lse_of_nothing_goes_nowhere(recipe, backend):
+@pytest.mark.parametrize("blind", BLIND.values(), ids=BLIND)
+@pytest.mark.parametrize(
+    "recipe",
+    [{"mass": "none", "log_scale": True}, {"feature_map": None, "rows": 2}, None],
+    ids=["mass", "rows", "none"],
+)
+def test_the_gradient_of_an_lse_of_nothing_goes_nowhere(recipe, blind, backend):
     """Of a row that sees nothing; merging two such parts gives NaN for it."""
-    query, key, value = qkv(backend)
-    tensors = a_state(backend, **recipe).tensors()
-    for name in tensors.keys() & {"log_scale", "bias"}:
-        tensors[name].fill_(-math.inf)
-    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, *tensors.values())]
-    state = PrefixState(**dict(zip(tensors, leaves[3:], strict=True)), feature_map=recipe.get("feature_map", "elu"))
-    out, lse = ntk_attention(*leaves[:3], state, is_causal=True, causal_offset=-2, return_lse=True, backend=backend)
+    leaves, state = [tensor.requires_grad_() for tensor in qkv(backend)], None
+    if recipe is not None:
+        tensors = a_state(backend, **recipe).tensors()
+        for name in tensors.keys() & {"log_scale", "bias"}:
+            tensors[name].fill_(-math.inf)
+        leaves += [tensor.clone().requires_grad_() for tensor in tensors.values()]
+        state = PrefixState(**dict(zip(tensors, leaves[3:], strict=True)), feature_map=recipe.get("feature_map", "elu"))
+    out, lse = ntk_attention(*leaves[:3], state, **blind, return_lse=True, backend=backend)
     assert (lse[:, :, :2] == -math.inf).all()
     grad_lse = torch.zeros_like(lse)
     grad_lse[:, :, :2] = math.nan

@@ -174,11 +174,14 @@ def test_every_kernel_has_tiles_for_every_call():
                             and max(blocks[:2]) <= 128 and feature_map in ("elu", "taylor1"))
                         ):  # fmt: skip
                             continue
-                        entries = configs.candidates(kernel, arch, blocks, dtype, feature_map)
-                        assert entries and len(set(entries)) == len(entries)
-                        for entry in entries:
-                            rows = 1 if kernel == "merge" else 16  # which multiplies no tiles
-                            assert entry.block_m >= rows and entry.block_n >= 16
+                        for mask_bytes in (0, 1, 2, 4):
+                            entries = configs.candidates(
+                                kernel, arch, blocks, dtype, feature_map, bool(mask_bytes), mask_bytes
+                            )  # fmt: skip
+                            assert entries and len(set(entries)) == len(entries)
+                            for entry in entries:
+                                rows = 1 if kernel == "merge" else 16  # which multiplies no tiles
+                                assert entry.block_m >= rows and entry.block_n >= 16
 
 
 class Tuned:

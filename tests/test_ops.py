@@ -7,8 +7,9 @@ import torch
 import torch._dynamo.testing
 from cases import CASES, make_inputs
 from oracle import leaves, op_inputs
+from torch.autograd import forward_ad
 
-from ntk_kernels import PrefixState, ntk_attention
+from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode
 from ntk_kernels.backends.inputs import NUM_DIFFERENTIABLE, SCHEMA, Inputs
 
 attention = torch.ops.ntk_kernels.attention.default
@@ -269,6 +270,26 @@ def test_vmap():
 
     expected = torch.stack([attend(*tensors) for tensors in zip(query, key, value, strict=True)])
     torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
+
+
+@all_backends
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
+def test_forward_mode_is_refused(needs_grad, backend):
+    """Without an error the tangents would be lost: a derivative of 0."""
+    query, key, value, tangent = torch.randn(4, 1, 2, 8, 4)
+    query.requires_grad_(needs_grad)
+    state = PrefixState(torch.rand(2, 4, 4), torch.rand(2, 4), "elu")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, tangent)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives .* backend='reference'"):
+            ntk_attention(dual, key, value, state, backend=backend)
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            ntk_attention_decode(dual[:, :, :1], key, value, backend=backend)
+        ntk_attention(query, key, value, state, backend=backend)  # no tangents, nothing to refuse
+        result = forward_ad.unpack_dual(ntk_attention(dual, key, value, state, backend="reference"))
+    assert result.tangent.abs().sum() > 0
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: ntk_attention(x, key, value, state, backend=backend), (query,), (tangent,))
 
 
 @all_backends

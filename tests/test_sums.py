@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from oracle import assert_as_accurate
+from torch.autograd import forward_ad
 
 from ntk_kernels import FEATURE_MAPS, dispatch, ops, prefix_to_state, reference
 from ntk_kernels.backends import sums
@@ -261,6 +262,15 @@ def test_double_backward_is_refused(backend):
     (grad,) = torch.autograd.grad(z.sum(), keys, create_graph=True)
     with pytest.raises(NotImplementedError, match="reference.prefix_to_state"):
         torch.autograd.grad(grad.sum(), keys)
+
+
+@all_backends
+def test_forward_mode_is_refused(backend):
+    keys, values, _, _ = a_prefix()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(keys, torch.ones_like(keys))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives.*reference.prefix_to_state"):
+            ops.sum_features(dual, values, None, None, "elu", 0.7, backend)
 
 
 @all_backends

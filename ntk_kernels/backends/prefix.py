@@ -77,9 +77,9 @@ class Prefix:
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
             if self.num_centers > 1:
-                # A centre without content must not outshine the others as `top`; if all are so, none does.
-                has_content = self.zk.unflatten(3, (self.num_centers, -1)).ne(0).any(-1).any(-1).unsqueeze(3)
-                self.is_empty = ~has_content & has_content.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
+                # A centre without mass must not outshine the others as `top`; if all are so, none does.
+                has_mass = gather(k).ne(0).any(-1).unsqueeze(3)
+                self.is_massless = ~has_mass & has_mass.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
         if row_keys is not None:
             self.row_keys, self.row_values = gather(row_keys), gather(row_values)  # [., Hs, 1, R, D or Dv]
             row_bias = gather(row_bias, is_logit=True)
@@ -113,7 +113,7 @@ class Prefix:
             log_weight.add_(self.log_scale)
         if self.num_centers == 1:
             return LinearTerm(x, phi, None, phi, log_weight[..., 0])
-        top = log_weight.masked_fill(self.is_empty, -math.inf).amax(-1)
+        top = log_weight.masked_fill(self.is_massless, -math.inf).amax(-1)
         weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=_MAX_EXPONENT).exp_()
         return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
 

@@ -192,7 +192,9 @@ def _keys_backward(grad_out, grad_lse, query, key, value, attn_mask, scale, band
     """Gradients of query, key and value through the input's keys."""
     q, k, v, out, grad_out = _wide_enough(attn_mask, query, key, value, out, grad_out)
     if grad_lse is not None:
-        # dS = P (dO·v + dlse - Δ): one more value column of ones, whose gradient is dlse and whose out is 0.
+        # dS = P (dO·v + dlse - Δ): one more value column of ones, whose gradient is dlse and whose out is 0. The lse of
+        # a row that sees nothing has none, whatever is given for it.
+        grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
         out = torch.nn.functional.pad(out, (0, 1))
         grad_out = torch.cat([grad_out, grad_lse.unsqueeze(-1).to(grad_out.dtype)], dim=-1)

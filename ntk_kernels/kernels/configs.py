@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +102,18 @@ def can_describe(tensor: torch.Tensor) -> bool:
 KERNELS = tuple(TABLES)
 
 
-def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype, kind: str) -> int:
+def _with_less_in_flight(entry: TileConfig, shared_bytes: Callable[[TileConfig], int]) -> TileConfig | None:
+    """The entry with as many stages as fit into the shared memory of sm86; None if not even one does."""
+    for stages in range(entry.num_stages, 0, -1):
+        fewer = replace(entry, num_stages=stages)
+        if shared_bytes(fewer) <= SHARED_BYTES["sm86"]:
+            return fewer
+    return None
+
+
+def _shared_bytes(
+    kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, mask_bytes: int
+) -> int:
     """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {
@@ -112,9 +124,14 @@ def _shared_bytes(kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.
     numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:
         numbers += (m + n) * blocks.block_d
-    if kernel == "dq" and kind == "taylor2" and dtype == torch.float16:  # whose Z may exceed float16
+    if kernel == "dq" and feature_map == "taylor2" and dtype == torch.float16:  # whose Z may exceed float16
         return 4 * numbers
-    return numbers * dtype.itemsize
+    total = numbers * dtype.itemsize
+    if kernel == "dq":  # whose tiles are counted generously, so that there is room for a mask
+        return total + (16 * blocks.block_d if feature_map == "taylor1" else 0)
+    if mask_bytes:
+        total += mask_bytes * (stages - 1) * m * n + 16 * m  # in flight, and on their way to another layout
+    return total
 
 
 def kinds_of(dtype: torch.dtype, feature_map: str | None) -> tuple[str, ...]:
@@ -170,11 +187,13 @@ def _read_tuned(arch: str) -> dict[str, TileConfig]:
 
 @functools.cache
 def candidates(
-    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False
-) -> tuple[TileConfig, ...]:
+    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False,
+    mask_bytes: int = 0,
+) -> tuple[TileConfig, ...]:  # fmt: skip
     """What the autotuner may try for one of KERNELS and such a call; the first is the default.
 
-    `crowded`: a mask, rows or several centres need registers too.
+    `crowded`: a mask, rows or several centres need registers too. `mask_bytes`: of a number of the mask, if there is
+    one; it needs shared memory.
     """
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
@@ -185,8 +204,12 @@ def candidates(
     if tuned is not None and not crowded:  # it may not fit beside them
         entries = tuple(dict.fromkeys((tuned, *entries)))
     if arch == "sm86":
-        limit = SHARED_BYTES[arch]
-        entries = tuple(entry for entry in entries if _shared_bytes(kernel, entry, blocks, dtype, kinds[-1]) <= limit)
+
+        def shared_bytes(entry):
+            return _shared_bytes(kernel, entry, blocks, dtype, feature_map, mask_bytes)
+
+        fitting = (_with_less_in_flight(entry, shared_bytes) for entry in entries)
+        entries = tuple(dict.fromkeys(entry for entry in fitting if entry is not None))
     if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     if kernel == "forward" and arch in ("sm90", "sm100"):

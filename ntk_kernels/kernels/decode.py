@@ -39,7 +39,7 @@ def _load_cache_tile(ptr, table, start, stop, stride_page, stride_row, PAGE_SIZE
     else:
         keys, columns = start + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
         page = tl.load(table + keys // PAGE_SIZE, mask=keys < stop, other=0).to(tl.int64)
-        offsets = page * stride_page + (keys % PAGE_SIZE) * stride_row
+        offsets = page * stride_page + (keys % PAGE_SIZE).to(tl.int64) * stride_row
         tile = tl.load(ptr + offsets[:, None] + columns, mask=(keys < stop)[:, None] & (columns < COLUMNS), other=0.0)
     return tile
 
@@ -229,7 +229,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """The result of a query row from acc [splits, B, Hq, Lq, Dv], m_i and l_i [splits, B, Hq, Lq] of the splits."""
     query = tl.program_id(0).to(tl.int64)
-    row, head = query % seq_q, (query // seq_q % num_heads).to(tl.int32)
+    row, head = query % seq_q, query // seq_q % num_heads
     batch = query // seq_q // num_heads
     columns = tl.arange(0, BLOCK_DV)[None, :]
     acc = tl.zeros([1, BLOCK_DV], tl.float32)

@@ -151,7 +151,8 @@ class Call:
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
         """Tiles that a kernel may run with, the default first."""
         dtype = self.query.dtype
-        return configs.candidates(kernel, self.arch, self.blocks, dtype, self.feature_map, self.crowded)
+        mask_bytes = 0 if self.attn_mask is None else self.attn_mask.dtype.itemsize
+        return configs.candidates(kernel, self.arch, self.blocks, dtype, self.feature_map, self.crowded, mask_bytes)
 
     def shape_class(self, kernel: str) -> str:
         """What the speed of a tile depends on: never a batch size, and of lengths only their order of magnitude."""

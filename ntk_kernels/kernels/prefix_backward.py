@@ -51,9 +51,9 @@ def add_pairs_grad(
 
     Each pair is read twice, for x_a and for x_b, so that nothing has to be added to a single column of a tile.
     """
-    # Wide heads have no registers for a second tile: x_a goes into dO there, and Z in steps of 64 columns. A computed
-    # left side must not be pipelined (see add_elu).
-    WIDE: tl.constexpr = BLOCK_D > 128
+    # Wide heads have no registers for a second tile, nor wide values room for Z: x_a goes into dO there, Z in steps of
+    # 64 columns. A computed left side must not be pipelined (see add_elu).
+    WIDE: tl.constexpr = BLOCK_D > 128 or BLOCK_DV > 128
     STEP: tl.constexpr = 64 if WIDE else BLOCK_DV
     b = tl.arange(0, BLOCK_D)
     for start in tl.static_range(0, BLOCK_DV, STEP):

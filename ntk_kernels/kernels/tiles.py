@@ -22,7 +22,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @triton.jit
 def rounded_to(x, DTYPE: tl.constexpr):
     """x in another dtype, rounded to nearest."""
-    if _INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter cuts the last bits off
+    if _INTERPRETED and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:  # the interpreter cuts the last bits off
+        x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
