@@ -217,9 +217,8 @@ class Shape:
 
 WITHOUT_KEYS = "without keys"  # the prefix, added to another attention
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
-OPTIONS = (
-    "rows", "state index", "bool mask", "additive mask", "float32 mask", "softcap", "full", "window", "key range", "packed"
-)  # fmt: skip
+MASKS = ("bool mask", "additive mask", "float32 mask")
+OPTIONS = ("rows", "state index", *MASKS, "softcap", "full", "window", "key range", "packed")
 
 
 def shapes(archs, *, quick: bool = False) -> list[Shape]:

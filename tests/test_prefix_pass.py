@@ -1,5 +1,7 @@
 """The pass that adds the prefix to PyTorch's attention: which calls it takes, with whatever tiles and splits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BF16, CAUSAL, F32, HALF, TAYLOR1, TAYLOR2, Case, make_inputs
@@ -59,6 +61,22 @@ def test_against_the_reference(case, tile, launched, monkeypatch):
 def test_nan_is_not_hidden(recipe, seq_k, launched):
     check_nan(recipe, seq_k, "torch")
     assert "_prefix_pass_kernel" in launched
+
+
+@pytest.mark.parametrize("centers", [None, 2], ids=["pass", "fused kernel"])
+def test_a_row_of_finite_masks_beside_a_prefix_without_mass(centers, launched):
+    """Its lse, about finfo.min, times log2(e) would be -inf, as of a row that sees nothing."""
+    query, key, value, state, _ = make_inputs(Case("", "", state={"centers": centers, "mass": "none"} | TAYLOR1))
+    mask = torch.zeros(37, 37)
+    mask[3] = torch.finfo(torch.float32).min
+    nothing = replace(state, z=torch.zeros_like(state.z))
+    out, lse = ntk_attention(query, key, value, nothing, attn_mask=mask, return_lse=True, backend="torch")
+    expected, expected_lse = ntk_attention(query, key, value, attn_mask=mask, return_lse=True, backend="reference")
+    torch.testing.assert_close(out, expected)
+    seen = torch.arange(37) != 3
+    torch.testing.assert_close(lse[:, :, seen], expected_lse[:, :, seen])
+    assert (lse[:, :, 3] < -1e38).all() and lse.isfinite().all()
+    assert launched == ["_prefix_pass_kernel" if centers is None else "_ntk_fwd_kernel"]
 
 
 def test_each_gradient_alone_is_what_it_is_among_all(launched):

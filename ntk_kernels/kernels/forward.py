@@ -21,11 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs, prefix_pass
 from .launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
 from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
-from .tiles import LN_2, LOG2_E, dot, load_descriptor_tile, load_tile, online_softmax, rounded_to
+from .tiles import LN_2, LOG2_E, dot, in_log2, load_descriptor_tile, load_tile, online_softmax, rounded_to
 from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
-_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -176,7 +175,7 @@ def _ntk_fwd_kernel(
     row_mask = (offs_m < seq_q)[:, None]
     first_q += zero
     if k_ptr is None:
-        out, lse = out.to(tl.float32), lse * _LOG2_E
+        out, lse = out.to(tl.float32), in_log2(lse)
         m_new = tl.maximum(m_i, lse)
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)
@@ -233,7 +232,8 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
             "STAGES": config.num_stages,
         }
         in_half = call.query.dtype != torch.float32
-        if call.feature_map == "elu" and call.arch == "sm90" and in_half and not call.crowded:
+        narrow = call.blocks.block_dv <= call.blocks.block_d  # else it would not fit
+        if call.feature_map == "elu" and call.arch == "sm90" and in_half and narrow and not call.crowded:
             constants["CHUNK"] = min(call.blocks.block_d, 128)  # all of Z is fetched at once: programs wait for it less
         return (num_tiles * call.heads * call.batch,), scalars, constants
 

@@ -16,7 +16,7 @@ from . import configs
 from .features import elu_of
 from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix import MAX_WEIGHT, SMALLEST_MASS, locate_state
-from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
+from .tiles import LN_2, LOG2_E, dot, in_log2, load_tile, rounded_to, store_tile
 from .visibility import locate_rows
 
 _LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
@@ -88,7 +88,7 @@ def _prefix_pass_kernel(
         rows = start_m + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, start_m, seq_q, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
         out = load_tile(out_ptr, start_m, seq_q, stride_out[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
-        lse = tl.load(lse_ptr + rows, mask=rows < seq_q, other=-float("inf")) * _LOG2_E
+        lse = in_log2(tl.load(lse_ptr + rows, mask=rows < seq_q, other=-float("inf")))
         phi, mass, logit = features_and_mass(
             q.to(tl.float32), k, mu, k_0, beta, scale, feature_scale, FEATURE_MAP, state.centers is not None
         )

@@ -17,6 +17,14 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this module was imported
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def in_log2(lse):
+    """lse in units of log 2; not -inf for a row masked by finfo.min, which some use for -inf and which is seen."""
+    scaled = lse * _LOG2_E
+    return tl.where((scaled == -float("inf")) & (lse != -float("inf")), -3.4e38, scaled)
 
 
 @triton.jit
