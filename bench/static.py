@@ -251,10 +251,14 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             listed += [Shape(arch, dim, "elu", option, kernel="state elu") for option in ("state index", "packed")]
             listed += [shape for dtype in ("float16", "float32") for shape in _every_kernel(arch, dim, dtype)]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
+            listed += [Shape(arch, dim, name, "wide values", kernel=kernel)
+                       for kernel in ("forward", "dq") for name in FEATURE_MAPS]  # fmt: skip
         if quick:  # the largest there are in shared memory
             listed += [
                 Shape(arch, 128, "taylor2", dtype="float16", kernel="dq"),
                 Shape(arch, 128, "elu", dtype="float32"),
+                Shape(arch, 128, "elu", "wide values", "float16"),
+                Shape(arch, 128, "taylor2", "wide values", kernel="dq"),
             ]
         else:
             listed += _every_kernel(arch, 32)

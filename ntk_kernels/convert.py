@@ -108,7 +108,7 @@ def prefix_to_state(
         _check_given_centers(centers, prefix_key, feature_map)
     _check_calibration(prefix_key, prefix_value, query, attention, method, keep, return_report)
     if attention is not None:
-        attention = _of_rows_that_see(*attention)
+        attention = _checked_attention(attention, query, prefix_value.shape[-1])
     if query is not None or num_rows:  # what these do with the rows reads them anyway
         checks.check_finite_rows("prefix_key", prefix_key)
         checks.check_finite_rows("prefix_value", prefix_value)
@@ -310,8 +310,10 @@ def _check_calibration(prefix_key, prefix_value, query, attention, method, keep,
             f"{list(query.shape)}"
         )
     checks.check_finite_rows("query", query)
-    if attention is None:
-        return
+
+
+def _checked_attention(attention, query, value_dim: int) -> tuple[Tensor, Tensor]:
+    """`attention` with (0, -inf) for a query that saw nothing: an infinite lse marks it, its out may be anything."""
     if not (isinstance(attention, tuple) and len(attention) == 2):
         raise TypeError(f"`attention` must be a pair (out, lse), got {type(attention).__name__}")
     for name, tensor, shape, letters in (
@@ -322,12 +324,9 @@ def _check_calibration(prefix_key, prefix_value, query, attention, method, keep,
         checks.check_shape(name, tensor, shape, letters)
         if tensor.device != query.device:
             raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
-    out, lse = _of_rows_that_see(*attention)
-    checks.check_finite_rows("attention[0]", out)
-    checks.check_finite_rows("attention[1]", lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
-
-
-def _of_rows_that_see(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """An infinite lse marks a query that saw nothing; its out may be anything."""
+    out, lse = attention
     nothing = lse.isinf()
-    return out.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)
+    out = out.masked_fill(nothing.unsqueeze(-1), 0)
+    checks.check_finite_rows("attention[0]", out)
+    checks.check_finite_rows("attention[1]", lse.masked_fill(nothing, 0).unsqueeze(-1))
+    return out, lse.masked_fill(nothing, -torch.inf)

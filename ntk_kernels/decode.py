@@ -38,7 +38,8 @@ def ntk_attention_decode(
 
     On GPUs the keys of a sequence are divided among several programs if the batch alone does not keep the device busy.
     Lengths, block table and state index are read on the device: after one call, which compiles, a call can be captured
-    in a CUDA graph and replayed with other values in them. There is no backward.
+    in a CUDA graph and replayed with other values in them. There is no backward: under `torch.compile`, which traces
+    one where an input requires grad, call it in `torch.no_grad()`.
 
     Args:
         query: [B, Hq, Lq, D], Lq <= 16; any strides.
