@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from model_cases import BY_NAME, FAMILIES, build
+from model_cases import BY_NAME, FAMILIES, build, inputs, visible_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ntk_kernels.integrations.peft import NTKConfig, NTKLayer
@@ -97,3 +97,13 @@ def close(ours, expected):
 
 def lora():
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def outputs(family, model):
+    model.eval()
+    given = inputs(family, padding="left" if family.kind == "decoder" else None)
+    result = {"logits": visible_logits(model, given)}
+    if family.kind not in ("encoder", "image"):
+        given.pop("decoder_input_ids", None)
+        result["tokens"] = model.generate(**given, max_new_tokens=6, do_sample=False)
+    return result

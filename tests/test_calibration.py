@@ -4,55 +4,12 @@ import math
 
 import pytest
 import torch
+from fit_cases import DIM, F64, HEADS, STATES, VALUE_DIM, Sample, outshining
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 from ntk_kernels.conversion import gradient, least_squares, targets
 from ntk_kernels.conversion.layout import Layout
 from ntk_kernels.conversion.targets import targets_of
-
-F64 = torch.float64
-HEADS, DIM, VALUE_DIM = 2, 8, 6
-
-
-class Sample:
-    """A prefix in clusters that share a large mean, and causal inputs of a batch with grouped heads."""
-
-    def __init__(self, rows=400, batch=4, length=64, dtype=F64, spread=0.7):
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*shape):
-            return torch.randn(*shape, dtype=F64, generator=generator)
-
-        clusters = 2 * randn(HEADS, 1, DIM) + randn(HEADS, 10, DIM)
-        pick = torch.randint(10, (rows,), generator=generator)
-        self.prefix_key = (clusters[:, pick] + spread * randn(HEADS, rows, DIM)).to(dtype)
-        self.prefix_value = (randn(HEADS, 10, VALUE_DIM)[:, pick] + 0.3 * randn(HEADS, rows, VALUE_DIM)).to(dtype)
-        self.query = randn(batch, 2 * HEADS, length, DIM).to(dtype)
-        self.key, self.value = (randn(batch, HEADS, length, dim).to(dtype) for dim in (DIM, VALUE_DIM))
-        self.attention = ntk_attention(self.query, self.key, self.value, is_causal=True, return_lse=True)
-
-    def convert(self, *args, **options):
-        options = {"query": self.query, "attention": self.attention, "return_report": True} | options
-        return prefix_to_state(self.prefix_key, self.prefix_value, *args, **options)
-
-    def errors(self, state, batch_rows=slice(None)) -> torch.Tensor:
-        """Of each state head, by the reference, from the inputs themselves."""
-        inputs = [tensor[batch_rows] for tensor in (self.query, self.key, self.value)]
-        exact = reference.prefix_attention(*inputs, self.prefix_key, self.prefix_value, is_causal=True)
-        out = reference.ntk_attention(*inputs, state, is_causal=True)
-        by_head = [tensor.unflatten(1, (HEADS, -1)).transpose(0, 1).flatten(1) for tensor in (out - exact, exact)]
-        return by_head[0].norm(dim=1) / by_head[1].norm(dim=1)
-
-
-STATES = {
-    "elu": (("elu",), {"centers": None}),
-    "taylor1": (("taylor1",), {}),
-    "taylor1, 3 centres": (("taylor1",), {"centers": 3}),
-    "taylor2": (("taylor2",), {}),
-    "rows": ((None,), {"num_rows": 12}),
-    "taylor1 and rows": (("taylor1",), {"num_rows": 12}),
-    "taylor1, rows, kept rows": (("taylor1",), {"num_rows": 12, "keep": 3}),
-}
 
 
 @pytest.mark.parametrize("method", ["least_squares", "gradient"])
@@ -195,73 +152,6 @@ def test_keeping_everything(options):
     assert report.error.max() < 1e-6
 
 
-def test_the_smallest_state_with_an_error(monkeypatch):
-    monkeypatch.setattr(gradient, "_STEPS", 150)
-    sample = Sample()
-    errors = {rows: sample.convert(num_rows=rows)[1].error.mean().item() for rows in (8, 16, 32)}
-    assert errors[8] > errors[16] > errors[32]
-    state, report = sample.convert(error=(errors[8] + errors[16]) / 2)
-    assert report.rows_per_head == 16
-    assert report.error.mean().item() == pytest.approx(errors[16])
-    state, report = sample.convert(error=(errors[8] + errors[16]) / 2, keep=2)
-    assert report.kept_rows == 2
-    assert report.error.mean() <= (errors[8] + errors[16]) / 2
-    small = Sample(rows=20)
-    state, report = small.convert(error=1e-9)  # no fit reaches it: the prefix itself
-    assert report.rows_per_head == state.num_rows == report.kept_rows == 20
-    assert report.error.max() < 1e-9
-
-
-def test_a_budget(monkeypatch):
-    """All that is tried has the size of the budget, and the state is the best of it."""
-    monkeypatch.setattr(gradient, "_STEPS", 100)
-    sample = Sample()
-    state, report = sample.convert(budget=20)
-    same_size = {
-        "20 rows": sample.convert(num_rows=20),
-        "15 rows + 5 kept": sample.convert(num_rows=15, keep=5),
-        "taylor1 + 11 rows": sample.convert("taylor1", num_rows=11),
-        "taylor1 around 2 centres + 2 rows": sample.convert("taylor1", centers=2, num_rows=2),
-        "elu + 12 rows": sample.convert("elu", centers=None, num_rows=12),
-    }
-    assert report.tried == {name: each.error.mean().item() for name, (_, each) in same_size.items()}
-    assert {each.rows_per_head for _, each in same_size.values()} == {20}
-    assert all(list(each.tried.values()) == [each.error.mean().item()] for _, each in same_size.values())
-    best, expected = same_size[min(report.tried, key=report.tried.get)]
-    assert all(torch.equal(tensor, getattr(state, name)) for name, tensor in best.tensors().items())
-    assert torch.equal(report.error, expected.error)
-    assert f"tried: 20 rows: {report.tried['20 rows']:.3f}, 15 rows + 5 kept: " in str(report)
-    assert "tried" not in str(expected)
-
-
-def test_a_budget_goes_to_what_the_prefix_is_like():
-    """Clusters for which rows are made; logits so small that exp is linear; every map in a budget large enough."""
-    sample = Sample()
-    state, report = sample.convert(budget=20, method="least_squares")
-    assert (state.k, state.num_rows) == (None, 20)
-    sample.query /= 100
-    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
-    state, report = sample.convert(budget=9, method="least_squares")
-    assert (state.feature_map, state.num_rows) == ("taylor1", 0)
-    _, report = sample.convert(budget=45, method="least_squares")
-    assert list(report.tried) == [
-        "45 rows", "34 rows + 11 kept", "taylor1 + 36 rows", "taylor1 around 2 centres + 27 rows",
-        "taylor1 around 5 centres", "elu + 37 rows", "taylor2",
-    ]  # fmt: skip
-
-
-def test_searches_go_by_the_heads_that_are_numbers(monkeypatch):
-    monkeypatch.setattr(gradient, "_STEPS", 50)
-    sample = Sample(rows=40)
-    sample.prefix_value[1] *= 1e200  # the squares of its errors are infinite
-    state, report = sample.convert(error=1e-9)
-    assert state.num_rows == report.kept_rows == 40
-    _, report = sample.convert(budget=20)
-    assert report.error[1].isnan()
-    assert report.error[0] == pytest.approx(min(report.tried.values()))
-    assert len(set(report.tried.values())) == 5
-
-
 def test_an_infinite_lse_marks_a_query_that_saw_nothing():
     """Whatever stands beside it, in the conventions of FlashAttention and of math attention."""
     sample = Sample()
@@ -273,17 +163,6 @@ def test_an_infinite_lse_marks_a_query_that_saw_nothing():
         state, report = sample.convert(num_rows=8, attention=(out, lse))
         assert torch.equal(report.error, expected_report.error)
         assert torch.equal(state.values, expected.values)
-
-
-def test_a_budget_for_all_rows():
-    sample = Sample(rows=20)
-    for options in ({"budget": 20}, {"keep": 20, "query": sample.query[:1, :, :2], "attention": None}):
-        state, report = sample.convert(**options)
-        assert (state.num_rows, report.kept_rows, list(report.tried)) == (20, 20, ["20 kept"])
-        assert report.error.max() < 1e-6
-        assert torch.equal(state.keys, sample.prefix_key)
-    _, report = sample.convert("taylor1", num_rows=5, keep=15, method="least_squares")
-    assert (report.rows_per_head, report.kept_rows) == (9 + 20, 15)
 
 
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
@@ -523,22 +402,6 @@ def test_result_is_a_state():
     assert isinstance(Sample().convert(num_rows=3, return_report=False), PrefixState)
 
 
-def outshining(spread: float) -> Sample:
-    """Half of the prefix lies where no query looks, the other where all look; the further apart, the more."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    sample, far = Sample(rows=1), spread * torch.ones(DIM) / DIM**0.5
-    sample.prefix_key = torch.cat([far + randn(HEADS, 200, DIM), -far + randn(HEADS, 100, DIM)], dim=1)
-    sample.prefix_value = torch.cat([1 + randn(HEADS, 200, VALUE_DIM), -1 + randn(HEADS, 100, VALUE_DIM)], dim=1)
-    sample.query, sample.key = far + randn(4, 2 * HEADS, 64, DIM), far + randn(4, HEADS, 64, DIM)
-    sample.value = randn(4, HEADS, 64, VALUE_DIM)
-    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
-    return sample
-
-
 @pytest.mark.parametrize("options", [{"num_rows": 8}, {"feature_map": "taylor1", "centers": 2}], ids=str)
 @pytest.mark.parametrize("spread", [6.0, 16.0, 100.0])
 def test_terms_that_no_query_sees_stay_finite(spread, options):
@@ -575,36 +438,6 @@ def test_the_report_is_true_of_a_prefix_that_outshines_the_input():
     torch.testing.assert_close(report.no_prefix_error, expected[1], rtol=1e-3, atol=1e-5)
 
 
-def test_an_error_is_found_in_short_prefixes_too(monkeypatch):
-    monkeypatch.setattr(gradient, "_STEPS", 50)
-    sample = Sample(rows=100)
-    state, report = sample.convert(error=0.9)
-    assert (state.num_rows, report.kept_rows) == (8, 0)
-    state, report = sample.convert(error=1e-9)
-    assert (state.num_rows, report.kept_rows) == (100, 100)
-
-
-@pytest.mark.filterwarnings("ignore:prefix_to_state")
-def test_an_error_that_more_queries_would_reach(monkeypatch):
-    """Sizes that cannot be fitted to so few are left out: after them comes the prefix itself."""
-    monkeypatch.setattr(gradient, "_STEPS", 50)
-    sample = Sample(batch=1, length=60)
-    state, report = sample.convert(error=1e-9)
-    assert state.num_rows == report.kept_rows == 400
-    with pytest.raises(ValueError, match="`query` must give each state head at least"):
-        sample.convert(num_rows=64)
-    # 60 tokens of two heads, 90 of the queries fitted: 8 * 15 / 6 = 20 are enough for 8 rows, as are 80 for 32.
-    with pytest.warns(
-        UserWarning, match=r"120 queries of a state head are too few to fit 64: the state is the prefix its"
-    ):
-        _, report = sample.convert(error=1e-9)
-    assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]
-    _, report = Sample(batch=1, length=53).convert(error=1e-9)  # 106, 80 of them fitted
-    assert list(report.tried) == ["8 rows", "16 rows", "32 rows", "400 kept"]
-    _, report = Sample(batch=1, length=52).convert(error=1e-9)  # 104 and 78
-    assert list(report.tried) == ["8 rows", "16 rows", "400 kept"]
-
-
 def test_in_inference_mode():
     sample = Sample()
     expected, _ = sample.convert(num_rows=8)
@@ -625,14 +458,6 @@ def test_a_state_is_no_view_of_a_cache():
         sample.prefix_key.zero_()
         assert torch.equal(state.keys, keys)
         assert state.keys.untyped_storage().nbytes() == state.keys.nbytes
-
-
-def test_a_prefix_that_no_fit_reaches_is_no_view_either(monkeypatch):
-    monkeypatch.setattr(gradient, "_STEPS", 2)
-    sample = Sample(rows=20, dtype=torch.float32)
-    state = sample.convert(error=1e-9, return_report=False)
-    assert torch.equal(state.keys, sample.prefix_key)
-    assert state.keys.data_ptr() != sample.prefix_key.data_ptr()
 
 
 def test_the_report_of_a_prefix_with_a_gradient():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
 from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
+from fit_cases import STATES as FITTED
+from fit_cases import Sample
 from oracle import NAN_STATES, check_case, check_nan, run
-from test_calibration import STATES as FITTED
-from test_calibration import Sample
-from test_sums import a_prefix, by_op, results
-from test_sums import check as check_sums
+from sums_cases import a_prefix, by_op, results
+from sums_cases import check as check_sums
 
 from ntk_kernels import (
     FEATURE_MAPS,

@@ -25,6 +25,7 @@ from peft_cases import (
     close,
     config_of,
     lora,
+    outputs,
     quiet,
     randomise,
     snapshot,
@@ -41,16 +42,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # Train, save, load in another process, generate ------------------------------------------------------------------
-
-
-def outputs(family, model):
-    model.eval()
-    given = inputs(family, padding="left" if family.kind == "decoder" else None)
-    result = {"logits": visible_logits(model, given)}
-    if family.kind not in ("encoder", "image"):
-        given.pop("decoder_input_ids", None)
-        result["tokens"] = model.generate(**given, max_new_tokens=6, do_sample=False)
-    return result
 
 
 @cache
@@ -114,7 +105,7 @@ import conftest
 from peft import PeftModel
 import ntk_kernels.integrations.peft
 from model_cases import FAMILIES, build
-from test_peft import outputs
+from peft_cases import outputs
 folder = Path(sys.argv[1])
 torch.set_num_threads(torch.load(folder / "options.pt")["threads"])
 results = {family.name: outputs(family, PeftModel.from_pretrained(build(family), folder / family.name))
