@@ -82,9 +82,13 @@ def measure(arguments: argparse.Namespace, progress: Progress) -> dict:
     leaves = [tensor.requires_grad_() for tensor in (query, key, value, z, k)]
 
     setting = Setting(device, arguments.length, arguments.heads, arguments.head_dim, causal, arguments.prefix_rows)
+    peers = all_peers(setting)
+    for text in arguments.only or ():
+        if not any(text in peer.name for peer in peers):
+            raise SystemExit(f"--only must be part of the name of a peer here, got {text!r}: {[p.name for p in peers]}")
     chosen = [
         peer
-        for peer in all_peers(setting)
+        for peer in peers
         if not arguments.only or peer.name == PLAIN or any(text in peer.name for text in arguments.only)
     ]
     task = progress.add_task("checking", total=3)

@@ -144,6 +144,11 @@ def test_attention(tmp_path, capsys, monkeypatch):
     assert len(lines) == len(forward) + len(both)
 
 
+def test_attention_refuses_peers_that_are_none(tmp_path):
+    with pytest.raises(SystemExit, match=r"--only must be part of the name of a peer here, got 'magic': \['SDPA, no"):
+        main([*SMALL, "--only", "ours", "magic", "--out", str(tmp_path)])
+
+
 def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
     """Of ours it is an error; of a peer, a reason to leave it out."""
     monkeypatch.setattr(peers, "ntk_attention", lambda q, *args, **kwargs: q)
