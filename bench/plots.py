@@ -37,12 +37,15 @@ def short(value: int) -> str:
 
 
 def save(figure, path: Path) -> None:
-    """As PNG, with a grid and a small legend in all axes that have labels."""
+    """As PNG, with a grid and a small legend in all axes that have labels; a long one would cover curves, and goes
+    below."""
     import matplotlib.pyplot as plt
 
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
-            axes.legend(fontsize=8)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels and axes.get_legend() is None:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3} if len(labels) > 6 else {}
+            axes.legend(fontsize=8, **below)
     figure.savefig(path, dpi=110)
     plt.close(figure)
