@@ -46,7 +46,8 @@ def ntk_attention(
             key/value head serving Hq / Hkv consecutive query heads.
         state: the prefix, with Hq or Hkv heads. Its dtype is its own; float32 under a half-precision model is
             the normal case.
-        attn_mask: broadcastable to [B, Hq, Lq, Lk]; bool (True = visible) or added to the scores.
+        attn_mask: broadcastable to [B, Hq, Lq, Lk]; bool (True = visible) or added to the scores, in float64 only to
+            those of float64 queries.
         is_causal: hide the keys right of the diagonal. Goes together with `attn_mask`.
         scale: factor on Q·Kᵀ; default 1/sqrt(D).
         window: (left, right): row i sees the keys from `left` before to `right` after its diagonal position;
