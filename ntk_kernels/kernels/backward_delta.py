@@ -16,9 +16,10 @@ from . import configs
 from .features import elu_mass, taylor_mass
 from .launch import Call, Launch, ceil_div, layout, strides
 from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
-from .tiles import LOG2_E, in_log2, load_tile
+from .tiles import LOG2_E, load_tile
 from .visibility import locate_rows
 
+_LOG2_E = tl.constexpr(LOG2_E)
 _CAN_REORDER = tl.constexpr(CAN_REORDER)
 _MAX_WEIGHT = tl.constexpr(MAX_WEIGHT)
 _SMALLEST_MASS = tl.constexpr(SMALLEST_MASS)
@@ -42,7 +43,7 @@ def load_rows(ptr, rows, seq_q):
 @triton.jit
 def load_lse(ptr, rows, seq_q):
     """[M] lse in units of log 2; +inf, which makes e^{s - lse} 0, for rows that see nothing or do not exist."""
-    lse = in_log2(tl.load(ptr + rows, mask=rows < seq_q, other=float("inf")))
+    lse = tl.load(ptr + rows, mask=rows < seq_q, other=float("inf")) * _LOG2_E
     return tl.where(lse == -float("inf"), float("inf"), lse)
 
 
