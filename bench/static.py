@@ -157,6 +157,7 @@ class Shape:
     def _decode_launch(self, query, key, value, arguments, meta):
         """One token a batch row, four query heads a key/value head; "decode in splits": in four."""
         batch, heads, length, dim = query.shape
+        value_dim = value.shape[3]
         query, key, value = query[:, :, :1], key[:, : heads // 4], value[:, : heads // 4]
         state_heads = heads if self.option == "state per query head" else heads // 4
         for name in Inputs._fields[3:NUM_DIFFERENTIABLE]:
@@ -164,16 +165,17 @@ class Shape:
                 arguments[name] = arguments[name][:, :state_heads]
         options = {}
         if self.option == "paged":
-            key, value = (meta(512, heads // 4, 16, dim, dtype=query.dtype) for _ in range(2))
+            key, value = (meta(512, heads // 4, 16, size, dtype=query.dtype) for size in (dim, value_dim))
             options["block_table"] = meta(batch, length // 16, dtype=torch.int32)
         arguments["key_stop"] = meta(batch, dtype=torch.int32)
         call = prepare(query, key, value, arch=self.arch, cache_size=length, **arguments)
         splits = 1 if self.kernel == "decode" else 4
-        out = meta(splits, *query.shape, dtype=query.dtype if splits == 1 else torch.float32)
+        out = meta(splits, *query.shape[:3], value_dim, dtype=query.dtype if splits == 1 else torch.float32)
         lse = meta(splits, batch, heads, 1)
         left_out = meta(batch, heads, 1, dtype=torch.int32)
         if self.kernel == "merge":
-            return merge_launch(call, out, lse, lse, left_out, query, lse[0], self.config())
+            result = meta(*query.shape[:3], value_dim, dtype=query.dtype)
+            return merge_launch(call, out, lse, lse, left_out, result, lse[0], self.config())
         if splits > 1:
             options |= {"num_splits": splits, "sums": lse, "left_out": left_out}
         return decode_launch(call, out, lse, self.config(), **options)
@@ -181,7 +183,8 @@ class Shape:
     def _sums_launch(self, section: str, meta):
         """Of 8 heads and 4,096 rows around their mean key, in two splits; "centres": 16 of them, and weights."""
         heads, length, dim, dtype = 8, 4096, self.head_dim, record.DTYPES[self.dtype]
-        keys, values = (meta(heads, length, dim, dtype=dtype) for _ in range(2))
+        value_dim = self.value_dim()
+        keys, values = (meta(heads, length, size, dtype=dtype) for size in (dim, value_dim))
         centers, rows = 1, Rows(keys, values, None, meta(heads, 1, dim), None, None)
         if self.option == "centres":
             centers = 16
@@ -189,13 +192,14 @@ class Shape:
             rows = Rows(*rows[:2], meta(heads, length), meta(heads, centers, dim), order, offsets)
         if self.kernel.startswith("sums_backward"):
             r = feature_dim(self.feature_map, dim)
-            z = meta(heads, centers, r, dim, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+            z = meta(heads, centers, r, value_dim, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
             grads = SumGrads(*rows[:2], meta(2, heads, centers, dim))
             return sums_backward_launch(
                 rows, z, meta(heads, centers, r), grads, section, self.feature_map, 2, 0.5, self.config(), self.arch
             )
         shape, r = (2, heads, centers), num_features_of(section, dim)
-        sums = Sums(meta(*shape, r, dim), meta(*shape, r), None if section in ("pairs", "squares") else meta(*shape))
+        count = None if section in ("pairs", "squares") else meta(*shape)
+        sums = Sums(meta(*shape, r, value_dim), meta(*shape, r), count)
         return sums_launch(rows, sums, section, 0.5, self.config(), self.arch)
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:

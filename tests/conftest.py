@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -11,13 +12,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from ntk_kernels import dispatch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from dataclasses import replace
+
     import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
 
     # As on GPUs, where the smaller and the larger of NaN and a number are the number, unless propagate_nan is asked for.
     InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+
+    # It prepares triton.language anew for every call of a helper, and works out whether integers overflow without saying
+    # so: half of its time.
+    prepare = interpreter._patch_lang
+
+    def prepare_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return prepare(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = prepare_once
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(items):

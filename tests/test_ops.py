@@ -272,6 +272,7 @@ def test_vmap():
     torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
 @all_backends
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
 def test_forward_mode_is_refused(needs_grad, backend):

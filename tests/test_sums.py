@@ -207,6 +207,7 @@ def test_double_backward_is_refused(backend):
         torch.autograd.grad(grad.sum(), keys)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
 @all_backends
 def test_forward_mode_is_refused(backend):
     keys, values, _, _ = a_prefix()
