@@ -229,7 +229,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """The result of a query row from acc [splits, B, Hq, Lq, Dv], m_i and l_i [splits, B, Hq, Lq] of the splits."""
     query = tl.program_id(0).to(tl.int64)
-    row, head = query % seq_q, query // seq_q % num_heads
+    row, head = query % seq_q, (query // seq_q % num_heads).to(tl.int32)  # divided again, which int64 is slow at
     batch = query // seq_q // num_heads
     columns = tl.arange(0, BLOCK_DV)[None, :]
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
@@ -257,7 +257,8 @@ def _merge_kernel(
         left_out = tl.load(left_out_ptr + query)
         if left_out > 0:
             shift = tl.zeros([1], tl.float32) + tl.where(l_i == 0, 0.0, m_i)
-            q_rows = q_ptr + batch * stride_q[0] + head * stride_q[1] + row * stride_q[2] + tl.zeros([1, 1], tl.int32)
+            q_rows = q_ptr + batch * stride_q[0] + head.to(tl.int64) * stride_q[1] + row * stride_q[2]
+            q_rows += tl.zeros([1, 1], tl.int32)
             state_head, num_centers, _ = locate_state(state, head, batch)
             acc = add_left_out(
                 acc, shift, tl.zeros([1], tl.float32) + inverse, (tl.zeros([1], tl.int32) + left_out) == 2, q_rows,
@@ -266,7 +267,7 @@ def _merge_kernel(
                 OPERAND, LOGIT_PRECISION, 1,
             )  # fmt: skip
     tl.store(lse_ptr + query, tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * _LN_2))
-    out_ptr += batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
+    out_ptr += batch * stride_out[0] + head.to(tl.int64) * stride_out[1] + row * stride_out[2]
     tl.store(out_ptr + columns, rounded_to(acc, out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
 
 
