@@ -107,8 +107,11 @@ def test_rows_of_no_sequence_are_zero(layout, backend):
 def test_no_sequence_at_all(backend):
     empty = torch.zeros(1, dtype=torch.int32)
     query, key, value = torch.randn(3, 4, 2, 8)
-    out = ntk_attention_varlen(query, key, value, empty, empty, 0, 0, backend=backend)
-    assert out.shape == query.shape and (out == 0).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = (tensor.to(dtype) for tensor in (query, key, value))
+        out, lse = ntk_attention_varlen(*tensors, empty, empty, 0, 0, return_lse=True, backend=backend)
+        assert (out.shape, out.dtype, lse.dtype) == (query.shape, dtype, torch.float32)
+        assert (out == 0).all() and (lse == -torch.inf).all()
 
 
 def test_compile():

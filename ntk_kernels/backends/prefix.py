@@ -78,7 +78,7 @@ class Prefix:
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
             if self.num_centers > 1:
                 # A centre without mass must not outshine the others as `top`; if all are so, none does.
-                has_mass = gather(k).ne(0).any(-1).unsqueeze(3)
+                has_mass = self.zk[..., -1].unflatten(-1, (self.num_centers, -1)).ne(0).any(-1).unsqueeze(3)
                 self.is_massless = ~has_mass & has_mass.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
         if row_keys is not None:
             self.row_keys, self.row_values = gather(row_keys), gather(row_values)  # [., Hs, 1, R, D or Dv]
