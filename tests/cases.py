@@ -307,3 +307,7 @@ def served_by(backend):
         for case in CASES
         if not (backend == "triton" and case.dtype == F64) and not ("softcap" in case.options and backend == "torch")
     ]
+
+
+def case_named(name):
+    return next(case for case in CASES if case.id == name)

@@ -1,15 +1,10 @@
-"""What concerns the Triton kernels alone: tile configurations, addresses, the autotuner. Runs in the interpreter."""
+"""What concerns the Triton kernels alone: tiles, addresses, parts, other number formats. In the interpreter."""
 
-import json
-import os
 from dataclasses import replace
 
-import decode_cases
 import pytest
 import torch
-import triton
-from cases import CASES, make_inputs, served_by
-from decode_cases import CALLS
+from cases import case_named, make_inputs
 from oracle import check_case
 
 from ntk_kernels import PrefixState, ntk_attention
@@ -19,14 +14,10 @@ if torch.cuda.is_available():
 
 from ntk_kernels.backends import torch as torch_backend
 from ntk_kernels.backends import triton as triton_backend
-from ntk_kernels.kernels import autotune, backward_state, configs, forward, launch
+from ntk_kernels.kernels import backward_state, configs, forward, launch
 from ntk_kernels.kernels.backward_delta import RowTerms
 from ntk_kernels.kernels.backward_state import StateGrads
 from ntk_kernels.kernels.configs import TileConfig
-
-
-def case_named(name):
-    return next(case for case in CASES if case.id == name)
 
 
 @pytest.mark.parametrize("name", ["elu", "all_parts", "window", "more_keys", "bf16", "index_none", "key_range"])
@@ -158,144 +149,6 @@ def test_masks_of_any_strides(strides):
     torch.testing.assert_close(out, ntk_attention(query, key, value, attn_mask=mask, backend="torch"))
 
 
-def test_every_kernel_has_tiles_for_every_call():
-    for arch in (*configs.SHARED_BYTES, "interpreter"):
-        for head_dim in (8, 16, 32, 64, 80, 128, 256):
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                if dtype == torch.float32 and head_dim > 128:
-                    continue  # goes to the torch backend
-                for feature_map in (None, "elu", "taylor1", "taylor2"):
-                    blocks = configs.blocks(arch, head_dim, 96 if head_dim == 80 else head_dim)
-                    for kernel in configs.KERNELS:
-                        if kernel in (("dkdv",) if head_dim > 128 else ("dk", "dv")):
-                            continue  # wide heads have the two apart
-                        if "pass" in kernel and not (
-                            arch == "interpreter" or (arch == "sm90" and dtype == torch.bfloat16
-                            and max(blocks[:2]) <= 128 and feature_map in ("elu", "taylor1"))
-                        ):  # fmt: skip
-                            continue
-                        for mask_bytes in (0, 1, 2, 4):
-                            entries = configs.candidates(
-                                kernel, arch, blocks, dtype, feature_map, bool(mask_bytes), mask_bytes
-                            )  # fmt: skip
-                            assert entries and len(set(entries)) == len(entries)
-                            for entry in entries:
-                                rows = 1 if kernel == "merge" else 16  # which multiplies no tiles
-                                assert entry.block_m >= rows and entry.block_n >= 16
-
-
-class Tuned:
-    """A kernel whose time is the number of rows of its tile."""
-
-    def __init__(self):
-        self.measured = []
-
-    def __call__(self, config):
-        self.measured.append(config)
-        if config.block_m == 16:
-            raise RuntimeError("out of resources")
-
-    def measure(self, function):
-        function()
-        return self.measured[-1].block_m
-
-
-SMALL, MIDDLE, LARGE = (TileConfig(rows, 64, 4, 2) for rows in (16, 32, 64))
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("NTK_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "_tables", {})
-    return tmp_path
-
-
-def test_autotune_takes_the_fastest_that_runs_and_remembers_it(cache, monkeypatch):
-    kernel = Tuned()
-
-    def fastest(key="D=64", candidates=(LARGE, SMALL, MIDDLE)):
-        return autotune.fastest(key, candidates, kernel, "Some GPU (80GB)", kernel.measure)
-
-    assert fastest() == MIDDLE
-    assert kernel.measured == [LARGE, SMALL, MIDDLE]
-    assert fastest() == MIDDLE and len(kernel.measured) == 3  # in memory
-    monkeypatch.setattr(autotune, "_tables", {})
-    assert fastest() == MIDDLE and len(kernel.measured) == 3  # on disk
-    (file,) = cache.iterdir()
-    assert file.name.startswith("some-gpu-80gb-triton-")
-    assert fastest("D=128") == MIDDLE and len(kernel.measured) == 6  # another class
-    assert set(json.loads(file.read_text())) == {"D=64", "D=128"}
-    assert fastest(candidates=(LARGE,)) == LARGE  # the table no longer has the one remembered
-
-
-def test_autotune_says_when_nothing_runs(cache):
-    kernel = Tuned()
-    with pytest.raises(RuntimeError, match="none of the 1 tile configurations for D=64 runs on a GPU"):
-        autotune.fastest("D=64", (SMALL,), kernel, "a GPU", kernel.measure)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"D=64": {"block": 3}}', '{"D=64": 1}'])
-def test_autotune_survives_a_broken_file(cache, content):
-    autotune.cache_file("a GPU").write_text(content)
-    kernel = Tuned()
-    with pytest.warns(UserWarning, match="cannot read the tuned tiles"):
-        assert autotune.fastest("D=64", (LARGE, MIDDLE), kernel, "a GPU", kernel.measure) == MIDDLE
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions")
-def test_autotune_without_a_place_to_write(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("NTK_KERNELS_CACHE", str(tmp_path / "file" / "folder"))
-    monkeypatch.setattr(autotune, "_tables", {})
-    kernel = Tuned()
-    with pytest.warns(UserWarning, match="cannot"):
-        assert autotune.fastest("D=64", (LARGE, MIDDLE), kernel, "a GPU", kernel.measure) == MIDDLE
-
-
-def test_the_environment_switches_the_autotuner_on(cache, monkeypatch):
-    """Calls of one shape class share a measurement, whatever their batch and length."""
-    monkeypatch.setenv("NTK_KERNELS_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(16, 16, 4, 1), TileConfig(32, 32, 4, 1)))
-    measured = []
-
-    def measure(function):
-        function()
-        measured.append(function)
-        return -len(measured)
-
-    monkeypatch.setattr(autotune, "median_time", measure)
-    for batch, length in ((1, 40), (2, 33), (1, 100)):
-        query, key, value = torch.randn(3, batch, 2, length, 8)
-        out = ntk_attention(query, key, value, is_causal=True, backend="triton")
-        torch.testing.assert_close(out, ntk_attention(query, key, value, is_causal=True, backend="torch"))
-    assert len(measured) == 2
-    ntk_attention(query, key, value, backend="triton")
-    assert len(measured) == 4  # without causality: another class
-    monkeypatch.delenv("NTK_KERNELS_AUTOTUNE")
-    ntk_attention(query, key, value, window=(3, 3), backend="triton")
-    assert len(measured) == 4
-
-
-@pytest.mark.parametrize("name", ["elu", "rows_unbiased"])  # one for either kind of kernels
-def test_measuring_leaves_what_is_added_to_alone(name, cache, monkeypatch):
-    """The prefix is added to results and gradients that are there, once, however often that is measured."""
-    monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
-    monkeypatch.setenv("NTK_KERNELS_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(16, 16, 4, 1), TileConfig(32, 32, 4, 1)))
-    measured = []
-
-    def measure(function):
-        function()
-        function()
-        measured.append(function)
-        return len(measured)
-
-    monkeypatch.setattr(autotune, "median_time", measure)
-    case = case_named(name)
-    check_case(make_inputs(case), case.dtype, backend="torch", backward=True)
-    assert len(measured) == 4  # two candidates, forward and backward
-
-
 def test_float16_models_take_states_beyond_float16():
     query, key, value = (tensor.half() for tensor in torch.randn(3, 1, 2, 20, 16).unbind())
     keys, values = torch.randn(2, 2, 3, 16).unbind()
@@ -350,71 +203,6 @@ def test_prefix_added_to_another_attention(name, monkeypatch):
     )
 
 
-def test_launches_are_remembered_by_the_kind_of_call():
-    """The same for other tensors of the same kind; another for what is compiled or counted differently."""
-    query, key, value, state, _ = make_inputs(case_named("elu"))
-
-    def call(query, **options):
-        arguments = {"z": state.z[None, :, None], "k": state.k[None, :, None], "feature_map": "elu"} | options
-        return launch.prepare(query, key, value, **arguments)
-
-    first = call(query)
-    assert call(query.clone()).plans is first.plans
-    assert call(query.clone()).query is not first.query
-    for other in (
-        call(query[:, :, 1:]),
-        call(query, scale=2.0),
-        call(query.to(torch.bfloat16)),
-        call(query, window_right=0),
-    ):
-        assert other.plans is not first.plans
-
-
-def kinds(tensors):
-    """Of tensors and tuples of them: what a kernel is compiled for."""
-    if isinstance(tensors, tuple):
-        return tuple(map(kinds, tensors))
-    return tensors.dtype if isinstance(tensors, torch.Tensor) else tensors
-
-
-def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
-    """For every call of the option tables, whatever gradients are asked for: grid, scalars, constants, and what of each
-    tensor a kernel is compiled for."""
-    of_plan = {}
-    original = launch.Call.launch
-
-    def checked(self, kernel, tensors, config, describe, *details):
-        result = original(self, kernel, tensors, config, describe, *details)
-        assert (result.grid, result.plan.scalars, result.constants) == describe(), kernel
-        plan, seen = of_plan.setdefault(id(result.plan), (result.plan, kinds(tensors)))
-        assert plan is result.plan and seen == kinds(tensors), kernel
-        return result
-
-    monkeypatch.setattr(launch.Call, "launch", checked)
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self: None)
-    for case in served_by("triton"):
-        query, key, value, state, options = make_inputs(case)
-        inputs = {"query": query, "key": key, "value": value} | ({} if state is None else state.tensors())
-        for asked in ("everything", *inputs):
-            for name, tensor in inputs.items():
-                tensor.requires_grad_(asked in ("everything", name))
-            wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-            out, lse = ntk_attention(query, key, value, state, **options, return_lse=True, backend="triton")
-            for results in ([out], [out, lse], [lse]):
-                grads = [torch.ones_like(result) for result in results]
-                torch.autograd.grad(results, wanted, grads, retain_graph=True, allow_unused=True)
-    for name in CALLS:
-        if decode_cases.served(name, "triton"):
-            query, *caches, state, options = decode_cases.make_call(name)
-            *pages, table = decode_cases.in_pages(*caches, options["cache_seqlens"], 16)
-            for splits in (None, 1, 5):
-                decode_cases.decode_by("triton", num_splits=splits)(query, *caches, state, **options)
-                for of_dtype in (torch.int32, torch.int64):
-                    decode = decode_cases.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
-                    decode(query, *pages, state, **options)
-    assert len(of_plan) > 500
-
-
 @pytest.mark.parametrize("asked", ["query", "key", "z", "k", "keys"])
 def test_one_gradient_alone_of_a_prefix_added_to_another_attention(asked, monkeypatch):
     monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
@@ -429,42 +217,3 @@ def test_one_gradient_alone_of_a_prefix_added_to_another_attention(asked, monkey
         return torch.autograd.grad(out.square().sum(), [leaves[name] for name in names])[0]
 
     torch.testing.assert_close(gradient(asked), gradient(asked, "query", "key", "z", "k", "keys"), rtol=0, atol=0)
-
-
-def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
-    """A kernel that is compiled is called directly, with its arguments in their order; not for tensors that begin
-    between multiples of 16 bytes, for which it is not compiled."""
-    calls = []
-
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *args: calls.append(("compiled", grid, args))
-
-    class Kernel:
-        __name__ = "kernel"
-        arg_names = ("x", "pair", "n", "A", "B")
-
-        def __getitem__(self, grid):
-            def compile_and_run(*args, **keywords):
-                calls.append(("triton", grid, args, keywords))
-                return Compiled()
-
-            return compile_and_run
-
-    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
-    query, key, value, *_ = make_inputs(case_named("plain"))
-    call, kernel, config = launch.prepare(query, key, value), Kernel(), TileConfig(32, 32, 4, 1)
-
-    def run(x):
-        call.launch(kernel, (x, (x, None)), config, lambda: ((7, 2), (5,), {"B": 2, "A": 1}), "details")()
-
-    aligned = torch.empty(64)
-    assert aligned.data_ptr() % 16 == 0
-    between, other = aligned[1:], torch.empty(64)
-    for x in (between, aligned, other, between):
-        run(x)
-    names = [name for name, *_ in calls]
-    assert names == ["triton", "triton", "compiled", "triton"]
-    assert calls[1][2:] == ((aligned, (aligned, None), 5), {"A": 1, "B": 2} | launch.options_of(config))
-    assert calls[2][1] == (7, 2, 1)
-    assert calls[2][2][0] is other and calls[2][2][1][0] is other and calls[2][2][2:] == (5, 1, 2)
