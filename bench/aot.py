@@ -27,7 +27,7 @@ _TYPES = {
 _TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")
 _VIEW = re.compile(r"(ttg\.convert_layout|tt\.(reshape|trans|split|join|bitcast|expand_dims))\b")
 _INSTRUCTION = {
-    "cuda": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", re.M),
+    "cuda": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+[^.\s]", re.M),
     "hip": re.compile(r"^\t(?:[sv]_|ds_|buffer_|global_|flat_|scratch_)\w+", re.M),
 }
 _EXP2 = re.compile(r"\bMUFU\.EX2|v_exp_f32")
@@ -106,7 +106,7 @@ class Compiled:
         for number, line in enumerate(lines):
             if match := re.match(r"(\.L\w+):", line.strip()):
                 labels[match.group(1)] = number
-            elif match := re.search(r"(?:BRA|branch\w*)\s.*?(\.L\w+)", line):
+            elif match := re.search(r"(?:BRA[.\w]*|branch\w*)\s.*?(\.L\w+)", line):
                 start = labels.get(match.group(1))
                 if start is not None:
                     loops.append("\n".join(lines[start:number]))

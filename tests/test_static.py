@@ -41,6 +41,27 @@ def test_default_configurations_have_no_faults(tmp_path):
             assert kernel["exp2"] > 0, kernel
 
 
+MACHINE_CODE = """
+.nv.info:
+        /*0000*/ 	.byte	0x04, 0x2f, 0x08, 0x00
+        /*0010*/                   MUFU.EX2 R1, R1 ;
+.L_x_0:
+        /*0020*/                   MUFU.EX2 R2, R3 ;
+        /*0030*/              @!P0 FADD R2, R2, R1 ;
+        /*0040*/                   HMMA.1688.F32.TF32 R4, R8, R9, R4 ;
+        /*0050*/                   {branch} `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("branch", ["BRA", "@P0 BRA", "BRA.U UP0,", "BRA.U !UP0,"])
+def test_machine_code_is_read(branch):
+    """Data is no instruction; a loop may end in a branch of any kind."""
+    compiled = aot.Compiled("sm100", None)
+    compiled.machine_code = MACHINE_CODE.format(branch=branch)
+    assert (compiled.instructions, compiled.exp2_in_main_loop, compiled.tensor_core) == (6, 1, "HMMA×1")
+
+
 LOOP = """
   %r = scf.for %i = %a to %b step %c iter_args(%acc = %zero) -> (tensor<64x64xf32, #mma>)  : i32 {{
     %x = math.exp2 %y : tensor<64x16xf32, #dot>
