@@ -27,7 +27,7 @@ _TYPES = {
 _TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")
 _VIEW = re.compile(r"(ttg\.convert_layout|tt\.(reshape|trans|split|join|bitcast|expand_dims))\b")
 _INSTRUCTION = {
-    "cuda": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+[^.\s]", re.M),
+    "cuda": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", re.M),
     "hip": re.compile(r"^\t(?:[sv]_|ds_|buffer_|global_|flat_|scratch_)\w+", re.M),
 }
 _EXP2 = re.compile(r"\bMUFU\.EX2|v_exp_f32")
@@ -86,7 +86,7 @@ class Compiled:
 
     @cached_property
     def machine_code(self) -> str:
-        return self.kernel.asm["amdgcn"] if self._is_amd else self._run("nvdisasm")
+        return self.kernel.asm["amdgcn"] if self._is_amd else self._run("nvdisasm", "--print-code", "--no-dataflow")
 
     @cached_property
     def _usage(self) -> str:

@@ -3,8 +3,8 @@
 Compiles the configuration that each head dimension, feature map and option runs with by default (--all: every
 configuration the autotuner may try) and prints a table. Exits with 1 if the default configuration of a head dimension
 and feature map in half precision spills registers (with triton 3.6 or 3.7), or one of any kind has no tensor-core
-instruction, exceeds the shared memory or has a known hazard; or if one has grown since the figures in bench/baseline/
-(for each version of triton; --accept makes the new ones the baseline).
+instruction, or none in a loop with exp2 where there is a softmax, exceeds the shared memory or has a known hazard; or if
+one has grown since the figures in bench/baseline/ (for each version of triton; --accept makes the new ones the baseline).
 """
 
 import argparse
@@ -220,6 +220,7 @@ class Shape:
         return self.candidates()[self.candidate]
 
 
+HEAD_DIMS = (32, 64, 128, 256)
 WITHOUT_KEYS = "without keys"  # the prefix, added to another attention
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
 MASKS = ("bool mask", "additive mask", "float32 mask")
@@ -308,6 +309,8 @@ def examine(shape: Shape) -> dict:
         faults.append("a product with a dimension below 64")
     if multiplies and not found["tensor_core"]:
         faults.append("no tensor-core instruction")
+    if shape.kernel in ("forward", "decode", "dkdv", "dk", "dv", "dq") and not found["exp2"]:
+        faults.append("no loop with exp2 and tensor-core instructions")
     if compiled.shared > limit:
         faults.append(f"needs {compiled.shared} bytes of shared memory, has {limit}")
     return asdict(shape) | found | {"faults": faults}
@@ -356,6 +359,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", choices=aot.TARGETS, action="append", help="a GPU to compile for; may be repeated (default: all)"
     )
     parser.add_argument(
+        "--head-dim", type=int, choices=HEAD_DIMS, action="append", help="may be repeated (default: all)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="options and dtypes for sm90 at D=64 only, sm86 not at all"
     )
     parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")
@@ -370,6 +376,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("nothing is compiled under TRITON_INTERPRET=1; unset it")
     archs = arguments.arch or [arch for arch in aot.TARGETS if not (arguments.quick and arch == "sm86")]
     todo = shapes(archs, quick=arguments.quick)
+    if arguments.head_dim:
+        todo = [shape for shape in todo if shape.head_dim in arguments.head_dim]
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
     console = Console()
