@@ -3,8 +3,8 @@
 Compiles the configuration that each head dimension, feature map and option runs with by default (--all: every
 configuration the autotuner may try) and prints a table. Exits with 1 if the default configuration of a head dimension
 and feature map in half precision spills registers (with triton 3.6 or 3.7), or one of any kind has no tensor-core
-instruction, or none in a loop with exp2 where there is a softmax, exceeds the shared memory or has a known hazard; or if
-one has grown since the figures in bench/baseline/ (for each version of triton; --accept makes the new ones the baseline).
+instruction (in a loop with exp2, where there is a softmax), exceeds the shared memory or has a known hazard; or if one
+has grown since the figures in bench/baseline/ (for each version of triton; --accept makes the new ones the baseline).
 """
 
 import argparse
