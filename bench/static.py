@@ -361,6 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-dim", type=int, choices=HEAD_DIMS, action="append", help="may be repeated (default: all)"
     )
+    parser.add_argument("--dtype", choices=record.DTYPES, action="append", help="may be repeated (default: all)")
     parser.add_argument(
         "--quick", action="store_true", help="options and dtypes for sm90 at D=64 only, sm86 not at all"
     )
@@ -378,6 +379,8 @@ def run(arguments: argparse.Namespace) -> None:
     todo = shapes(archs, quick=arguments.quick)
     if arguments.head_dim:
         todo = [shape for shape in todo if shape.head_dim in arguments.head_dim]
+    if arguments.dtype:
+        todo = [shape for shape in todo if shape.dtype in arguments.dtype]
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
     console = Console()
