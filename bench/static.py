@@ -381,6 +381,8 @@ def run(arguments: argparse.Namespace) -> None:
         todo = [shape for shape in todo if shape.head_dim in arguments.head_dim]
     if arguments.dtype:
         todo = [shape for shape in todo if shape.dtype in arguments.dtype]
+    if not todo:
+        raise SystemExit("no kernel is of these kinds; without --quick there are more")
     if arguments.all:
         todo = [replace(shape, candidate=i) for shape in todo for i in range(len(shape.candidates()))]
     console = Console()

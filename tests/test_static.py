@@ -58,6 +58,12 @@ def test_machine_code_is_read(branch):
     assert (compiled.instructions, compiled.exp2_in_main_loop, compiled.tensor_core) == (6, 1, "HMMA×1")
 
 
+def test_kinds_that_no_kernel_is_of_are_refused():
+    result = run("-m", "bench", "static", "--quick", "--arch", "sm80", "--dtype", "float16")
+    assert result.returncode == 1
+    assert result.stderr == "no kernel is of these kinds; without --quick there are more\n"
+
+
 LOOP = """
   %r = scf.for %i = %a to %b step %c iter_args(%acc = %zero) -> (tensor<64x64xf32, #mma>)  : i32 {{
     %x = math.exp2 %y : tensor<64x16xf32, #dot>
