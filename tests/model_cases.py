@@ -269,3 +269,9 @@ AttentionInterface.register("definition32", _by_definition(torch.float32))
 AttentionInterface.register("definition64", _by_definition(torch.float64))
 for name in ("definition32", "definition64"):
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def snapshot(model):
+    """What attaching a prefix changes, and detaching it puts back."""
+    training = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return list(model.state_dict()), training, model.config._attn_implementation, set(vars(model))

@@ -1,4 +1,4 @@
-"""Conversion fitted to calibration queries: `prefix_to_state(..., query=...)` and its report."""
+"""Conversion fitted to calibration queries: `prefix_to_state(..., query=...)`."""
 
 import math
 
@@ -8,34 +8,7 @@ from fit_cases import DIM, F64, HEADS, STATES, VALUE_DIM, Sample, outshining
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 from ntk_kernels.conversion import gradient, least_squares, targets
-from ntk_kernels.conversion.layout import Layout
 from ntk_kernels.conversion.targets import targets_of
-
-
-@pytest.mark.parametrize("method", ["least_squares", "gradient"])
-@pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
-def test_the_report_is_true(args, options, method):
-    """Its errors are those that the reference finds on the held-out inputs, and the fit is the better one."""
-    sample = Sample()
-    state, report = sample.convert(*args, **options, method=method)
-    held_out = slice(3, None)  # the last quarter
-    torch.testing.assert_close(report.error.double(), sample.errors(state, held_out), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(report.no_prefix_error.double(), sample.errors(None, held_out), rtol=1e-4, atol=1e-6)
-    if "num_rows" not in options:
-        before, again = sample.convert(*args, **options, method="closed_form")
-        errors = sample.errors(before, held_out)
-        torch.testing.assert_close(report.closed_form_error.double(), errors, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(again.error, report.closed_form_error)
-    assert (report.error < report.closed_form_error).all()
-    assert report.method == method
-    assert report.held_out_queries == 64 * 2
-    features = {None: 0, "elu": 8, "taylor1": 9 * (options.get("centers") or 1), "taylor2": 45}[args[0]]
-    rows = options.get("num_rows", 0) + options.get("keep", 0)
-    assert report.rows_per_head == features + rows
-    assert report.break_even == features / 2 + rows
-    assert report.kept_rows == options.get("keep", 0)
-    assert report.state_bytes == state.nbytes
-    assert report.prefix_bytes == 400 * 14 * 8 * HEADS
 
 
 def test_rows_by_gradient_are_the_default_and_the_best():
@@ -165,33 +138,6 @@ def test_an_infinite_lse_marks_a_query_that_saw_nothing():
         assert torch.equal(state.values, expected.values)
 
 
-@pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
-def test_numbers_of_queries(args, options, monkeypatch):
-    """A descent needs one for each of its unknowns, over the number of values; least squares one for each term."""
-    sample = Sample()
-    monkeypatch.setattr(gradient, "_STEPS", 1)
-    state = sample.convert(*args, **options | {"keep": 0}, return_report=False)
-    layout = Layout(args[0], options.get("centers", "mean"), options.get("num_rows", 0), options.get("keep", 0))
-    unknowns = sum(tensor[0].numel() for tensor in state.tensors().values())
-    assert layout.needed_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
-    terms = state.num_rows + (0 if state.k is None else state.k[0].numel())
-    assert layout.needed_queries("least_squares", DIM, VALUE_DIM) == terms
-    assert layout.needed_queries("closed_form", DIM, VALUE_DIM) == 0
-
-
-def test_too_few_queries_are_refused_at_once(monkeypatch):
-    """Before the exact attention, which may take minutes; for a budget by what needs most."""
-    sample = Sample()
-    monkeypatch.setattr(targets, "ntk_attention", lambda *_, **__: 1 / 0)
-    for options in ({"num_rows": 300}, {"budget": 300}):
-        with pytest.raises(
-            ValueError, match=r"`query` must give each state head at least 1,000 queries to fit 300 feat"
-        ):
-            sample.convert(**options)
-    with pytest.raises(ZeroDivisionError):
-        sample.convert(num_rows=8)
-
-
 def test_without_an_input():
     """The queries see the prefix and nothing else."""
     sample = Sample()
@@ -301,17 +247,6 @@ def test_an_empty_prefix_adds_nothing():
     assert torch.equal(out, sample.attention[0])
 
 
-def test_the_report_as_text():
-    _, report = Sample().convert("taylor1", num_rows=12, keep=2)
-    text = str(report)
-    assert "relative error on 128 held-out queries a head: median 0." in text
-    assert "23 rows a head (2 of the prefix kept exactly)" in text
-    assert "do not compress" not in text
-    bad = type(report)(**{**vars(report), "error": torch.tensor([0.02, 0.91])})
-    assert bad.incompressible_heads == [1]
-    assert "heads that do not compress: 1 (0.91)" in str(bad)
-
-
 def test_nothing_is_recorded_for_autograd():
     sample = Sample()
     sample.prefix_key.requires_grad_()
@@ -320,82 +255,6 @@ def test_nothing_is_recorded_for_autograd():
     closed = prefix_to_state(sample.prefix_key, sample.prefix_value, None, num_rows=4)
     closed.keys.sum().backward()
     torch.testing.assert_close(sample.prefix_key.grad.sum(1), torch.full((HEADS, DIM), 4.0, dtype=F64))
-
-
-def refused():
-    sample = Sample(rows=20)
-    query, attention = sample.query, sample.attention
-    return {
-        "few queries": ({"feature_map": "taylor1", "method": "least_squares", "query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 12 queries to fit 9 features and rows, a quarter of them to be held out, got 10"),
-        "few for a descent": ({"num_rows": 8, "query": query[:1, :, :5], "attention": None}, "`query` must give each state head at least 27 queries to fit 8 features and rows by gradient descent, a quarter of them to be held out, got 10"),
-        "method": ({"method": "magic"}, "`method` must be one of"),
-        "no query": ({"query": None, "attention": None, "return_report": False, "method": "least_squares"}, "`query` must be given with method='least_squares', got None"),
-        "report": ({"query": None, "attention": None}, "`return_report` needs calibration queries: `query` must be given, got None"),
-        "keep": ({"query": None, "attention": None, "return_report": False, "keep": 1}, "`keep` needs calibration queries"),
-        "rows": ({"feature_map": "taylor1", "num_rows": 15, "keep": 6}, "`num_rows` and `keep` must be at most the number of prefix rows together, m=20, got 15 and 6"),
-        "no terms": ({"num_rows": 0}, "`num_rows` must be at least 1 with feature_map=None, unless all rows are kept, got 0"),
-        "centres of rows": ({"centers": 4}, "`centers` must come with `feature_map`, got 4 and feature_map=None"),
-        "rows in closed form": ({"feature_map": "taylor1", "num_rows": 3, "method": "closed_form"}, "`num_rows` must be 0 in closed form with a feature map"),
-        "one query": ({"feature_map": "taylor1", "method": "closed_form", "query": query[:1, :2, :1], "attention": None}, "`query` must give each state head at least 2 queries, of which one is held out, got shape [1, 2, 1, 8]"),
-        "out elsewhere": ({"attention": (attention[0].to("meta"), attention[1])}, "`attention[0]` must be on the device of `query`, cpu, got meta"),
-        "centres beside kept rows": ({"feature_map": "taylor1", "centers": 4, "keep": 18}, "`centers` must be at most the number of prefix rows that are not kept, m=20 less 18, got 4"),
-        "heads": ({"query": query[:, :3], "attention": None}, "`query` must have a multiple of Hs=2 heads, got 3"),
-        "head dimension": ({"query": query[..., :5], "attention": None}, "`query` must have shape [B, Hq, L, D=8], got [4, 4, 64, 5]"),
-        "out": ({"attention": (attention[0][:, :2], attention[1])}, "`attention[0]` must have shape [B=4, Hq=4, L=64, Dv=6], got [4, 2, 64, 6]"),
-        "lse": ({"attention": (attention[0], attention[1][..., :3])}, "`attention[1]` must have shape [B=4, Hq=4, L=64], got [4, 4, 3]"),
-        "error": ({"error": 0.0}, "`error` must be positive, got 0.0"),
-        "error in percent": ({"error": 5.0}, "`error` must be less than 1, the error of giving 0, got 5.0"),
-        "error without queries": ({"error": 0.1, "query": None, "attention": None, "return_report": False}, "`error` must come with `query`, got None"),
-        "error of a method": ({"error": 0.1, "method": "least_squares"}, "`error` must come with method='gradient', got 'least_squares'"),
-        "NaN of the input": ({"attention": (attention[0].clone().index_fill_(2, torch.tensor(5), math.nan), attention[1])}, "`attention[0]` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
-        "lse of NaN": ({"attention": (attention[0], attention[1].clone().index_fill_(2, torch.tensor(5), math.nan))}, "`attention[1]` must be finite, got [nan]... at index [0, 0, 5]"),
-        "error and centres": ({"error": 0.1, "centers": 3}, "`centers` must be 'mean' with `error`, which finds the number of rows, got 3"),
-        "error and rows": ({"error": 0.1, "num_rows": 3}, "`num_rows` must be None with `error`, which finds the number of rows, got 3"),
-        "error of features": ({"error": 0.1, "feature_map": "elu"}, "`feature_map` must be None with `error`, which finds the number of rows, got 'elu'"),
-        "budget": ({"budget": 0}, "`budget` must be at least 1, got 0"),
-        "budget without queries": ({"budget": 9, "query": None, "attention": None, "return_report": False}, "`budget` must come with `query`, got None"),
-        "budget in closed form": ({"budget": 9, "method": "closed_form"}, "`method` must be 'gradient' or 'least_squares' with `budget`, got 'closed_form'"),
-        "budget and map": ({"budget": 9, "feature_map": "elu"}, "`feature_map` must be None with `budget`, which finds what the state is made of, got 'elu'"),
-        "budget and centres": ({"budget": 9, "centers": torch.zeros(2, 1, 8)}, "`centers` must be 'mean' with `budget`, which finds what the state is made of, got tensor"),
-        "budget and rows": ({"budget": 9, "num_rows": 9}, "`num_rows` must be None with `budget`, which finds what the state is made of, got 9"),
-        "budget and no kept rows": ({"budget": 9, "keep": False}, "`keep` must be 0 with `budget`, which finds what the state is made of, got False"),
-        "centres on a line": ({"feature_map": "taylor1", "centers": torch.zeros(8)}, "`centers` must have shape [Hs=2, C, D=8], got [8]"),
-        "many centres": ({"feature_map": "taylor1", "centers": 1000}, "`centers` must be at most the number of prefix rows, m=20, got 1000"),
-        "centres of taylor2": ({"feature_map": "taylor2", "centers": 2}, "`centers` must be at most 1 with feature_map='taylor2', got 2"),
-        "given centres of elu": ({"feature_map": "elu", "centers": torch.zeros(2, 3, 8)}, "`centers` must hold one centre, or several with 'taylor1', got 3 with 'elu'"),
-        "budget and kept rows": ({"budget": 9, "keep": 2}, "`keep` must be 0 with `budget`, which finds what the state is made of, got 2"),
-        "budget and error": ({"budget": 9, "error": 0.1}, "`error` must be None with `budget`, which finds what the state is made of, got 0.1"),
-        "NaN": ({"query": query.clone().index_fill_(2, torch.tensor(5), math.nan)}, "`query` must be finite, got [nan, nan, nan, nan]... at index [0, 0, 5]"),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("case", refused())
-def test_refuses(case):
-    options, message = refused()[case]
-    with pytest.raises(ValueError) as caught:
-        Sample(rows=20).convert(**options)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"feature_map": "taylor1", "centers": 2}, {"centers": None, "feature_map": "elu"}, {"num_rows": 4}],
-    ids=str,
-)
-def test_rows_that_are_not_finite_are_named(options):
-    for name in ("prefix_key", "prefix_value"):
-        sample = Sample(rows=30)
-        getattr(sample, name)[1, 7, 2] = math.inf
-        with pytest.raises(ValueError, match=rf"`{name}` must be finite, got \[.*\]... at index \[1, 7\]"):
-            prefix_to_state(sample.prefix_key, sample.prefix_value, **options)
-        with pytest.raises(ValueError, match=rf"`{name}` must be finite, got \[.*\]... at index \[1, 7\]"):
-            sample.convert(**options)
-
-
-def test_a_pair_is_asked_for():
-    sample = Sample(rows=20)
-    with pytest.raises(TypeError, match=r"`attention` must be a pair \(out, lse\), got Tensor"):
-        sample.convert(attention=sample.attention[0])
 
 
 def test_result_is_a_state():
@@ -412,30 +271,6 @@ def test_terms_that_no_query_sees_stay_finite(spread, options):
     assert all(tensor.abs().max() < 1e10 for tensor in values)
     assert (report.error <= report.closed_form_error + 1e-6).all()
     torch.testing.assert_close(report.error, sample.errors(state, slice(3, None)).float(), rtol=0.02, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["closed_form", "least_squares", "gradient"])
-def test_the_report_is_true_where_the_mass_is_cut_off(method):
-    """Features around 0 give many of these queries a mass below 0: the op then keeps their numerator."""
-    torch.manual_seed(0)
-    sample = Sample(rows=1)
-    sample.prefix_key = 1.5 * torch.randn(HEADS, 100, DIM, dtype=F64) + 0.5
-    sample.prefix_value = torch.randn(HEADS, 100, VALUE_DIM, dtype=F64) + 1
-    sample.query = 1.5 * torch.randn(4, 2 * HEADS, 64, DIM, dtype=F64)
-    sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
-    state, report = sample.convert("taylor1", centers=None, method=method)
-    torch.testing.assert_close(report.error.double(), sample.errors(state, slice(3, None)), rtol=1e-4, atol=1e-6)
-
-
-def test_the_report_is_true_of_a_prefix_that_outshines_the_input():
-    """By so much that 1 - ρ is rounded to 0."""
-    sample = outshining(16.0)
-    sample.prefix_key[:, 0] *= 4
-    state, report = sample.convert(num_rows=8, method="closed_form")
-    assert (report.prefix_share == 1).any()
-    expected = [sample.errors(s, slice(3, None)).float() for s in (state, None)]
-    torch.testing.assert_close(report.error, expected[0], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(report.no_prefix_error, expected[1], rtol=1e-3, atol=1e-5)
 
 
 def test_in_inference_mode():
@@ -458,14 +293,6 @@ def test_a_state_is_no_view_of_a_cache():
         sample.prefix_key.zero_()
         assert torch.equal(state.keys, keys)
         assert state.keys.untyped_storage().nbytes() == state.keys.nbytes
-
-
-def test_the_report_of_a_prefix_with_a_gradient():
-    sample = Sample()
-    sample.prefix_key.requires_grad_()
-    state, report = sample.convert("taylor1", keep=2, method="closed_form")
-    assert state.z.requires_grad and state.keys.requires_grad
-    assert not any(value.requires_grad for value in vars(report).values() if isinstance(value, torch.Tensor))
 
 
 def test_targets_do_not_copy_the_prefix_for_every_row():
