@@ -33,6 +33,20 @@ def test_tile_sizes(name, config, monkeypatch):
     check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
 
 
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (24, 20)}], ids=str)
+def test_where_a_band_meets_the_tiles(options, monkeypatch):
+    """Wherever its edges fall in a tile, whole tiles that skip masks hold visible keys only."""
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(16, 16, 4, 1),))
+    query, key, value, grad = torch.randn(4, 1, 1, 70, 8)
+    for offset in range(-9, 7):
+        results = {}
+        for backend in ("triton", "reference"):
+            leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+            out = ntk_attention(*leaves, **options, causal_offset=offset, backend=backend)
+            results[backend] = out, *torch.autograd.grad(out, leaves, grad)
+        torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-5, msg=f"{offset=}")
+
+
 @pytest.mark.parametrize("name", ["d40", "d80", "value_wider", "bf16", "bf16_mask"])
 @pytest.mark.parametrize("parts", [2, 4])
 def test_key_gradients_in_parts(name, parts, monkeypatch):
