@@ -15,6 +15,11 @@ PARTS = [
     "kernels",
     "reference",
 ]
+# reference/ stays at the top level, where readers find it; a link makes it a part of the package. Where links cannot be
+# checked out (Windows), the installation maps it.
+PACKAGE_DIR = {"": "."}
+if not Path(__file__).with_name("ntk_kernels").joinpath("reference").is_dir():
+    PACKAGE_DIR["ntk_kernels.reference"] = "reference"
 
 setup(
     name="ntk-kernels",
@@ -24,9 +29,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # reference/ stays at the top level, where readers find it, and is installed as a part of the package.
     packages=["ntk_kernels", *(f"ntk_kernels.{name}" for name in PARTS)],
-    package_dir={"ntk_kernels.reference": "reference"},
+    package_dir=PACKAGE_DIR,
     package_data={"ntk_kernels": ["kernels/tuned/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy"],
     extras_require={

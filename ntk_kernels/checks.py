@@ -122,7 +122,7 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
         raise TypeError(f"`attn_mask` must be bool (True = visible) or floating-point, got {attn_mask.dtype}")
-    if attn_mask.dtype == torch.float64 != query.dtype:
+    if attn_mask.dtype == torch.float64 and query.dtype != torch.float64:
         raise TypeError(
             f"`attn_mask` must be bool, float32 or narrower, as `query` is {query.dtype}, got torch.float64"
         )

@@ -1,11 +1,13 @@
 """`error=` and `budget=` of prefix_to_state: what is tried, and what is taken."""
 
+import math
+
 import pytest
 import torch
 from fit_cases import Sample
 
 from ntk_kernels import ntk_attention
-from ntk_kernels.conversion import gradient
+from ntk_kernels.conversion import fit, gradient
 
 
 def test_the_smallest_state_with_an_error(monkeypatch):
@@ -73,6 +75,25 @@ def test_searches_go_by_the_heads_that_are_numbers(monkeypatch):
     assert report.error[1].isnan()
     assert report.error[0] == pytest.approx(min(report.tried.values()))
     assert len(set(report.tried.values())) == 5
+
+
+@pytest.mark.parametrize("failing", ["features", "rows"])
+def test_a_candidate_without_an_error_replaces_nothing(monkeypatch, failing):
+    """Candidates whose error is NaN in every head: the best of the others is taken, wherever they stand."""
+    sample = Sample()
+    judge = fit.held_out_errors
+
+    def fails(state):
+        return state is not None and (state.k is None) == (failing == "rows")
+
+    monkeypatch.setattr(
+        fit, "held_out_errors", lambda state, *rest: judge(state, *rest) * (float("nan") if fails(state) else 1)
+    )
+    state, report = sample.convert(budget=20, method="least_squares")
+    assert not fails(state)
+    numbers = [error for error in report.tried.values() if not math.isnan(error)]
+    assert 0 < len(numbers) < len(report.tried)
+    assert report.error.mean().item() == pytest.approx(min(numbers))
 
 
 def test_a_budget_for_all_rows():

@@ -56,14 +56,15 @@ def fit(
         with torch.no_grad():
             errors, errors_before = (held_out_errors(s, exact, closed_form.scale) for s in (state, before))
         error = tried[str(layout)] = errors.nanmean().item()
-        if best is None or not error >= least:
+        if best is None or error < least:  # an error that is NaN in every head replaces nothing
             num_features = layout.num_features(head_dim)
             report = ConversionReport(
                 error=errors, closed_form_error=errors_before, method=method, ridge=ridge,
                 rows_per_head=num_features + state.num_rows, kept_rows=layout.keep, state_bytes=state.nbytes,
                 break_even=num_features / 2 + state.num_rows, tried=tried, **of_prefix,
             )  # fmt: skip
-            best, least = (state, report), least if math.isnan(error) else error
+            best = state, report
+            least = math.inf if math.isnan(error) else error
         if enough is not None and error <= enough:
             break
     return best
