@@ -8,11 +8,14 @@ TRANSFORMERS = ["transformers>=4.57", *IO]
 PEFT = ["peft>=0.18", *TRANSFORMERS]
 PARTS = [
     "backends",
+    "backends.torch",
     "conversion",
     "integrations",
     "integrations.peft",
     "integrations.transformers",
     "kernels",
+    "kernels.host",
+    "kernels.jit",
     "reference",
 ]
 # reference/ stays at the top level, where readers find it; a link makes it a part of the package. Where links cannot be
@@ -23,7 +26,6 @@ if not Path(__file__).with_name("ntk_kernels").joinpath("reference").is_dir():
 
 setup(
     name="ntk-kernels",
-    version="0.1.0",
     description="NTK-Attention: attention with an infinitely long learned prefix, fused in Triton",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -31,7 +33,7 @@ setup(
     python_requires=">=3.10",
     packages=["ntk_kernels", *(f"ntk_kernels.{name}" for name in PARTS)],
     package_dir=PACKAGE_DIR,
-    package_data={"ntk_kernels": ["kernels/tuned/*.json"]},
+    package_data={"ntk_kernels": ["kernels/host/tuned/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy"],
     extras_require={
         "io": IO,

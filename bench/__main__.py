@@ -3,25 +3,9 @@
 import argparse
 
 try:
-    from . import (
-        accounting,
-        approximation,
-        attention,
-        ceilings,
-        convert,
-        decode,
-        demo,
-        finetune,
-        fit,
-        gate,
-        prompt,
-        report,
-        scaling,
-        static,
-        suite,
-        sweep,
-        tune,
-    )  # fmt: skip
+    from .quality import accounting, approximation, demo, finetune, fit, prompt, scaling
+    from .speed import attention, ceilings, convert, decode, sweep
+    from .upkeep import gate, report, static, suite, tune
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; the benchmarks need: pip install -c constraints.txt -e '.[bench]'") from error
 

@@ -8,26 +8,19 @@ A prefix of any length is converted to, or trained as, a `PrefixState` of fixed 
     out = ntk_attention(query, key, value, state, is_causal=True)
 """
 
-from importlib.metadata import version as _version
-
-try:
-    from . import reference
-except ImportError as error:
-    raise ImportError(
-        "ntk_kernels.reference is missing: this is a checkout that is not installed; run `pip install -e .` in it"
-    ) from error
-from .accumulator import PrefixAccumulator
+from . import reference
 from .attention import ntk_attention
+from .conversion.accumulator import PrefixAccumulator
+from .conversion.api import prefix_to_state
 from .conversion.report import ConversionReport
-from .convert import prefix_to_state
 from .decode import ntk_attention_decode
 from .feature_maps import FEATURE_MAPS, feature_dim
 from .merge import merge_attention, prefix_attention_state
-from .modules import NTKPrefix
 from .state import PrefixState
+from .trainable import NTKPrefix
 from .varlen import ntk_attention_varlen
 
-__version__ = _version("ntk-kernels")
+__version__ = "0.2.0"
 __all__ = [
     "FEATURE_MAPS",
     "ConversionReport",

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, library, reference
 from .dispatch import choose_backend
 from .state import PrefixState
 
@@ -103,7 +103,7 @@ def ntk_attention(
             state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
 
-    out, lse = ops.attention(
+    out, lse = library.attention(
         query,
         key,
         value,
@@ -186,7 +186,7 @@ def _four_dimensional(attn_mask: Tensor | None) -> Tensor | None:
 
 
 def state_arguments(state: PrefixState | None, backend: str, *, few_rows: bool = False) -> list[Tensor | None]:
-    """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias as the ops take them (`backends/inputs.py`)."""
+    """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias as the ops take them (`inputs.py`)."""
     if state is None:
         return [None] * 8
     k, log_scale = state.k, state.log_scale

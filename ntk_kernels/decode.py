@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, library, reference
 from .attention import autocast, check_options, check_state, feature_scale_of, state_arguments
 from .dispatch import choose_backend
 from .state import PrefixState
@@ -98,7 +98,7 @@ def ntk_attention_decode(
             return_lse=return_lse,
         )  # fmt: skip
     left, right = window or (-1, -1)
-    out, lse = ops.attention_decode(
+    out, lse = library.attention_decode(
         query,
         key_cache,
         value_cache,

@@ -20,7 +20,7 @@ _MAX_TRITON_HEAD_DIM = 256
 # memory and back (not in the interpreter); in bfloat16 with D=130 triton 3.6.0 compiles them to what reads elsewhere.
 _MAX_TRITON_HEAD_DIM_ANYHOW = 128
 # From so many query rows and keys on, by head dimension, PyTorch's attention (cuDNN's) and the prefix added to it take
-# less time on Hopper than the fused kernel (bench/NOTES.md).
+# less time on Hopper than the fused kernel (docs/what-was-tried.md).
 _CUDNN_FROM = {64: 2048, 128: 1024}
 _warned: set[tuple[str, str]] = set()
 _devices: dict[tuple[str, int | None], str | None] = {}
@@ -149,7 +149,7 @@ def _device_lacks(device_type: str, index: int | None) -> str | None:
 def _find_out(device_type: str, index: int | None) -> str | None:
     if find_spec("triton") is None:
         return "machines without the triton package"
-    from .kernels.tiles import INTERPRETED
+    from .kernels.jit.tiles import INTERPRETED
 
     if INTERPRETED:
         return None if device_type == "cpu" else f"the device {device_type!r} under TRITON_INTERPRET=1"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import checks
 from .attention import ntk_attention
-from .backends.merge import merge
+from .backends.torch.lse import merge
 from .state import PrefixState
 
 

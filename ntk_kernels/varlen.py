@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, library, reference
 from .attention import autocast, check_options, check_state, feature_scale_of, state_arguments
 from .dispatch import choose_backend
 from .state import PrefixState
@@ -84,7 +84,7 @@ def ntk_attention_varlen(
         )  # fmt: skip
         return (out, lse) if return_lse else out
     left, right = window or (-1, -1)
-    out, lse = ops.attention(
+    out, lse = library.attention(
         query,
         key,
         value,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .inputs import DecodeInputs, Inputs
+from ..inputs import DecodeInputs, Inputs
 
 
 def full_state(inputs: Inputs | DecodeInputs) -> list[Tensor | None]:

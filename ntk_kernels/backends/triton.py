@@ -5,15 +5,15 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, SumInputs
 from ..kernels.backward import run_ntk_bwd
-from ..kernels.convert import SumGrads, prepare_rows, run_sum_features, run_sum_features_backward
 from ..kernels.decode import run_ntk_decode
 from ..kernels.forward import run_ntk_fwd
-from ..kernels.launch import addressable, made_addressable
-from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, SumInputs
-from .layout import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
+from ..kernels.host.launch import addressable, made_addressable
+from ..kernels.sums import SumGrads, prepare_rows, run_sum_features, run_sum_features_backward
 from .low_rank import full_state, low_rank_grads
-from .sums import rows_by_center
+from .results import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
+from .torch.sums import rows_by_center
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.sums import nearest_centers
+from ..backends.torch.sums import nearest_centers
 
 # Rows that k-means looks at, for each centre: more do not move a mean noticeably. Fewer where there are many centres.
 _SAMPLES_PER_CENTER, _ENOUGH_SAMPLES, _LEAST_PER_CENTER = 256, 16384, 16

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks, library
 from ..dispatch import sums_backend
 from ..state import PrefixState
 from .centers import cluster_means, find_centers
@@ -39,7 +39,7 @@ class ClosedForm(NamedTuple):
         lead = prefix_key.shape[:-2]
         centers = find_centers(centers, prefix_key, self.dtype, self.seed)
         flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
-        z, k, count = ops.sum_features(
+        z, k, count = library.sum_features(
             flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), feature_map,
             self.scale / self.feature_scale, sums_backend(flat_key, flat_value),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..state import PrefixState
 from . import gradient, least_squares
 from .closed_form import ClosedForm, Rows, together
-from .layout import Layout
+from .recipe import Layout
 from .report import ConversionReport
 from .targets import Targets, held_out_errors, most_seen, targets_of, with_rows
 

@@ -18,12 +18,12 @@ from functools import partial
 
 import torch
 
+from .add_prefix_backward import run_prefix_pass_backward, takes_backward
 from .backward_delta import RowTerms, delta_launch
 from .backward_keys import run_dkdv
 from .backward_query import dq_launch
 from .backward_state import run_state_backward
-from .launch import Call, contiguous, made_addressable, prepare, run_with_best_tiles
-from .prefix_pass_backward import run_prefix_pass_backward, takes_backward
+from .host.launch import Call, contiguous, made_addressable, prepare, run_with_best_tiles
 
 
 def run_ntk_bwd(

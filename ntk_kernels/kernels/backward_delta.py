@@ -12,12 +12,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import configs
-from .features import elu_mass, taylor_mass
-from .launch import Call, Launch, ceil_div, layout, strides
-from .prefix import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
-from .tiles import LOG2_E, load_tile
-from .visibility import locate_rows
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, strides
+from .jit.features import elu_mass, taylor_mass
+from .jit.prefix_term import CAN_REORDER, MAX_WEIGHT, SMALLEST_MASS, center_logit, locate_state
+from .jit.tiles import LOG2_E, load_tile
+from .jit.visibility import locate_rows
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _CAN_REORDER = tl.constexpr(CAN_REORDER)

@@ -16,12 +16,12 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .features import load_columns
-from .launch import Call, Launch, ceil_div, layout, run_with_best_tiles, strides
-from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
-from .visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, run_with_best_tiles, strides
+from .jit.features import load_columns
+from .jit.tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
+from .jit.visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
 
 _LN_2 = tl.constexpr(LN_2)
 

@@ -14,13 +14,13 @@ Grid: as that of the forward.
 import triton
 import triton.language as tl
 
-from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .launch import Call, Launch, ceil_div, layout, strides
-from .prefix import locate_state
-from .prefix_backward import add_own_rows, linear_term_grad
-from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
-from .visibility import keys_of_rows, locate_keys, locate_rows, logits_and_slope, masked
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, strides
+from .jit.prefix_term import locate_state
+from .jit.prefix_term_grad import add_own_rows, linear_term_grad
+from .jit.tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
+from .jit.visibility import keys_of_rows, locate_keys, locate_rows, logits_and_slope, masked
 
 _LN_2 = tl.constexpr(LN_2)
 

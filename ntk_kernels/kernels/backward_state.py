@@ -21,13 +21,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .backward_delta import RowTerms, load_lse, load_rows
-from .features import load_column, load_columns, pair_start, section_of, square_start
-from .launch import Call, Launch, ceil_div, layout, strides
-from .prefix_backward import own_rows_grad
-from .tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
-from .visibility import locate_rows
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, strides
+from .jit.features import load_column, load_columns, pair_start, section_of, square_start
+from .jit.prefix_term_grad import own_rows_grad
+from .jit.tiles import LN_2, LOG2_E, dot, load_tile, rounded_to
+from .jit.visibility import locate_rows
 
 _LN_2 = tl.constexpr(LN_2)
 

@@ -20,11 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
-from .launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
-from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
-from .tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
-from .visibility import locate_keys, masked, soft_capped
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
+from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
+from .jit.tiles import LN_2, LOG2_E, dot, load_tile, online_softmax, rounded_to
+from .jit.visibility import locate_keys, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
 _FEWEST_TILES = 4  # of keys that are worth splitting
@@ -370,7 +370,7 @@ def run_ntk_decode(
     query, key_cache, value_cache, out, lse, *, cache_size, cache_seqlens=None, block_table=None, num_splits=0,
     **arguments,
 ) -> None:  # fmt: skip
-    """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `backends/inputs.py`."""
+    """Fills `out` and `lse`; `num_splits` = 0 chooses. Other arguments as in `inputs.py`."""
     call = prepare(query, key_cache, value_cache, key_stop=cache_seqlens, cache_size=cache_size, **arguments)
     if block_table is not None:
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()

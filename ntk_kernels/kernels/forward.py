@@ -1,9 +1,9 @@
 """Forward of NTK-Attention in one pass: a FlashAttention-style online softmax that starts from the prefix.
 
-Each program owns BLOCK_M rows of queries of one head. It starts with the prefix's linear-attention term as accumulator,
-mass and maximum (`prefix.py`), walks the state's own rows, then the keys that some of its rows see, and normalises.
-Without keys it adds the prefix to the result of another attention over them, which `out` and `lse` then hold.
-The formula is that of `reference/attention.py`, the conventions are those of `tiles.py`.
+Each program owns BLOCK_M rows of queries of one head. It starts with the prefix's linear-attention term as
+accumulator, mass and maximum (`jit/prefix_term.py`), walks the state's own rows, then the keys that some of its rows
+see, and normalises. Without keys it adds the prefix to the result of another attention over them, which `out` and
+`lse` then hold. The formula is that of `reference/attention.py`, the conventions are those of `tiles.py`.
 
 Grid: one program for each tile of BLOCK_M queries, head and batch row (or packed sequence), those of a head side by
 side, so that they share K and V in the L2 cache; with causality the tiles with the most keys come first.
@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, prefix_pass
-from .launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
-from .prefix import add_left_out, attend_rows, locate_state, start_from_prefix
-from .tiles import LN_2, LOG2_E, dot, in_log2, load_descriptor_tile, load_tile, online_softmax, rounded_to
-from .visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
+from . import add_prefix as prefix_pass
+from .host import configs
+from .host.launch import Call, Launch, ceil_div, layout, prepare, run_with_best_tiles, strides
+from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
+from .jit.tiles import LN_2, LOG2_E, dot, in_log2, load_descriptor_tile, load_tile, online_softmax, rounded_to
+from .jit.visibility import keys_of_rows, locate_keys, locate_rows, masked, soft_capped
 
 _LN_2 = tl.constexpr(LN_2)
 

@@ -9,10 +9,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ... import checks
 from ...files import safetensors
-from ...modules import NTKPrefix
 from ...state import PrefixState
+from ...trainable import NTKPrefix
 from ..transformers.attention_interface import CHILD
-from ..transformers.modules import some
+from ..transformers.attention_modules import some
 
 # In which an `NTKLayer` keeps the prefixes of its adapters. PEFT takes parameters with this in their names to be ours,
 # and overlooks layers with this in theirs, so it must not be a part of `CHILD`.

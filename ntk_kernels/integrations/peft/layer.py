@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...modules import NTKPrefix
 from ...state import PrefixState
+from ...trainable import NTKPrefix
 from .config import STATES, NTKConfig
 
 BASE = "__base__"  # PEFT's name for rows without an adapter

@@ -13,11 +13,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ...modules import NTKPrefix
 from ...state import PrefixState
+from ...trainable import NTKPrefix
 from ..transformers.attach import check_bare, use_ntk
 from ..transformers.attention_interface import CHILD
-from ..transformers.modules import attention_modules, find_shape, placement, some
+from ..transformers.attention_modules import attention_modules, find_shape, placement, some
 from ..transformers.switch import add_child, remove_child, settle_flash
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer

@@ -19,8 +19,8 @@ several (beams), which lie side by side. It is asked in each forward, so that th
 try:
     from .attach import attach_prefix, attached_prefixes, detach_prefix
     from .attention_interface import ntk_attention_forward
-    from .files import load_prefix, save_prefix
-    from .modules import AttentionShape, attention_shapes
+    from .attention_modules import AttentionShape, attention_shapes
+    from .prefix_files import load_prefix, save_prefix
     from .prompt import prompt_to_states
 except ImportError as error:
     raise ImportError(

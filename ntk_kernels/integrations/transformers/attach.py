@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ... import checks
-from ...modules import NTKPrefix
 from ...state import PrefixState
+from ...trainable import NTKPrefix
 from .attention_interface import CHILD, IMPLEMENTATION
-from .modules import AttentionShape, attention_modules, configs_of, find_shape, placement, shape_of, some
+from .attention_modules import AttentionShape, attention_modules, configs_of, find_shape, placement, shape_of, some
 from .switch import Switch, add_child, remove_child, settle_flash
 
 _RECORD = "_ntk_attachment"

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ... import checks
+from ...conversion.api import prefix_to_state, settle
 from ...conversion.report import ConversionReport
-from ...convert import prefix_to_state, settle
 from ...state import PrefixState
 from .attach import attach_children, check_bare, detach_prefix
-from .modules import attention_modules, placement, some
+from .attention_modules import attention_modules, placement, some
 from .observer import Observer
 
 _OPTIONS = [name for name, kind in inspect.signature(settle).parameters.items() if kind.kind is kind.KEYWORD_ONLY]

@@ -1,0 +1,265 @@
+"""What a prefix state adds to attention, in plain tensor operations on a chunk of query rows, forward and backward.
+
+Tensors of rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by side.
+Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term keeps its weights relative to the largest
+centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more
+value column: `zk` = [z | k] gives both in one product, forward and backward.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...feature_maps import features, features_backward
+from ..results import empty_grad
+
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: fill the cache, not the memory
+_MIN_CHUNK_ROWS = 64
+_MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which nothing else bounds (see the reference)
+
+
+def normaliser(lse: Tensor) -> Tensor:
+    """`lse` with +inf for -inf: e^{x - normaliser} is 0 for a row that sees nothing, whatever x."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
+class LinearTerm(NamedTuple):
+    """The parts of the linear-attention term on a chunk of rows."""
+
+    x: Tensor  # [B, Hs, G, rows, D]
+    phi: Tensor  # [B, Hs, G, rows, r]
+    weight: Tensor | None  # [B, Hs, G, rows, C], e^{log w - top}; None for a single centre, whose weight is 1
+    features: Tensor  # [B, Hs, G, rows, C·r], weight ⊗ phi
+    top: Tensor  # [B or 1, Hs or 1, G or 1, rows or 1]
+
+    def weight_in(self, normaliser: Tensor, mass: Tensor) -> Tensor:
+        """e^{top - normaliser}: what the term is multiplied by in the output. `mass` is relative to e^top.
+
+        With mass the weight is at most 1 / mass anyway; a mass rounded to the other side of 0 must not set it free.
+        """
+        bound = (1 - mass.log()).nan_to_num_(_MAX_EXPONENT, posinf=_MAX_EXPONENT).clamp_(min=_MAX_EXPONENT)
+        return torch.minimum(self.top - normaliser, bound).exp_()
+
+
+class Prefix:
+    """The state of each batch row, in the dtype of the accumulation."""
+
+    def __init__(self, query, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index, dtype, options):
+        self.feature_map, self.feature_scale, self.scale = options
+        self.state_index = state_index
+        self.num_heads = (row_keys if k is None else k).shape[1]
+        absent = None if state_index is None else state_index < 0
+        if absent is not None and absent.device.type == "cpu" and not absent.any():
+            absent = None  # saves copies of the states; elsewhere finding out would wait for the device
+        if absent is not None:
+            if k is not None and log_scale is None:
+                log_scale = k.new_zeros(k.shape[:3])
+            if row_keys is not None and row_bias is None:
+                row_bias = row_keys.new_zeros(row_keys.shape[:3])
+
+        def gather(tensor: Tensor | None, *, is_logit: bool = False) -> Tensor | None:
+            if tensor is None:
+                return None
+            if state_index is not None:
+                tensor = tensor.index_select(0, state_index.clamp(min=0))
+            if absent is not None:
+                fill = -math.inf if is_logit else 0
+                tensor = tensor.masked_fill(absent.reshape(-1, *(1,) * (tensor.dim() - 1)), fill)
+            return tensor.to(dtype).unsqueeze(2)
+
+        self.zk = self.row_keys = None
+        if k is not None:
+            self.num_centers = k.shape[2]
+            self.zk = torch.cat([gather(z), gather(k).unsqueeze(-1)], dim=-1).flatten(3, 4)  # [., Hs, 1, C·r, Dv + 1]
+            self.centers = gather(centers)  # [., Hs, 1, C, D]
+            log_scale = gather(log_scale, is_logit=True)
+            self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
+            if self.num_centers > 1:
+                # A centre without mass must not outshine the others as `top`; if all are so, none does.
+                has_mass = self.zk[..., -1].unflatten(-1, (self.num_centers, -1)).ne(0).any(-1).unsqueeze(3)
+                self.is_massless = ~has_mass & has_mass.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
+        if row_keys is not None:
+            self.row_keys, self.row_values = gather(row_keys), gather(row_values)  # [., Hs, 1, R, D or Dv]
+            row_bias = gather(row_bias, is_logit=True)
+            self.row_bias = None if row_bias is None else row_bias.unsqueeze(3)  # [., Hs, 1, 1, R]
+
+        columns = (0 if self.zk is None else self.zk.shape[3]) + (0 if row_keys is None else row_keys.shape[2])
+        per_row = query.shape[0] * query.shape[1] * max(columns, 1)
+        self._chunk_rows = max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS[query.device.type] // max(per_row, 1))
+
+    def group_heads(self, tensor: Tensor) -> Tensor:
+        """[B, Hq, L, ...] -> [B, Hs, G, L, ...], a view."""
+        return tensor.unflatten(1, (self.num_heads, -1))
+
+    def chunks(self, num_rows: int):
+        for start in range(0, num_rows, self._chunk_rows):
+            yield slice(start, min(start + self._chunk_rows, num_rows))
+
+    def row_scores(self, q: Tensor) -> Tensor:
+        """[B, Hs, G, rows, R], logits of the state's own rows."""
+        scores = (q @ self.row_keys.mT).mul_(self.scale)
+        return scores if self.row_bias is None else scores.add_(self.row_bias)
+
+    def linear_term(self, q: Tensor) -> LinearTerm:
+        x = q * self.feature_scale
+        phi = features(x, self.feature_map)
+        if self.centers is None:
+            top = phi.new_zeros(1, 1, 1, 1) if self.log_scale is None else self.log_scale[..., 0]
+            return LinearTerm(x, phi, None, phi, top)
+        log_weight = (q @ self.centers.mT).mul_(self.scale)
+        if self.log_scale is not None:
+            log_weight.add_(self.log_scale)
+        if self.num_centers == 1:
+            return LinearTerm(x, phi, None, phi, log_weight[..., 0])
+        top = log_weight.masked_fill(self.is_massless, -math.inf).amax(-1)
+        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=_MAX_EXPONENT).exp_()
+        return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
+
+
+def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Adds the prefix to `out` [B, Hq, L, Dv] and `lse` [B, Hq, L] of attention over other keys, in place."""
+    query, out, all_lse = (prefix.group_heads(tensor) for tensor in (query, out, lse))
+    for rows in prefix.chunks(query.shape[3]):
+        q, out_rows, lse = query[..., rows, :].to(all_lse.dtype), out[..., rows, :], all_lse[..., rows]
+        merged = out_rows.to(lse.dtype)
+        if prefix.row_keys is not None:
+            scores = prefix.row_scores(q)
+            total = torch.logaddexp(lse, scores.logsumexp(-1))
+            shift = normaliser(total)
+            merged.mul_((lse - shift).exp_().unsqueeze(-1))
+            merged.add_(scores.sub_(shift.unsqueeze(-1)).exp_() @ prefix.row_values)
+            lse.copy_(total)
+        if prefix.zk is not None:
+            term = prefix.linear_term(q)
+            numerator_and_mass = term.features @ prefix.zk
+            log_mass = numerator_and_mass[..., -1].clamp(min=0).log_().add_(term.top)
+            total = torch.logaddexp(lse, log_mass)
+            shift = normaliser(total)
+            merged.mul_((lse - shift).exp_().unsqueeze(-1))
+            merged.addcmul_(
+                numerator_and_mass[..., :-1], term.weight_in(shift, numerator_and_mass[..., -1]).unsqueeze(-1)
+            )
+            lse.copy_(total)
+        if merged.dtype != out.dtype:
+            out_rows.copy_(merged)
+
+
+def prefix_backward(prefix: Prefix, grad_out, query, lse, delta, state, needs_grad) -> list[Tensor]:
+    """Gradients of query [B, Hq, L, D] and of the state's tensors (as in `inputs.py`: [N, Hs, ...]) through the prefix.
+
+    `lse` and `delta` = rowsum(dO∘out) - dlse, both [B, Hq, L], belong to the whole softmax. `state` has the state's
+    tensors; where it is None or no gradient is asked for, so is the result's entry.
+    """
+    need_query, *need_state = needs_grad
+    grad_query = empty_grad(query, lse.dtype) if need_query else None
+    sums = _StateSums(prefix, state, need_state, lse.dtype)
+    views = (prefix.group_heads(tensor) for tensor in (query, grad_out, normaliser(lse), delta))
+    all_q, all_grad, all_normalisers, all_delta = views
+    for rows in prefix.chunks(query.shape[2]):
+        q, grad = (tensor[..., rows, :].to(lse.dtype) for tensor in (all_q, all_grad))
+        row_normaliser, row_delta = all_normalisers[..., rows], all_delta[..., rows]
+        grad_q = torch.zeros_like(q) if need_query else None
+        if prefix.row_keys is not None:
+            _rows_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+        if prefix.zk is not None:
+            _linear_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+        if need_query:
+            prefix.group_heads(grad_query)[..., rows, :] = grad_q
+    return [grad_query, *sums.result()]
+
+
+def _rows_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
+    p = prefix.row_scores(q).sub_(normaliser.unsqueeze(-1)).exp_()
+    grad_scores = (grad @ prefix.row_values.mT).sub_(delta.unsqueeze(-1)).mul_(p)
+    if sums.needs("row_values"):
+        sums.add("row_values", p.mT @ grad)
+    if sums.needs("row_keys"):
+        sums.add("row_keys", grad_scores.mT @ q * prefix.scale)
+    if sums.needs("row_bias"):
+        sums.add("row_bias", grad_scores.sum(-2))
+    if grad_q is not None:
+        grad_q.add_(grad_scores @ prefix.row_keys, alpha=prefix.scale)
+
+
+def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
+    term = prefix.linear_term(q)
+    mass = (prefix.zk[..., -1:].mT @ term.features.mT).squeeze(-2)  # 5x as fast as a matrix times a column
+    weight = term.weight_in(normaliser, mass)
+    grad_mass = (delta * weight).neg_().masked_fill_(mass <= 0, 0)
+    grad = torch.cat([grad * weight.unsqueeze(-1), grad_mass.unsqueeze(-1)], dim=-1)
+    if sums.needs("z", "k"):
+        grad_zk = term.features.mT @ grad
+        sums.add("z", grad_zk[..., :-1])
+        sums.add("k", grad_zk[..., -1])
+    needs_weight = sums.needs("centers", "log_scale")
+    if grad_q is None and not needs_weight:
+        return
+    grad_features = grad @ prefix.zk.mT
+    if term.weight is None:
+        grad_phi = grad_features
+    else:
+        grad_features = grad_features.unflatten(-1, (prefix.num_centers, -1))
+        grad_phi = (term.weight.unsqueeze(-2) @ grad_features).squeeze(-2)
+    if prefix.centers is not None or needs_weight:
+        if term.weight is None:
+            grad_log_weight = (term.phi * grad_features).sum(-1, keepdim=True)
+        else:
+            grad_log_weight = (grad_features @ term.phi.unsqueeze(-1)).squeeze(-1).mul_(term.weight)
+        if sums.needs("log_scale"):
+            sums.add("log_scale", grad_log_weight.sum(-2))
+        if prefix.centers is not None:
+            if sums.needs("centers"):
+                sums.add("centers", grad_log_weight.mT @ q * prefix.scale)
+            if grad_q is not None:
+                grad_q.add_(grad_log_weight @ prefix.centers, alpha=prefix.scale)
+    if grad_q is not None:
+        grad_x = features_backward(grad_phi, term.x, term.phi, prefix.feature_map)
+        grad_q.add_(grad_x, alpha=prefix.feature_scale)
+
+
+class _StateSums:
+    """Sums of the state's gradients over the chunks, the heads that share a state and the batch, in a fixed order."""
+
+    _NAMES = ("z", "k", "centers", "log_scale", "row_keys", "row_values", "row_bias")
+
+    def __init__(self, prefix: Prefix, state, need_state, dtype):
+        self._prefix = prefix
+        self._like = {
+            name: tensor for name, tensor, needed in zip(self._NAMES, state, need_state, strict=True) if needed
+        }
+        self._dtype = dtype
+        self._sums: dict[str, Tensor] = {}
+
+    def needs(self, *names: str) -> bool:
+        return any(name in self._like for name in names)
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Adds [B, Hs, G, ...], unless nobody wants it."""
+        if name not in self._like:
+            return
+        per_batch = grad.sum(2)
+        if self._prefix.state_index is None:
+            per_batch = per_batch.sum(0, keepdim=True)
+        if name in self._sums:
+            self._sums[name].add_(per_batch)
+        else:
+            self._sums[name] = per_batch
+
+    def result(self) -> list[Tensor | None]:
+        return [self._of_states(name) if name in self._like else None for name in self._NAMES]
+
+    def _of_states(self, name: str) -> Tensor:
+        like, index = self._like[name], self._prefix.state_index
+        total = torch.zeros(like.shape, dtype=self._dtype, device=like.device)
+        if name in self._sums:
+            grads = self._sums[name].reshape(self._sums[name].shape[0], *like.shape[1:])
+            if index is None:
+                total.add_(grads)
+            else:  # one batch row at a time: index_add_ of several rows into one state has no fixed order on a GPU
+                absent = (index < 0).reshape(-1, *(1,) * (grads.dim() - 1))
+                grads = grads.masked_fill(absent, 0)
+                for row in range(index.shape[0]):
+                    total.index_add_(0, index[row : row + 1].clamp(min=0), grads[row : row + 1])
+        return total.to(like.dtype)

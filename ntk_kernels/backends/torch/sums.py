@@ -1,0 +1,194 @@
+"""Sums of features over the rows nearest to each centre, in plain tensor operations, forward and backward.
+
+    z_c = Σ_j w_j φ(y_j) v_jᵀ    k_c = Σ_j w_j φ(y_j)    count_c = Σ_j w_j    y_j = key_scale · (k_j - μ_c)
+
+over the rows j of centre c. With one centre rows are taken as they lie, a few heads at a time. With several they are
+sorted by centre and gathered, head by head, in tiles of which each has rows of one centre; a tile that is not full
+repeats its last row, with weight 0. Tiles are summed in the dtype of the accumulation, their sums in float64.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...feature_maps import features, features_backward
+from ...inputs import SumInputs
+from ..results import empty_sum_grads, empty_sums, lse_dtype
+
+_CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}  # features at a time: fill the cache, not the memory
+_TILE_ROWS = 2048  # at most: more would lose digits
+_MIN_TILE_ROWS = 16
+
+
+class _Tiles(NamedTuple):
+    """B tiles of T rows."""
+
+    heads: slice  # as many as tiles; one if rows are gathered
+    rows: slice | Tensor  # [B, T]
+    centers: Tensor | None  # [B], of each tile; None if there is one centre
+    exists: Tensor | None  # [B, T, 1], False where a tile repeats its last row
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """[H, m, d] -> [B, T, d]."""
+        if self.centers is None:
+            return tensor[self.heads, self.rows]
+        return tensor[self.heads.start].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+
+    def set_rows(self, tensor: Tensor, tiles: Tensor) -> None:
+        if self.centers is None:
+            tensor[self.heads, self.rows] = tiles
+        else:
+            tensor[self.heads.start].index_copy_(0, self.rows.flatten(), tiles.flatten(0, 1).to(tensor.dtype))
+
+    def centers_of(self, tensor: Tensor) -> Tensor:
+        """[H, C, ...] -> [B, ...]."""
+        if self.centers is None:
+            return tensor[self.heads, 0]
+        return tensor[self.heads.start].index_select(0, self.centers)
+
+    def add_to(self, sums: Tensor, tiles: Tensor) -> None:
+        """Adds [B, ...] to [H, C, ...], in a fixed order."""
+        if self.centers is None:
+            sums[self.heads, 0] += tiles
+        elif sums.device.type == "cpu":
+            sums[self.heads.start].index_add_(0, self.centers, tiles.to(sums.dtype))
+        else:  # where index_add_ has no fixed order
+            sums[self.heads.start].index_put_((self.centers,), tiles.to(sums.dtype), accumulate=True)
+
+
+def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
+    results = empty_sums(inputs)
+    z, k, count = (torch.zeros_like(result, dtype=torch.float64) for result in results)
+    constant = 1 if inputs.feature_map == "taylor1" else 0  # features that are 1, which need no product
+    for tiles in _tiles(inputs):
+        w = _weights_of(tiles, inputs)
+        v = tiles.rows_of(inputs.values).to(results[0].dtype)
+        phi = _centred_keys(tiles, inputs)
+        if not constant:
+            phi = features(phi.mul_(inputs.key_scale), inputs.feature_map)
+        if w is not None:
+            phi.mul_(w)
+        num_rows = v.shape[1] if w is None else w.sum((1, 2))
+        tiles.add_to(count, num_rows)
+        tiles.add_to(k[..., constant:], phi.sum(1))  # adds up pairwise, unlike a product with ones
+        if constant:
+            tiles.add_to(z[..., 0, :], v.sum(1) if w is None else (w * v).sum(1))
+        tiles.add_to(z[..., constant:, :], phi.mT @ v)
+    if constant:
+        k[..., 1:] *= inputs.key_scale
+        z[..., 1:, :] *= inputs.key_scale
+        k[..., 0] = count
+    return tuple(result.copy_(sums) for result, sums in zip(results, (z, k, count), strict=True))
+
+
+def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tuple[Tensor, ...]:
+    """Gradients of keys, values and centres; those that `needs_grad` does not ask for have no elements."""
+    grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
+    of_centers = torch.zeros_like(grad_centers, dtype=torch.float64)
+    for tiles in _tiles(inputs):
+        w = _weights_of(tiles, inputs, once=False)
+        y = _centred_keys(tiles, inputs).mul_(inputs.key_scale)
+        phi = features(y.clone(), inputs.feature_map)
+        if needs_grad[1]:
+            grad = phi @ tiles.centers_of(grad_z)
+            tiles.set_rows(grad_values, grad if w is None else grad.mul_(w))
+        if needs_grad[0] or needs_grad[2]:
+            v = tiles.rows_of(inputs.values).to(y.dtype)
+            grad_phi = torch.baddbmm(tiles.centers_of(grad_k).unsqueeze(1), v, tiles.centers_of(grad_z).mT)
+            grad = features_backward(grad_phi, y, phi, inputs.feature_map).mul(inputs.key_scale)
+            if w is not None:
+                grad.mul_(w)
+            if needs_grad[0]:
+                tiles.set_rows(grad_keys, grad)
+            if needs_grad[2]:
+                if tiles.exists is not None:
+                    grad.mul_(tiles.exists)
+                tiles.add_to(of_centers, grad.sum(1))
+    if needs_grad[2]:
+        grad_centers.copy_(of_centers.neg_())
+    return grads
+
+
+def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """`order` [H, m], the rows sorted by their nearest centre, and `offsets` [H, C + 1], where each centre's begin."""
+    nearest, order = nearest_centers(keys, centers).sort(dim=-1, stable=True)
+    bounds = torch.arange(centers.shape[1] + 1, device=keys.device).expand(len(keys), -1).contiguous()
+    return order, torch.searchsorted(nearest, bounds)
+
+
+def nearest_centers(keys: Tensor, centers: Tensor) -> Tensor:
+    """[H, m], of keys [H, m, D] the number of the nearest of the centres [H, C, D]; of equal ones the first."""
+    (heads, num_rows, head_dim), num_centers = keys.shape, centers.shape[1]
+    # |k - μ|² without the |k|² that all centres share, both taken from the centres' mean: keys share a large one
+    dtype = lse_dtype(keys)
+    centers = centers.detach().to(dtype)
+    origin = centers.mean(1, keepdim=True)
+    shifted = centers - origin
+    norms = shifted.square().sum(-1).unsqueeze(1)
+    nearest = torch.empty(heads, num_rows, dtype=torch.int64, device=keys.device)
+    step = max(_MIN_TILE_ROWS, _elements_at_a_time(keys) // (heads * (num_centers + head_dim)))
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        distance = torch.baddbmm(norms, keys[:, rows].to(dtype) - origin, shifted.mT, alpha=-2)
+        torch.argmin(distance, -1, out=nearest[:, rows])
+    return nearest
+
+
+def _elements_at_a_time(tensor: Tensor) -> int:
+    return _CHUNK_ELEMENTS["cpu" if tensor.device.type == "cpu" else "other"]
+
+
+def _tiles(inputs: SumInputs) -> Iterator[_Tiles]:
+    """So many at a time that their features fill the cache."""
+    heads, num_rows, _ = inputs.keys.shape
+    if num_rows == 0:
+        return
+    most = _elements_at_a_time(inputs.keys) // inputs.num_features
+    if inputs.num_centers > 1:
+        order, offsets = rows_by_center(inputs.keys, inputs.centers)
+        for head in range(heads):
+            yield from _gathered_tiles(head, order[head], offsets[head], most, inputs.values.shape[2])
+        return
+    num_tile_rows = max(_MIN_TILE_ROWS, min(_TILE_ROWS, num_rows, most))
+    step = max(1, most // num_tile_rows)
+    for head in range(0, heads, step):
+        for row in range(0, num_rows, num_tile_rows):
+            yield _Tiles(slice(head, head + step), slice(row, row + num_tile_rows), None, None)
+
+
+def _gathered_tiles(head: int, order: Tensor, offsets: Tensor, most: int, value_dim: int) -> Iterator[_Tiles]:
+    """Those of one head; `most` rows at a time, or as many rows of partial sums."""
+    num_rows, num_centers = order.shape[0], offsets.shape[0] - 1
+    num_tile_rows = max(_MIN_TILE_ROWS, min(_TILE_ROWS, num_rows // (4 * num_centers), most))
+    starts, stops = offsets[:-1], offsets[1:]
+    num_tiles = (stops - starts + num_tile_rows - 1) // num_tile_rows
+    all_centers = torch.repeat_interleave(num_tiles)
+    numbers = torch.arange(all_centers.shape[0], device=order.device) - (num_tiles.cumsum(0) - num_tiles)[all_centers]
+    columns = torch.arange(num_tile_rows, device=order.device)
+    step = max(1, most // max(num_tile_rows, value_dim))
+    for centers, number in zip(all_centers.split(step), numbers.split(step), strict=True):
+        positions = (starts[centers] + number * num_tile_rows).unsqueeze(1) + columns
+        last = stops[centers].unsqueeze(1) - 1
+        exists = (positions <= last).unsqueeze(-1)
+        yield _Tiles(slice(head, head + 1), order[torch.minimum(positions, last)], centers, exists)
+
+
+def _weights_of(tiles: _Tiles, inputs: SumInputs, *, once: bool = True) -> Tensor | None:
+    """[B, T, 1], with `once` 0 where a row is repeated; None: all 1."""
+    dtype = lse_dtype(inputs.keys)
+    w = None if inputs.weights is None else tiles.rows_of(inputs.weights.unsqueeze(-1)).to(dtype)
+    if tiles.exists is None or not once:
+        return w
+    return tiles.exists.to(dtype) if w is None else w * tiles.exists
+
+
+def _centred_keys(tiles: _Tiles, inputs: SumInputs) -> Tensor:
+    """k - μ [B, T, D], a tensor of its own."""
+    dtype = lse_dtype(inputs.keys)
+    keys = tiles.rows_of(inputs.keys)
+    if inputs.centers is None:
+        return keys.to(dtype, copy=True)
+    return keys.to(dtype) - tiles.centers_of(inputs.centers).to(dtype).unsqueeze(1)

@@ -1,0 +1,63 @@
+"""Files with the prefixes of a model, and nothing else of it."""
+
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+from ...files import Format
+from ...trainable import NTKPrefix
+from .attach import attach_prefix, attached_prefixes, check_bare
+from .attention_interface import CHILD
+from .attention_modules import attention_modules
+
+_FILES = Format("ntk-kernels prefixes of a model", 1, "save_prefix")
+
+
+def save_prefix(model: PreTrainedModel, path) -> None:
+    """Writes the prefixes of a model, and nothing else of it, to `path`, a safetensors file.
+
+    Raises:
+        ValueError: if the model has none.
+        FileNotFoundError: if there is no such folder.
+    """
+    children = attached_prefixes(model)
+    tensors = {
+        f"{name}.{CHILD}.{key}": tensor
+        for name, child in children.items()
+        for key, tensor in child.state_dict().items()
+    }
+    options = {name: child.options for name, child in children.items()}
+    _FILES.save(path, tensors, model=type(model).__name__, prefixes=json.dumps(options))
+
+
+def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[str, NTKPrefix]:
+    """Attaches the prefixes that `save_prefix` wrote; arguments and result as in `attach_prefix`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError, ValueError: if the model is one that `attach_prefix` refuses, or the file no such file, of another
+            version, or its prefixes don't fit the model. Then nothing of the model has changed.
+    """
+    attention_modules(model, None)
+    check_bare(model)
+    tensors, metadata = _FILES.load(path)
+    try:
+        prefixes = {}
+        for name, options in json.loads(metadata["prefixes"]).items():
+            start = f"{name}.{CHILD}."
+            own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+            dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own.values()) else torch.float32
+            prefixes[name] = NTKPrefix(**options, dtype=dtype)
+            prefixes[name].load_state_dict(own)
+        if tensors:
+            raise ValueError(f"unknown tensors {sorted(tensors)}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"`path` must hold valid prefixes, got {str(path)!r}: {error}") from error
+    try:
+        return attach_prefix(model, prefixes=prefixes, freeze=freeze)
+    except ValueError as error:
+        raise ValueError(
+            f"`path` must hold prefixes that fit the model, a {type(model).__name__}, got {str(path)!r}, of a "
+            f"{metadata.get('model')}: {error}"
+        ) from error

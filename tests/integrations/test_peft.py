@@ -1,0 +1,353 @@
+"""NTK-Attention as a PEFT method: training, files, starts, other things beside it."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import transformers
+from model_cases import BATCH, BY_NAME, FAMILIES, VOCABULARY, build, inputs, visible_logits, with_labels
+from peft import PeftModel, get_peft_model
+from peft_cases import (
+    LLAMA,
+    adapted,
+    all_families,
+    by_adapter,
+    close,
+    config_of,
+    lora,
+    outputs,
+    quiet,
+    randomise,
+    snapshot,
+    some,
+)
+from safetensors.torch import load_file
+
+from ntk_kernels import PrefixState, prefix_to_state
+from ntk_kernels.integrations.peft import NTKConfig
+from ntk_kernels.integrations.transformers import attach_prefix, attention_shapes
+
+pytestmark = quiet
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# Train, save, load in another process, generate ------------------------------------------------------------------
+
+
+@cache
+def trained(name, folder):
+    """Losses on the way, and the results of the adapter that `folder / name` then has."""
+    family = BY_NAME[name]
+    model = build(family)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model = get_peft_model(model, config_of(family))
+    given = with_labels(family, inputs(family))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, eps=1e-15)
+    model.train()
+    losses = []
+    for _ in range(8):
+        loss = model(**given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.save_pretrained(folder / name)
+    after = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+    assert {name for name, p in after.items() if p.requires_grad} == after.keys() - before.keys()
+    assert all(".ntk_prefix.ntk_states.default." in name for name in after.keys() - before.keys())
+    return losses, outputs(family, model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@all_families
+def test_training(family, folder):
+    losses, _ = trained(family.name, folder)
+    assert losses[-1] < losses[0] - 0.01
+    assert sorted(path.name for path in (folder / family.name).iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    names = load_file(folder / family.name / "adapter_model.safetensors").keys()
+    assert all(".ntk_prefix.ntk_states." in name and "default" not in name for name in names)
+
+
+def run(code, *args):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+
+
+def test_a_fresh_process_gets_the_same_bits(folder):
+    expected = {family.name: trained(family.name, folder)[1] for family in FAMILIES}
+    torch.save({"threads": torch.get_num_threads()}, folder / "options.pt")
+    result = run(
+        """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, "tests")
+import conftest
+from peft import PeftModel
+import ntk_kernels.integrations.peft
+from model_cases import FAMILIES, build
+from peft_cases import outputs
+folder = Path(sys.argv[1])
+torch.set_num_threads(torch.load(folder / "options.pt")["threads"])
+results = {family.name: outputs(family, PeftModel.from_pretrained(build(family), folder / family.name))
+           for family in FAMILIES}
+torch.save(results, folder / "results.pt")
+""",
+        str(folder),
+    )
+    assert result.returncode == 0, result.stderr
+    results = torch.load(folder / "results.pt")
+    for family, name in itertools.product(results, ("logits", "tokens")):
+        if name in expected[family]:
+            assert torch.equal(results[family][name], expected[family][name]), (family, name)
+
+
+def test_a_process_without_the_module_says_so(folder):
+    trained("llama", folder)
+    result = run(
+        "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])", str(folder / "llama")
+    )
+    assert result.stderr.splitlines()[-1] == "KeyError: 'NTK'"
+
+
+# Started from real prefixes --------------------------------------------------------------------------------------
+
+
+def converted(model, **options):
+    """States of a real text, of all modules."""
+    tokens = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        layers = model(tokens, use_cache=True).past_key_values.layers
+    return {
+        name: prefix_to_state(layer.keys[0], layer.values[0], **options)
+        for name, layer in zip(attention_shapes(model), layers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"centers": None}, {"feature_map": "elu"}], ids=str)
+@some("llama", "gpt2", "qwen3")
+def test_adapters_that_start_from_real_prefixes(family, options, tmp_path):
+    given = inputs(family)
+    states = converted(build(family), **options)
+    other = build(family)
+    attach_prefix(other, prefixes=states)
+    expected = visible_logits(other, given)
+    state = next(iter(states.values()))
+    for exact in ({"positive": None, "scale_by_k": False}, {}):
+        model = get_peft_model(build(family), NTKConfig.of_state(state, **exact)).eval()
+        model.init_from_states(states)
+        ours = visible_logits(model, given)
+        assert torch.equal(ours, expected) if exact else (ours - expected).norm() < 1e-4 * expected.norm()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path)
+    assert torch.equal(visible_logits(loaded, given), ours)
+
+
+def test_states_that_are_refused():
+    states = converted(build(LLAMA))
+    names = list(states)
+    model = get_peft_model(build(LLAMA), NTKConfig.of_state(states[names[0]]))
+    before = snapshot(model)
+    more_heads = prefix_to_state(torch.randn(4, 20, 8), torch.randn(4, 20, 8))
+    for given, error, message in (
+        (list(states), TypeError, "`states` must be a mapping from names of modules to PrefixStates, got"),
+        ({names[0]: states[names[0]]}, ValueError, f"the modules of the adapter, .*, got none for `{names[1]}`"),
+        (states | {"lm_head": states[names[0]]}, ValueError, "the modules of the adapter, .*, got one for `lm_head`"),
+        (states | {names[1]: more_heads}, ValueError, f"`states\\['{names[1]}'\\]` must have num_heads=2, as the adapter has, got 4"),
+        (converted(build(LLAMA), feature_map="elu"), ValueError, "must have feature_map='taylor1', as the adapter has, got 'elu'"),
+        (converted(build(LLAMA), centers=None), ValueError, "must have centers=1, as the adapter has, got None"),
+        (states | {names[1]: None}, TypeError, "`state` must be a PrefixState, got NoneType"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            model.init_from_states(given)
+    with pytest.raises(ValueError, match="`adapter_name` must be of the NTK adapters that the model has, .*, got 'b'"):
+        model.init_from_states(states, "b")
+    assert snapshot(model) == before
+    with pytest.raises(TypeError, match="`state` must be a PrefixState, got dict"):
+        NTKConfig.of_state(states)
+    with pytest.raises(ValueError, match="`state` must be one state, got a stack of 2"):
+        NTKConfig.of_state(PrefixState.stack([states[names[0]]] * 2))
+
+
+# Beside other things ---------------------------------------------------------------------------------------------
+
+
+def test_lora_beside_it(tmp_path):
+    torch.manual_seed(0)
+    given = inputs(LLAMA)
+    model = get_peft_model(build(LLAMA), lora(), adapter_name="lora").eval()
+    without = visible_logits(model, given)
+    model = get_peft_model(model.get_base_model(), config_of(LLAMA), adapter_name="ntk").eval()
+    randomise(model, "ntk")
+    expected = visible_logits(model, given)
+    assert not torch.equal(expected, without)
+    close(visible_logits(model, given | {"adapter_names": ["__base__"] * BATCH}), without)
+    ours = model(**given, adapter_names=["ntk", "__base__"]).logits
+    close(ours[0], expected[0])
+    close(ours[1], without[1])
+    model.save_pretrained(tmp_path)
+    assert all(".lora_" in name for name in load_file(tmp_path / "lora/adapter_model.safetensors"))
+    assert all(".ntk_states." in name for name in load_file(tmp_path / "ntk/adapter_model.safetensors"))
+
+    loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path / "lora", adapter_name="lora")
+    loaded = PeftModel.from_pretrained(loaded.get_base_model(), tmp_path / "ntk", adapter_name="ntk")
+    assert torch.equal(visible_logits(loaded, given), expected)
+
+
+def test_lora_put_after_it():
+    given = inputs(LLAMA)
+    torch.manual_seed(0)
+    first = get_peft_model(build(LLAMA), lora(), adapter_name="lora")
+    first = get_peft_model(first.get_base_model(), config_of(LLAMA), adapter_name="ntk")
+    expected = visible_logits(randomise(first, "ntk").eval(), given)
+    torch.manual_seed(0)
+    model = randomise(get_peft_model(build(LLAMA), config_of(LLAMA), adapter_name="ntk"), "ntk").eval()
+    alone = visible_logits(model, given)
+    model = get_peft_model(model.get_base_model(), lora(), adapter_name="lora").eval()
+    for name, parameter in first.named_parameters():
+        if ".lora_" in name:
+            model.get_parameter(name).data.copy_(parameter)
+    assert torch.equal(visible_logits(model, given), expected)
+    close(visible_logits(model.merge_and_unload(), given), expected)  # of LoRA; the prefixes stay
+    assert not torch.equal(alone, expected)
+
+
+def test_transformers_own_way_to_load_it(tmp_path):
+    model = adapted(LLAMA, {"a": config_of(LLAMA)})
+    model.save_pretrained(tmp_path)
+    base = build(LLAMA)
+    base.load_adapter(str(tmp_path / "a"))
+    base.load_adapter(str(tmp_path / "a"), adapter_name="other")
+    assert torch.equal(visible_logits(base, inputs(LLAMA)), visible_logits(model, inputs(LLAMA)))
+    base.disable_adapters()
+    close(visible_logits(base, inputs(LLAMA)), visible_logits(build(LLAMA), inputs(LLAMA)))
+
+
+def test_a_trainer_that_is_interrupted(tmp_path):
+    """Training from a checkpoint goes on as if nothing had happened."""
+    data = [{"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)}] * 4
+    options = transformers.TrainingArguments(
+        tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=0.1, adam_epsilon=1e-15,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    results = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model = get_peft_model(build(LLAMA), config_of(LLAMA))
+        transformers.Trainer(model, options, train_dataset=data).train(resume_from_checkpoint=checkpoint)
+        results.append({name: p for name, p in model.named_parameters() if ".ntk_states." in name})
+    assert all(torch.equal(results[1][name], p) for name, p in results[0].items())
+
+
+def test_a_copy_stands_by_itself():
+    model, given = adapted(LLAMA), inputs(LLAMA)
+    expected = visible_logits(model, given)
+    other = copy.deepcopy(model)
+    with other.disable_adapter():
+        assert torch.equal(visible_logits(model, given), expected)
+        assert torch.equal(visible_logits(other, given), visible_logits(build(LLAMA), given))
+    assert torch.equal(visible_logits(other, given), expected)
+
+
+def test_the_names_of_adapters_beside_each_other_differ():
+    model = get_peft_model(build(LLAMA), lora())
+    expected, config = snapshot(model), model.peft_config["default"]
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` must be none of those that the model has, \['default'\], got 'default'"
+    ):
+        get_peft_model(model.get_base_model(), config_of(LLAMA))
+    with pytest.raises(ValueError, match="`target_modules` must be .* a name of .*, got 'nothing'"):
+        get_peft_model(model.get_base_model(), NTKConfig(target_modules="nothing"), adapter_name="ntk")
+    assert model.peft_config == {"default": config}
+    assert snapshot(model) == expected
+
+
+def test_a_classifier_with_its_head(tmp_path):
+    if "bert" not in BY_NAME:
+        pytest.skip("BERT has attention of its own in transformers 4")
+
+    def base():
+        torch.manual_seed(0)
+        options = BY_NAME["bert"].options | {"num_labels": 3}
+        return transformers.BertForSequenceClassification(transformers.BertConfig(**options)).eval()
+
+    given = inputs(BY_NAME["bert"])
+    config = config_of(BY_NAME["bert"], task_type="SEQ_CLS")
+    model = get_peft_model(base(), config, adapter_name="a")
+    assert model.classifier.modules_to_save["a"].weight.requires_grad
+    model.add_adapter("b", config_of(BY_NAME["bert"], task_type="SEQ_CLS"))
+    for seed, name in enumerate("ab"):
+        randomise(model, name, seed)
+        torch.nn.init.normal_(model.classifier.modules_to_save[name].weight)
+    model.eval()
+    names = ["b", "a"]
+    expected = by_adapter(model, names, lambda: model(**given).logits)
+    for row, other in zip(model(**given, adapter_names=names).logits, expected, strict=True):
+        close(row, other)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "a", adapter_name="a")
+    loaded.load_adapter(tmp_path / "b", "b")
+    ours, theirs = (m(**given, adapter_names=names).logits for m in (loaded, model))
+    assert torch.equal(ours, theirs)
+    head = model.classifier.modules_to_save["a"]
+    assert model.unload().classifier is head  # PEFT keeps what was trained as a whole
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapters_of_a_bfloat16_model_are_float32(tmp_path, low_cpu_mem_usage):
+    given = inputs(LLAMA)
+    model = adapted(LLAMA, dtype=torch.bfloat16)
+    expected = visible_logits(model, given)
+    assert expected.dtype == torch.bfloat16
+
+    def dtypes(model):
+        return {p.dtype for n, p in model.named_parameters() if ".ntk_states." in n}
+
+    assert dtypes(model) == {torch.float32}
+    model.save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a/adapter_model.safetensors").values()} == {torch.float32}
+    loaded = PeftModel.from_pretrained(
+        build(LLAMA, dtype=torch.bfloat16), tmp_path / "a", adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert dtypes(loaded) == {torch.float32}
+    assert torch.equal(visible_logits(loaded, given), expected)
+    assert dtypes(model.to(torch.bfloat16)) == {torch.float32}
+    assert torch.equal(visible_logits(model, given), expected)
+
+
+def test_adapters_of_a_float64_model_are_float64(tmp_path):
+    model = adapted(LLAMA, dtype=torch.float64)
+    expected = visible_logits(model, inputs(LLAMA))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(LLAMA, dtype=torch.float64), tmp_path / "a")
+    assert {p.dtype for n, p in loaded.named_parameters()} == {torch.float64}
+    assert torch.equal(visible_logits(loaded, inputs(LLAMA)), expected)
+
+
+def test_training_goes_on_after_loading(tmp_path):
+    model = adapted(LLAMA)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path / "a", is_trainable=True)
+    loaded.load_adapter(tmp_path / "b", "b", is_trainable=True)
+    loaded.set_requires_grad("b")  # which PEFT 0.18 leaves to us
+    loaded(**with_labels(LLAMA, inputs(LLAMA)), adapter_names=["default", "b"]).loss.backward()
+    assert all(p.grad.norm() > 0 for n, p in loaded.named_parameters() if ".ntk_states." in n)

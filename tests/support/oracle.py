@@ -1,0 +1,172 @@
+"""Accuracy judged against float64: ours may err twice as much as the plain formula in float32 (the largest entry three
+times), plus one eps of the dtype (half precisions are thus allowed the rounding of their result, and little more)."""
+
+import math
+
+import torch
+from cases import make_state
+
+from ntk_kernels import PrefixState, ntk_attention, reference
+from ntk_kernels.attention import state_arguments
+from ntk_kernels.inputs import Inputs
+
+F64 = torch.float64
+
+
+def leaves(query, key, value, state, dtype=None):
+    """Every differentiable input by name, as fresh leaves (in `dtype`), and the state made of them."""
+    inputs = {"query": query, "key": key, "value": value}
+    if state is not None:
+        inputs |= {f"state.{name}": tensor for name, tensor in state.tensors().items()}
+    # .clone() keeps the strides of dense tensors: layouts are part of what is tested
+    inputs = {
+        name: (tensor.detach().clone() if dtype is None else tensor.detach().to(dtype)).requires_grad_()
+        for name, tensor in inputs.items()
+    }
+    if state is not None:
+        tensors = {name.removeprefix("state."): tensor for name, tensor in inputs.items() if name.startswith("state.")}
+        state = PrefixState(**tensors, feature_map=state.feature_map, feature_scale=state.feature_scale)
+    return inputs, state
+
+
+def op_inputs(query, key, value, state, options, backend):
+    """What `ntk_attention` calls the op with, but for its scales."""
+    left, right = options.get("window", (-1, -1))
+    mask = options.get("attn_mask")
+    tensors = [query, key, value, *state_arguments(state, backend), options.get("state_index"),
+               None if mask is None else mask[(None,) * (4 - mask.dim())],
+               options.get("key_start"), options.get("key_stop")]  # fmt: skip
+    return Inputs(
+        *tensors, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
+        feature_map=None if state is None else state.feature_map, feature_scale=0.5, scale=0.25, softcap=0.0,
+        window_left=left, window_right=0 if options.get("is_causal") else right,
+        causal_offset=options.get("causal_offset", key.shape[2] - query.shape[2]), backend=backend,
+    )  # fmt: skip
+
+
+def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None, device="cpu"):
+    """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input, all on the CPU."""
+    query, key, value = (tensor.to(device) for tensor in (query, key, value))
+    state = None if state is None else state.to(device)
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    inputs, state = leaves(query, key, value, state, dtype)
+    if dtype is not None and "attn_mask" in options and options["attn_mask"].is_floating_point():
+        options = options | {"attn_mask": options["attn_mask"].to(dtype)}
+    with torch.set_grad_enabled(grad_out is not None):
+        out, lse = attention(inputs["query"], inputs["key"], inputs["value"], state, **options, return_lse=True)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if grad_out is not None:
+        outputs, grads = [out], [grad_out.to(out)]
+        if grad_lse is not None:  # lse = -inf has no gradient, and a loss that uses it has none either
+            outputs.append(lse)
+            grads.append(grad_lse.to(lse))
+        gradients = torch.autograd.grad(outputs, list(inputs.values()), grads, allow_unused=True)
+        for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
+            results[f"grad {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return {name: tensor.cpu() for name, tensor in results.items()}
+
+
+def assert_as_accurate(name, ours, eager, exact, dtype, *, lse_size=0.0, roundings=1, float32_bits=24):
+    """|ours - exact| <= 2 |eager - exact| + band in the root mean square, and 3 |eager - exact| + band for the largest
+    entry: which one that is, and by how much, is luck, and differs from processor to processor.
+
+    Where products of float32 keep `float32_bits`, it is as many times more.
+
+    The band is one eps of `dtype` (or as many as there are `roundings`) and, since fused attention normalises by
+    e^-lse, the rounding of an lse of `lse_size`, both relative to the size of the result. `eager` is the formula in float32 (for float64
+    results its error is scaled down, and counted once more because the oracle has it too).
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    if not ours.numel():
+        return
+    ours, eager = ours.to(F64), eager.to(F64)
+    assert torch.equal(ours.isfinite(), exact.isfinite()), f"{name}: not finite where the reference is, or vice versa"
+    finite = exact.isfinite()
+    assert torch.equal(ours[~finite], exact[~finite]), f"{name}: another infinity than the reference"
+    error = (ours - exact).abs().masked_fill(~finite, 0)
+    allowed = (eager - exact).abs().masked_fill(~finite, 0)
+    size = exact.abs().masked_fill(~finite, 0)
+    eps, lse_eps = torch.finfo(dtype).eps, torch.finfo(F64 if dtype == F64 else torch.float32).eps
+    scale, of_rms = (eps / torch.finfo(torch.float32).eps, 3) if dtype == F64 else (1.0, 2)
+    if dtype == torch.float32:
+        scale *= 2 ** (24 - float32_bits)
+    for kind, factor, norm in (("max", 3, lambda t: t.max()), ("rms", of_rms, lambda t: t.square().mean().sqrt())):
+        bound = scale * factor * norm(allowed) + (roundings * eps + lse_eps * lse_size) * norm(size)
+        worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        assert norm(error) <= bound, (
+            f"{name}: {kind} error {norm(error):.3g} exceeds {bound:.3g} (plain PyTorch: {norm(allowed):.3g}); "
+            f"worst at {worst}: {ours[worst]:.6g} instead of {exact[worst]:.6g}"
+        )
+
+
+def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False, device="cpu", **tolerance):
+    """Runs a call by `backend`, by the reference in float32 and in float64, and compares them."""
+    query, key, value, state, options = case_inputs
+    generator = torch.Generator().manual_seed(1)
+    out_shape = (*query.shape[:3], value.shape[3])
+    grads = {}
+    if backward:
+        grads["grad_out"] = torch.randn(out_shape, generator=generator, dtype=F64).to(dtype)
+        if grad_lse:
+            grads["grad_lse"] = torch.randn(out_shape[:3], generator=generator, dtype=F64).to(dtype)
+
+    def attention(*args, **kwargs):
+        return ntk_attention(*args, **kwargs, backend=backend)
+
+    def in_float32(*args, **kwargs):
+        return reference.ntk_attention(*args, **kwargs, compute_dtype=torch.float32)
+
+    ours = run(attention, query, key, value, state, options, **grads, device=device)
+    eager = run(in_float32, query, key, value, state, options, **grads)
+    exact = run(reference.ntk_attention, query, key, value, state, options, **grads, dtype=F64)
+    lse = exact["lse"][exact["lse"].isfinite()]
+    lse_size = lse.abs().max().item() if lse.numel() else 0.0
+    assert ours["out"].dtype == dtype
+    for name in ours:
+        assert_as_accurate(name, ours[name], eager[name], exact[name], dtype, lse_size=lse_size, **tolerance)
+
+
+NAN_STATES = {
+    "elu": {"centers": 1, "log_scale": True},
+    "elu and rows": {"rows": 2},
+    "taylor1": {"feature_map": "taylor1", "centers": 2, "log_scale": True, "mass": "mixed"},
+    "taylor1, one centre": {"feature_map": "taylor1", "centers": 1, "log_scale": True, "mass": "mixed"},
+    "taylor2": {"feature_map": "taylor2", "centers": 1, "log_scale": True},
+}
+
+
+def check_nan(recipe, seq_k, backend, device="cpu", head_dim=8, dtype=torch.float32):
+    """NaN in a query, a mask or a state is neither hidden, where the reference has it, nor spread to other heads."""
+
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        state = make_state(generator, head_dim=head_dim, value_dim=head_dim, heads=2, **recipe)
+        query = torch.randn(2, 4, 21, head_dim, generator=generator).to(dtype)
+        key, value = torch.randn(2, 2, 2, seq_k, head_dim, generator=generator).to(dtype).unbind()
+        mask = torch.zeros(21, seq_k, dtype=dtype)
+        return {"query": query, "key": key, "value": value, "attn_mask": mask}, state.tensors(), state
+
+    for name in ("query", "attn_mask", *inputs()[1]):
+        tensors, of_state, state = inputs()
+        if name in ("query", "attn_mask"):
+            if tensors[name].numel() == 0:
+                continue
+            tensors[name][..., 3, 1] = math.nan
+        else:
+            of_state[name][1].view(-1)[0] = math.nan
+            del tensors["attn_mask"]
+        state = PrefixState(**of_state, feature_map=state.feature_map)
+        ours = ntk_attention(
+            *(tensor.to(device) for tensor in list(tensors.values())[:3]), state.to(device), return_lse=True,
+            attn_mask=tensors["attn_mask"].to(device) if name == "attn_mask" else None, backend=backend,
+        )  # fmt: skip
+        exact = reference.ntk_attention(
+            *(tensor.double() for tensor in list(tensors.values())[:3]), state.to(torch.float64), return_lse=True,
+            attn_mask=tensors["attn_mask"].double() if name == "attn_mask" else None,
+        )  # fmt: skip
+        assert exact[0].isnan().any(), name
+        for result, expected in zip(ours, exact, strict=True):
+            result = result.cpu()
+            assert not (expected.isnan() & ~result.isnan()).any(), f"NaN in {name} is hidden"
+            unspoilt = result[:, :, :3] if name in ("query", "attn_mask") else result[:, :2]
+            assert not unspoilt.isnan().any(), f"NaN in {name} is spread"
