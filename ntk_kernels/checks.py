@@ -189,33 +189,28 @@ def check_sequence_tensor(name: str, tensor: Tensor, length: int, letters: str, 
         raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
 
 
-def check_values(
-    query: Tensor, key: Tensor, state_index: Tensor | None, num_states: int | None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
-) -> None:  # fmt: skip
-    """The values of index tensors, where reading them is free: on the CPU.
+def check_values(inputs) -> None:
+    """Checks the values of the index tensors of `Inputs`, where reading them is free: on the CPU.
 
     With NTK_KERNELS_CHECK=1 on other devices too, which the call then waits for.
     """
-    if readable(state_index):
-        check_index_range(state_index, num_states)
-    if readable(cu_seqlens_q):
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query.shape[2])
-    if readable(cu_seqlens_k):
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key.shape[2])
+    if readable(inputs.state.state_index):
+        check_index_range(inputs.state.state_index, inputs.state.num_states)
+    for letter, tensor in (("q", inputs.query), ("k", inputs.key)):
+        cu_seqlens, longest = getattr(inputs, f"cu_seqlens_{letter}"), getattr(inputs, f"max_seqlen_{letter}")
+        if readable(cu_seqlens):
+            check_cu_seqlens(f"cu_seqlens_{letter}", cu_seqlens, f"max_seqlen_{letter}", longest, tensor.shape[2])
 
 
-def check_cache_values(
-    key_cache: Tensor, cache_seqlens: Tensor | None, block_table: Tensor | None, state_index: Tensor | None,
-    num_states: int | None,
-) -> None:  # fmt: skip
-    """The same for decode: lengths within the cache, the pages that they need within the pages there are."""
-    if readable(state_index):
-        check_index_range(state_index, num_states)
+def check_cache_values(inputs) -> None:
+    """Checks those of `DecodeInputs`: lengths within the cache, and the pages that they need within those there are."""
+    cache_seqlens, block_table = inputs.cache_seqlens, inputs.block_table
+    if readable(inputs.state.state_index):
+        check_index_range(inputs.state.state_index, inputs.state.num_states)
     if not readable(cache_seqlens):
         return
-    num_pages, page_size = key_cache.shape[0], key_cache.shape[2]
-    size = page_size * (1 if block_table is None else block_table.shape[1])
+    num_pages, _, page_size, _ = inputs.key_cache.shape
+    size = inputs.cache_size
     if cache_seqlens.numel():
         low, high = (int(bound) for bound in cache_seqlens.aminmax())
         if low < 0 or high > size:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import checks, library, reference
-from .attention import autocast, check_options, check_state, feature_scale_of, state_arguments
+from .arguments import autocast, check_options, check_state, of_features, state_tensors
 from .dispatch import choose_backend
+from .inputs import DecodeInputs
 from .state import PrefixState
 
 MAX_ROWS = 16  # queries a sequence
@@ -66,9 +67,9 @@ def ntk_attention_decode(
 
     Raises:
         TypeError, ValueError: an argument does not fit. The values of `cache_seqlens`, `block_table` and `state_index`
-            are checked on the CPU; on a GPU only with NTK_KERNELS_CHECK=1 in the environment, since it then has to be
-            waited for. Unchecked there, a length beyond the cache is taken as that of a full cache; pages and states
-            that do not exist are read where they would be.
+            are checked on the CPU; on a GPU only if NTK_KERNELS_CHECK=1 is set, because the check synchronises with the
+            device. Unchecked there, a length beyond the cache is taken as that of a full cache; pages and states that
+            do not exist are read where they would be.
         NotImplementedError: the backend asked for by name cannot serve the call.
     """
     paged = block_table is not None
@@ -88,34 +89,23 @@ def ntk_attention_decode(
         _check_pages(query, key_cache, cache_seqlens, block_table)
     check_state(state, query, key_cache, value_cache, state_index, batch)
 
-    backend = choose_backend(backend, query, key_cache, value_cache, state, None, softcap)
+    backend = choose_backend(backend, query, key_cache, value_cache, None, softcap)
+    left, right = window or (-1, -1)
+    inputs = DecodeInputs(
+        query, key_cache, value_cache, state_tensors(state, state_index, backend, few_rows=True),
+        cache_seqlens=cache_seqlens, key_start=key_start, block_table=block_table, scale=scale, softcap=softcap or 0.0,
+        window_left=left, window_right=0 if is_causal else right, num_splits=num_splits or 0, backend=backend,
+        **of_features(state, scale),
+    )  # fmt: skip
     if backend == "reference":
         if not torch.compiler.is_compiling():
-            checks.check_cache_values(key_cache, cache_seqlens, block_table, state_index, state and state.num_states)
+            checks.check_cache_values(inputs)
         return reference.ntk_attention_decode(
             query, key_cache, value_cache, cache_seqlens, state, block_table=block_table, key_start=key_start,
             is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
             return_lse=return_lse,
         )  # fmt: skip
-    left, right = window or (-1, -1)
-    out, lse = library.attention_decode(
-        query,
-        key_cache,
-        value_cache,
-        *state_arguments(state, backend, few_rows=True),
-        state_index,
-        cache_seqlens,
-        key_start,
-        block_table,
-        None if state is None else state.feature_map,
-        feature_scale_of(state, scale),
-        scale,
-        softcap or 0.0,
-        left,
-        0 if is_causal else right,
-        num_splits or 0,
-        backend,
-    )
+    out, lse = library.attention_decode(inputs)
     return (out, lse) if return_lse else out
 
 

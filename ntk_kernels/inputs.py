@@ -1,108 +1,131 @@
-"""What a backend is called with: the arguments of the ops, in one order everywhere."""
+"""The record of a call, from the public functions to the kernels: `Inputs`, `DecodeInputs` and `SumInputs`.
 
-from typing import NamedTuple
+An op's schema is flat: `schema` writes it from a record's annotations, `flat()` and `of()` convert between the two.
+Optional tensors are None if absent.
+"""
+
+from types import NoneType
+from typing import NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
 from .feature_maps import feature_dim
 
-NUM_DIFFERENTIABLE = 11
-_STATE_SCHEMA = (
-    "Tensor? z, Tensor? z_b, Tensor? k, Tensor? centers, Tensor? log_scale, Tensor? row_keys, Tensor? row_values, "
-    "Tensor? row_bias, Tensor? state_index"
-)
-SCHEMA = (
-    f"Tensor query, Tensor key, Tensor value, {_STATE_SCHEMA}, Tensor? attn_mask, Tensor? key_start, Tensor? key_stop, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "str? feature_map, float feature_scale, float scale, float softcap, "
-    "SymInt window_left, SymInt window_right, SymInt causal_offset, str backend"
-)
-DECODE_SCHEMA = (
-    f"Tensor query, Tensor key_cache, Tensor value_cache, {_STATE_SCHEMA}, "
-    "Tensor? cache_seqlens, Tensor? key_start, Tensor? block_table, str? feature_map, float feature_scale, "
-    "float scale, float softcap, SymInt window_left, SymInt window_right, SymInt num_splits, str backend"
-)
-SUMS_SCHEMA = (
-    "Tensor keys, Tensor values, Tensor? weights, Tensor? centers, str feature_map, float key_scale, str backend"
-)
+
+class StateTensors(NamedTuple):
+    """The tensors of a prefix state: always a stack, always with a dimension for the centres."""
+
+    z: Tensor | None = None  # [N, Hs, C, r, Dv]; of a low-rank pair [N, Hs, C, r, s]
+    z_b: Tensor | None = None  # [N, Hs, C, s, Dv]
+    k: Tensor | None = None  # [N, Hs, C, r]
+    centers: Tensor | None = None  # [N, Hs, C, D]
+    log_scale: Tensor | None = None  # [N, Hs, C]
+    row_keys: Tensor | None = None  # [N, Hs, R, D]
+    row_values: Tensor | None = None  # [N, Hs, R, Dv]
+    row_bias: Tensor | None = None  # [N, Hs, R]
+    state_index: Tensor | None = None  # [B], which state each batch row uses; -1 for none
+
+    @property
+    def exists(self) -> bool:
+        return self.k is not None or self.row_keys is not None
+
+    @property
+    def num_states(self) -> int | None:
+        """N; None without a state."""
+        return (self.row_keys if self.k is None else self.k).shape[0] if self.exists else None
 
 
-def _state(inputs) -> tuple[Tensor | None, ...]:
-    """z, z_b, k, centers, log_scale, row_keys, row_values, row_bias."""
-    return inputs[3:NUM_DIFFERENTIABLE]
+class Leaves(NamedTuple):
+    """One entry for each differentiable input of attention: its gradient, or whether it is wanted."""
 
+    query: object
+    key: object
+    value: object
+    state: StateTensors  # without `state_index`
 
-def _has_state(inputs) -> bool:
-    return inputs.k is not None or inputs.row_keys is not None
+    @classmethod
+    def of(cls, flat) -> "Leaves":
+        return cls(*flat[:3], StateTensors(*flat[3:]))
 
-
-def _num_states(inputs) -> int | None:
-    """N; None without a state."""
-    return (inputs.row_keys if inputs.k is None else inputs.k).shape[0] if inputs.has_state else None
+    def flat(self) -> tuple:
+        return (*self[:3], *self.state[:-1])
 
 
 class Inputs(NamedTuple):
-    """One call. The state is always a stack with a dimension for the centres; None for what there is not."""
+    """One call of attention."""
 
     query: Tensor  # [B, Hq, Lq, D]; of packed sequences [1, Hq, total, D], as key and value
     key: Tensor  # [B, Hkv, Lk, D]
     value: Tensor  # [B, Hkv, Lk, Dv]
-    z: Tensor | None  # [N, Hs, C, r, Dv]; of a low-rank pair [N, Hs, C, r, s]
-    z_b: Tensor | None  # [N, Hs, C, s, Dv]
-    k: Tensor | None  # [N, Hs, C, r]
-    centers: Tensor | None  # [N, Hs, C, D]
-    log_scale: Tensor | None  # [N, Hs, C]
-    row_keys: Tensor | None  # [N, Hs, R, D]
-    row_values: Tensor | None  # [N, Hs, R, Dv]
-    row_bias: Tensor | None  # [N, Hs, R]
-    state_index: Tensor | None  # [B]
-    attn_mask: Tensor | None  # [B or 1, Hq or 1, Lq or 1, Lk or 1], bool or to be added
-    key_start: Tensor | None  # [B], first visible key
-    key_stop: Tensor | None  # [B], end of the visible keys
-    cu_seqlens_q: Tensor | None  # [B + 1], where packed sequences begin
-    cu_seqlens_k: Tensor | None  # [B + 1]
-    max_seqlen_q: int  # of packed sequences, else 0
-    max_seqlen_k: int
-    feature_map: str | None
-    feature_scale: float
-    scale: float
-    softcap: float  # 0 for none
-    window_left: int  # row i sees key j if i + causal_offset - window_left <= j; -1 for no bound
-    window_right: int  # and if j <= i + causal_offset + window_right
-    causal_offset: int  # with packed sequences Lk - Lq of each instead
-    backend: str
+    state: StateTensors = StateTensors()
+    attn_mask: Tensor | None = None  # [B or 1, Hq or 1, Lq or 1, Lk or 1], bool or to be added
+    key_start: Tensor | None = None  # [B], first visible key
+    key_stop: Tensor | None = None  # [B], end of the visible keys
+    cu_seqlens_q: Tensor | None = None  # [B + 1], where packed sequences begin
+    cu_seqlens_k: Tensor | None = None  # [B + 1]
+    max_seqlen_q: int = 0  # of packed sequences
+    max_seqlen_k: int = 0
+    feature_map: str | None = None
+    feature_scale: float = 1.0
+    scale: float = 1.0
+    softcap: float = 0.0  # 0 for none
+    window_left: int = -1  # row i sees key j if i + causal_offset - window_left <= j; -1 for no bound
+    window_right: int = -1  # and if j <= i + causal_offset + window_right
+    causal_offset: int = 0  # with packed sequences Lk - Lq of each instead
+    backend: str = "torch"
 
-    state, has_state, num_states = property(_state), property(_has_state), property(_num_states)
+    cache_size = None  # keys are not a cache
+
+    @classmethod
+    def of(cls, *flat) -> "Inputs":
+        return cls(*flat[:3], StateTensors(*flat[3:12]), *flat[12:])
+
+    def flat(self) -> tuple:
+        return (*self[:3], *self.state, *self[4:])
+
+    @property
+    def band(self) -> tuple[int, int, int]:
+        return self.window_left, self.window_right, self.causal_offset
+
+    def without_keys(self) -> "Inputs":
+        """The call over the prefix alone; `value` gives its head dimension."""
+        return Inputs(
+            self.query, None, self.value, self.state, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k,
+            max_seqlen_q=self.max_seqlen_q, max_seqlen_k=self.max_seqlen_k, feature_map=self.feature_map,
+            feature_scale=self.feature_scale, scale=self.scale, backend=self.backend,
+        )  # fmt: skip
 
 
 class DecodeInputs(NamedTuple):
-    """One call of decode; the state as above."""
+    """One call of decode."""
 
     query: Tensor  # [B, Hq, Lq, D]
     key_cache: Tensor  # [B, Hkv, Lk, D]; in pages [P, Hkv, page size, D]
     value_cache: Tensor  # [B, Hkv, Lk, Dv]; [P, Hkv, page size, Dv]
-    z: Tensor | None
-    z_b: Tensor | None
-    k: Tensor | None
-    centers: Tensor | None
-    log_scale: Tensor | None
-    row_keys: Tensor | None
-    row_values: Tensor | None
-    row_bias: Tensor | None
-    state_index: Tensor | None
-    cache_seqlens: Tensor | None  # [B], keys of each row; None for a full cache
-    key_start: Tensor | None  # [B], first visible key
-    block_table: Tensor | None  # [B, pages of a row], numbers of pages
-    feature_map: str | None
-    feature_scale: float
-    scale: float
-    softcap: float
-    window_left: int  # as above, around the diagonal i + cache_seqlens - Lq
-    window_right: int
-    num_splits: int  # of the keys, among programs; 0 to choose
-    backend: str
+    state: StateTensors = StateTensors()
+    cache_seqlens: Tensor | None = None  # [B], keys of each row; None for a full cache
+    key_start: Tensor | None = None  # [B], first visible key
+    block_table: Tensor | None = None  # [B, pages of a row], numbers of pages
+    feature_map: str | None = None
+    feature_scale: float = 1.0
+    scale: float = 1.0
+    softcap: float = 0.0
+    window_left: int = -1  # as in Inputs, around the diagonal i + cache_seqlens - Lq
+    window_right: int = -1
+    num_splits: int = 0  # of the keys, among programs; 0 to choose
+    backend: str = "torch"
 
-    state, has_state, num_states = property(_state), property(_has_state), property(_num_states)
+    # By the names that Inputs has for them, for the kernels' launcher.
+    key, value = property(lambda self: self.key_cache), property(lambda self: self.value_cache)
+    key_stop = property(lambda self: self.cache_seqlens)
+    attn_mask = cu_seqlens_q = cu_seqlens_k = None
+
+    @classmethod
+    def of(cls, *flat) -> "DecodeInputs":
+        return cls(*flat[:3], StateTensors(*flat[3:12]), *flat[12:])
+
+    def flat(self) -> tuple:
+        return (*self[:3], *self.state, *self[4:])
 
     @property
     def cache_size(self) -> int:
@@ -121,6 +144,13 @@ class SumInputs(NamedTuple):
     key_scale: float
     backend: str
 
+    @classmethod
+    def of(cls, *flat) -> "SumInputs":
+        return cls(*flat)
+
+    def flat(self) -> tuple:
+        return tuple(self)
+
     @property
     def num_features(self) -> int:
         return feature_dim(self.feature_map, self.keys.shape[2])
@@ -128,3 +158,20 @@ class SumInputs(NamedTuple):
     @property
     def num_centers(self) -> int:
         return 1 if self.centers is None else self.centers.shape[1]
+
+
+NUM_DIFFERENTIABLE = len(Leaves._fields) - 1 + len(StateTensors._fields) - 1
+_SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", str: "str"}
+
+
+def schema(record: type) -> str:
+    """The arguments of an op that takes a record's fields, nested ones flattened, in the words of `torch.library`."""
+    arguments = []
+    for name, kind in get_type_hints(record).items():
+        if hasattr(kind, "_fields"):
+            arguments.append(schema(kind))
+        else:
+            optional = "?" if NoneType in get_args(kind) else ""
+            (kind,) = set(get_args(kind) or (kind,)) - {NoneType}
+            arguments.append(f"{_SCHEMA_TYPES[kind]}{optional} {name}")
+    return ", ".join(arguments)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import checks, library, reference
-from .attention import autocast, check_options, check_state, feature_scale_of, state_arguments
+from .arguments import autocast, check_options, check_state, of_features, state_tensors
 from .dispatch import choose_backend
+from .inputs import Inputs
 from .state import PrefixState
 
 
@@ -47,7 +48,7 @@ def ntk_attention_varlen(
 
     Raises:
         TypeError, ValueError: an argument does not fit. The values of `cu_seqlens_*` and `state_index` are checked
-            on the CPU; on a GPU only with NTK_KERNELS_CHECK=1 in the environment, since it then has to be waited for.
+            on the CPU; on a GPU only if NTK_KERNELS_CHECK=1 is set, because the check synchronises with the device.
         NotImplementedError: the backend asked for by name cannot serve the call.
     """
     query, key, value = autocast(query, key, value)
@@ -71,40 +72,23 @@ def ntk_attention_varlen(
     checks.check_int("max_seqlen_k", max_seqlen_k, minimum=0)
     check_state(state, query, key, value, state_index, cu_seqlens_q.shape[0] - 1)
 
-    backend = choose_backend(backend, query, key, value, state, None, softcap)
+    backend = choose_backend(backend, query, key, value, None, softcap)
+    left, right = window or (-1, -1)
+    inputs = Inputs(
+        query, key, value, state_tensors(state, state_index, backend), cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, scale=scale,
+        softcap=softcap or 0.0, window_left=left, window_right=0 if is_causal else right, backend=backend,
+        **of_features(state, scale),
+    )  # fmt: skip
     if backend == "reference":
         if not torch.compiler.is_compiling():
-            lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q,
-                       "max_seqlen_k": max_seqlen_k}  # fmt: skip
-            checks.check_values(query, key, state_index, state and state.num_states, **lengths)
+            checks.check_values(inputs)
         out, lse = reference.ntk_attention_varlen(
             *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), cu_seqlens_q, cu_seqlens_k, state,
             is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
             return_lse=True,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
-    left, right = window or (-1, -1)
-    out, lse = library.attention(
-        query,
-        key,
-        value,
-        *state_arguments(state, backend),
-        state_index,
-        None,  # no mask
-        None,
-        None,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        None if state is None else state.feature_map,
-        feature_scale_of(state, scale),
-        scale,
-        softcap or 0.0,
-        left,
-        0 if is_causal else right,
-        0,
-        backend,
-    )
-    out, lse = out[0].transpose(0, 1), lse[0]
+    else:
+        out, lse = library.attention(inputs)
+        out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out

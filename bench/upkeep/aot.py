@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -187,20 +188,19 @@ def compile_launch(launch, arch: str) -> Compiled:
 def specialisation(launch) -> tuple[dict, dict, dict]:
     """Signature, constants and attributes: launches that agree in them share a compiled kernel."""
     signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
-        if i < len(launch.args):
-            specialize = not parameter.do_not_specialize
-            signature[name] = _describe(launch.args[i], (i,), specialize, constants, attributes)
-        else:
-            signature[name] = "constexpr"
-            constants[(i,)] = launch.constants[name]
+    for i, (parameter, argument) in enumerate(zip(launch.kernel.params, launch.args, strict=True)):
+        specialize = not parameter.do_not_specialize
+        signature[parameter.name] = _describe(argument, (i,), specialize, constants, attributes)
     return signature, constants, attributes
 
 
 def _describe(argument, path: tuple, specialize: bool, constants: dict, attributes: dict):
-    """The type of an argument, as Triton's launcher finds it."""
+    """The type of an argument, as Triton's launcher finds it; what is inside of tuples is always specialised."""
     if argument is None:
         constants[path] = None
+        return "constexpr"
+    if isinstance(argument, tl.constexpr):
+        constants[path] = argument.value
         return "constexpr"
     if isinstance(argument, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
@@ -216,5 +216,5 @@ def _describe(argument, path: tuple, specialize: bool, constants: dict, attribut
         if specialize and argument % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= argument < 2**31 else "i64"
-    items = [_describe(item, (*path, i), specialize, constants, attributes) for i, item in enumerate(argument)]
+    items = [_describe(item, (*path, i), True, constants, attributes) for i, item in enumerate(argument)]
     return type(argument)(*items) if hasattr(argument, "_fields") else tuple(items)

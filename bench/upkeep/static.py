@@ -21,25 +21,27 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import feature_dim
-from ntk_kernels.inputs import NUM_DIFFERENTIABLE, Inputs
-from ntk_kernels.kernels.add_prefix import prefix_pass_launch
-from ntk_kernels.kernels.add_prefix_backward import prefix_pass_backward_launch
-from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
+from ntk_kernels.inputs import DecodeInputs, Inputs, StateTensors
+from ntk_kernels.kernels.add_prefix import add_prefix_launch, add_resident_launch
+from ntk_kernels.kernels.add_prefix_backward import add_prefix_dq_launch, add_resident_bwd_launch
+from ntk_kernels.kernels.backward_delta import delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, sections_of, state_launch
-from ntk_kernels.kernels.decode import decode_launch, merge_launch
+from ntk_kernels.kernels.decode import DecodeResults, decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.host import configs
 from ntk_kernels.kernels.host.launch import prepare
+from ntk_kernels.kernels.jit.row_terms import RowTerms
 from ntk_kernels.kernels.jit.tiles import INTERPRETED
 from ntk_kernels.kernels.sums import (
     GRAD_SECTIONS,
-    Rows,
+    PrefixRows,
     SumGrads,
     Sums,
     num_features_of,
-    sums_backward_launch,
+    prepare_rows,
+    sums_bwd_launch,
     sums_launch,
 )
 
@@ -55,14 +57,15 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "decode", 64): 8,
     ("3.6", "sm90", "decode", 256): 8,
     ("3.6", "sm100", "merge", 64): 8,  # where a split left something out
-    ("3.6", "sm100", "sums_backward keys", 256): 24,  # taylor2
+    ("3.6", "sm100", "sums_bwd keys", 256): 24,  # taylor2
     ("3.7", "sm90", "decode", 256): 8,  # elu
-    ("3.7", "sm90", "forward without keys", 128): 32,  # taylor2
-    ("3.7", "sm90", "forward without keys", 256): 8,  # taylor2
-    ("3.7", "sm90", "prefix_pass_backward", 128): 8,  # taylor1
+    ("3.7", "sm90", "add_prefix", 128): 32,  # taylor2
+    ("3.7", "sm90", "add_prefix", 256): 8,  # taylor2
+    ("3.7", "sm90", "add_resident_bwd", 128): 8,  # taylor1
 }
 _MAY_NOT_GROW = {"registers": 0, "spilled": 0, "shared": 0, "instructions": 0.02}  # with the share that it may
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")
+_BATCH, _HEADS, _LENGTH = 2, 8, 4096
 
 
 @dataclass(frozen=True)
@@ -79,130 +82,61 @@ class Shape:
 
     def launch(self):
         """The launch for a batch of 2, 8 heads and 4,096 tokens, on the meta device."""
-        batch, heads, length, dim, dtype = 2, 8, 4096, self.head_dim, record.DTYPES[self.dtype]
-
-        def meta(*shape, dtype=torch.float32):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        value_dim = self.value_dim()
-        query, key = (meta(batch, heads, length, dim, dtype=dtype) for _ in range(2))
-        value, out, grad = (meta(batch, heads, length, value_dim, dtype=dtype) for _ in range(3))
-        lse = meta(batch, heads, length)
-        arguments = {"scale": dim**-0.5, "causal_offset": 0, "window_right": 0}
-        centers = 16 if self.option == "centres" else 1
-        if self.feature_map != "none":
-            state = dtype if self.option == "state in half" else torch.float32
-            r = feature_dim(self.feature_map, dim)
-            arguments |= {"feature_map": self.feature_map, "k": meta(1, heads, centers, r, dtype=state)}
-            if self.option == "low rank":
-                arguments |= {"z": meta(1, heads, 1, r, 64), "z_b": meta(1, heads, 1, 64, value_dim)}
-            else:
-                arguments["z"] = meta(1, heads, centers, r, value_dim, dtype=state)
-            if centers > 1 or self.option == "centre":
-                arguments |= {"centers": meta(1, heads, centers, dim), "log_scale": meta(1, heads, centers)}
-        options = {
-            "rows": {"row_keys": meta(1, heads, 4, dim), "row_values": meta(1, heads, 4, value_dim),
-                     "row_bias": meta(1, heads, 4)},
-            "state index": {"state_index": meta(batch, dtype=torch.int64)},
-            "bool mask": {"attn_mask": meta(batch, 1, length, length, dtype=torch.bool)},
-            "additive mask": {"attn_mask": meta(batch, 1, length, length, dtype=dtype)},
-            "float32 mask": {"attn_mask": meta(batch, 1, length, length)},
-            "softcap": {"softcap": 30.0},
-            "full": {"window_right": -1},
-            "window": {"window_left": 1024},
-            "key range": {"key_start": meta(batch, dtype=torch.int32), "key_stop": meta(batch, dtype=torch.int32)},
-        }  # fmt: skip
-        arguments |= options.get(self.option, {})
-        if self.option == "packed":
-            cu_seqlens = meta(3, dtype=torch.int32)
-            arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": length,
-                          "max_seqlen_k": length}  # fmt: skip
-            query, key, value, out, grad, lse = (tensor[:1] for tensor in (query, key, value, out, grad, lse))
-        config = self.config()
         kernel, _, section = self.kernel.partition(" ")
-        if kernel in ("decode", "merge"):
-            return self._decode_launch(query, key, value, arguments, meta)
-        if kernel in ("sums", "sums_backward"):
-            return self._sums_launch(section, meta)
-        if section == WITHOUT_KEYS or kernel in ("prefix_pass", "prefix_pass_backward"):
-            key, section = None, ""
-            arguments["window_right"] = -1
-        call = prepare(query, key, value, arch=self.arch, **arguments)
-        terms = RowTerms(lse, lse, None, None)
-        dlogw = None
-        if self.feature_map != "none":
-            weights = meta(*lse.shape[:2], centers, length)
-            terms = terms._replace(mass_delta=lse, weights=weights)
-            dlogw = weights if centers > 1 else None
-        # All gradients that the state can have, in two partial sums.
-        sums = StateGrads(
-            *(meta(2, *arguments[name].shape) if name in arguments else None for name in StateGrads._fields)
-        )
-        return {
-            "forward": lambda: fwd_launch(call, out, lse, config),
-            "prefix_pass": lambda: prefix_pass_launch(call, out, lse, config),
-            "prefix_pass_backward": lambda: prefix_pass_backward_launch(
-                call, grad, None, out, lse, query, sums, 2, config
-            ),
-            "delta": lambda: delta_launch(call, grad, None, out, terms, config),
-            "dkdv": lambda: dkdv_launch(call, grad, terms, key, value, config),
-            "dk": lambda: dkdv_launch(call, grad, terms, key, None, config),
-            "dv": lambda: dkdv_launch(call, grad, terms, None, value, config),
-            "dq": lambda: dq_launch(call, grad, terms, query, dlogw, config),
-            "state": lambda: state_launch(call, grad, terms, dlogw, sums, 2, section, config),
-            "rows": lambda: rows_launch(call, grad, terms, sums, 2, section, config),
-        }[kernel]()
+        return CASES[kernel](self, section) if section else CASES[kernel](self)
 
     def value_dim(self) -> int:
         return 256 if self.option == "wide values" else self.head_dim
 
-    def _decode_launch(self, query, key, value, arguments, meta):
-        """One token a batch row, four query heads a key/value head; "decode in splits": in four."""
-        batch, heads, length, dim = query.shape
-        value_dim = value.shape[3]
-        query, key, value = query[:, :, :1], key[:, : heads // 4], value[:, : heads // 4]
-        state_heads = heads if self.option == "state per query head" else heads // 4
-        for name in Inputs._fields[3:NUM_DIFFERENTIABLE]:
-            if name in arguments:
-                arguments[name] = arguments[name][:, :state_heads]
-        options = {}
-        if self.option == "paged":
-            key, value = (meta(512, heads // 4, 16, size, dtype=query.dtype) for size in (dim, value_dim))
-            options["block_table"] = meta(batch, length // 16, dtype=torch.int32)
-        arguments["key_stop"] = meta(batch, dtype=torch.int32)
-        call = prepare(query, key, value, arch=self.arch, cache_size=length, **arguments)
-        splits = 1 if self.kernel == "decode" else 4
-        out = meta(splits, *query.shape[:3], value_dim, dtype=query.dtype if splits == 1 else torch.float32)
-        lse = meta(splits, batch, heads, 1)
-        left_out = meta(batch, heads, 1, dtype=torch.int32)
-        if self.kernel == "merge":
-            result = meta(*query.shape[:3], value_dim, dtype=query.dtype)
-            return merge_launch(call, out, lse, lse, left_out, result, lse[0], self.config())
-        if splits > 1:
-            options |= {"num_splits": splits, "sums": lse, "left_out": left_out}
-        return decode_launch(call, out, lse, self.config(), **options)
+    def tensor(self, *shape: int) -> torch.Tensor:
+        """A tensor of the model."""
+        return _meta(*shape, dtype=record.DTYPES[self.dtype])
 
-    def _sums_launch(self, section: str, meta):
-        """Of 8 heads and 4,096 rows around their mean key, in two splits; "centres": 16 of them, and weights."""
-        heads, length, dim, dtype = 8, 4096, self.head_dim, record.DTYPES[self.dtype]
-        value_dim = self.value_dim()
-        keys, values = (meta(heads, length, size, dtype=dtype) for size in (dim, value_dim))
-        centers, rows = 1, Rows(keys, values, None, meta(heads, 1, dim), None, None)
-        if self.option == "centres":
-            centers = 16
-            order, offsets = (meta(heads, size, dtype=torch.int64) for size in (length, centers + 1))
-            rows = Rows(*rows[:2], meta(heads, length), meta(heads, centers, dim), order, offsets)
-        if self.kernel.startswith("sums_backward"):
-            r = feature_dim(self.feature_map, dim)
-            z = meta(heads, centers, r, value_dim, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-            grads = SumGrads(*rows[:2], meta(2, heads, centers, dim))
-            return sums_backward_launch(
-                rows, z, meta(heads, centers, r), grads, section, self.feature_map, 2, 0.5, self.config(), self.arch
+    def inputs(self) -> Inputs:
+        """The record of a causal call with the shape's state and option."""
+        dim, value_dim = self.head_dim, self.value_dim()
+        query, key = (self.tensor(_BATCH, _HEADS, _LENGTH, dim) for _ in range(2))
+        inputs = Inputs(
+            query, key, self.tensor(_BATCH, _HEADS, _LENGTH, value_dim), self.state(), scale=dim**-0.5, window_right=0,
+            feature_map=None if self.feature_map == "none" else self.feature_map,
+        )  # fmt: skip
+        per_row = {"dtype": torch.int32}
+        changes = {
+            "bool mask": {"attn_mask": _meta(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool)},
+            "additive mask": {"attn_mask": self.tensor(_BATCH, 1, _LENGTH, _LENGTH)},
+            "float32 mask": {"attn_mask": _meta(_BATCH, 1, _LENGTH, _LENGTH)},
+            "softcap": {"softcap": 30.0},
+            "full": {"window_right": -1},
+            "window": {"window_left": 1024},
+            "key range": {"key_start": _meta(_BATCH, **per_row), "key_stop": _meta(_BATCH, **per_row)},
+            "packed": {
+                "query": query[:1], "key": key[:1], "value": inputs.value[:1], "cu_seqlens_q": _meta(3, **per_row),
+                "cu_seqlens_k": _meta(3, **per_row), "max_seqlen_q": _LENGTH, "max_seqlen_k": _LENGTH,
+            },
+        }  # fmt: skip
+        return inputs._replace(**changes.get(self.option, {}))
+
+    def num_centers(self) -> int:
+        return 16 if self.option == "centres" else 1
+
+    def state(self) -> StateTensors:
+        dim, value_dim, centers, state = self.head_dim, self.value_dim(), self.num_centers(), StateTensors()
+        if self.feature_map != "none":
+            r, half = feature_dim(self.feature_map, dim), self.option == "state in half"
+            dtype = record.DTYPES[self.dtype] if half else torch.float32
+            state = state._replace(
+                z=_meta(1, _HEADS, centers, r, value_dim, dtype=dtype), k=_meta(1, _HEADS, centers, r, dtype=dtype)
             )
-        shape, r = (2, heads, centers), num_features_of(section, dim)
-        count = None if section in ("pairs", "squares") else meta(*shape)
-        sums = Sums(meta(*shape, r, value_dim), meta(*shape, r), count)
-        return sums_launch(rows, sums, section, 0.5, self.config(), self.arch)
+            if self.option == "low rank":
+                state = state._replace(z=_meta(1, _HEADS, 1, r, 64), z_b=_meta(1, _HEADS, 1, 64, value_dim))
+            if centers > 1 or self.option == "centre":
+                state = state._replace(centers=_meta(1, _HEADS, centers, dim), log_scale=_meta(1, _HEADS, centers))
+        if self.option == "rows":
+            keys, values = (_meta(1, _HEADS, 4, size) for size in (dim, value_dim))
+            state = state._replace(row_keys=keys, row_values=values, row_bias=_meta(1, _HEADS, 4))
+        if self.option == "state index":
+            state = state._replace(state_index=_meta(_BATCH, dtype=torch.int64))
+        return state
 
     def candidates(self) -> tuple[configs.TileConfig, ...]:
         masks = {"bool mask": 1, "additive mask": record.DTYPES[self.dtype].itemsize, "float32 mask": 4}
@@ -221,8 +155,175 @@ class Shape:
         return self.candidates()[self.candidate]
 
 
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _results(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _meta(*inputs.query.shape[:3], inputs.value.shape[3], dtype=inputs.query.dtype)
+    return out, _meta(*inputs.query.shape[:3])
+
+
+def _terms(shape: Shape, lse: torch.Tensor) -> tuple[RowTerms, torch.Tensor | None]:
+    """Numbers of the query rows, and room for the gradients of log w with several centres."""
+    if shape.feature_map == "none":
+        return RowTerms(lse, lse, None, None), None
+    weights = _meta(*lse.shape[:2], shape.num_centers(), lse.shape[2])
+    return RowTerms(lse, lse, lse, weights), weights if shape.num_centers() > 1 else None
+
+
+def _sums_of_state(state: StateTensors) -> StateGrads:
+    """Room for all gradients that the state can have, in two partial sums."""
+    tensors = (getattr(state, name) for name in StateGrads._fields)
+    return StateGrads(*(None if tensor is None else _meta(2, *tensor.shape) for tensor in tensors))
+
+
+def _forward(shape: Shape):
+    inputs = shape.inputs()
+    return fwd_launch(prepare(inputs, shape.arch), *_results(inputs), shape.config())
+
+
+def _add_prefix(shape: Shape):
+    inputs = shape.inputs()
+    return add_prefix_launch(prepare(inputs.without_keys(), shape.arch), *_results(inputs), shape.config())
+
+
+def _add_resident(shape: Shape):
+    inputs = shape.inputs()
+    return add_resident_launch(prepare(inputs.without_keys(), shape.arch), *_results(inputs), shape.config())
+
+
+def _add_resident_bwd(shape: Shape):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    sums, call = _sums_of_state(inputs.state), prepare(inputs.without_keys(), shape.arch)
+    return add_resident_bwd_launch(call, out, None, out, lse, inputs.query, sums, 2, shape.config())
+
+
+def _add_prefix_dq(shape: Shape):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    terms, dlogw = _terms(shape, lse)
+    call = prepare(inputs.without_keys(), shape.arch)
+    return add_prefix_dq_launch(call, out, terms, inputs.query, dlogw, shape.config())
+
+
+def _delta(shape: Shape):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    return delta_launch(prepare(inputs, shape.arch), out, None, out, _terms(shape, lse)[0], shape.config())
+
+
+def _dkdv(shape: Shape):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    grad_key = None if shape.kernel == "dv" else inputs.key
+    grad_value = None if shape.kernel == "dk" else inputs.value
+    terms, _ = _terms(shape, lse)
+    return dkdv_launch(prepare(inputs, shape.arch), out, terms, grad_key, grad_value, shape.config())
+
+
+def _dq(shape: Shape):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    terms, dlogw = _terms(shape, lse)
+    return dq_launch(prepare(inputs, shape.arch), out, terms, inputs.query, dlogw, shape.config())
+
+
+def _state(shape: Shape, section: str):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    terms, dlogw = _terms(shape, lse)
+    call, sums = prepare(inputs, shape.arch), _sums_of_state(inputs.state)
+    return state_launch(call, out, terms, dlogw, sums, 2, section, shape.config())
+
+
+def _rows(shape: Shape, section: str):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    call, sums = prepare(inputs, shape.arch), _sums_of_state(inputs.state)
+    return rows_launch(call, out, _terms(shape, lse)[0], sums, 2, section, shape.config())
+
+
+def _decode_inputs(shape: Shape) -> DecodeInputs:
+    """One token a batch row, four query heads a key/value head."""
+    inputs = shape.inputs()
+    kv_heads, value_dim = _HEADS // 4, shape.value_dim()
+    key, value, table = inputs.key[:, :kv_heads], inputs.value[:, :kv_heads], None
+    if shape.option == "paged":
+        key, value = (shape.tensor(512, kv_heads, 16, size) for size in (shape.head_dim, value_dim))
+        table = _meta(_BATCH, _LENGTH // 16, dtype=torch.int32)
+    heads = _HEADS if shape.option == "state per query head" else kv_heads
+    *tensors, index = inputs.state
+    state = StateTensors(*(None if tensor is None else tensor[:, :heads] for tensor in tensors), index)
+    return DecodeInputs(
+        inputs.query[:, :, :1], key, value, state, cache_seqlens=_meta(_BATCH, dtype=torch.int32),
+        key_start=inputs.key_start, block_table=table, feature_map=inputs.feature_map, scale=inputs.scale,
+        softcap=inputs.softcap, window_left=inputs.window_left, window_right=0,
+    )  # fmt: skip
+
+
+def _split_results(shape: Shape, inputs: DecodeInputs, splits: int) -> DecodeResults:
+    dtype = inputs.query.dtype if splits == 1 else torch.float32
+    lse = _meta(splits, *inputs.query.shape[:3])
+    out = _meta(splits, *inputs.query.shape[:3], shape.value_dim(), dtype=dtype)
+    if splits == 1:
+        return DecodeResults(out, lse)
+    return DecodeResults(out, lse, lse, _meta(*inputs.query.shape[:3], dtype=torch.int32))
+
+
+def _decode(shape: Shape, section: str = ""):
+    """In four splits, or in one."""
+    inputs, splits = _decode_inputs(shape), 4 if section == "in splits" else 1
+    results = _split_results(shape, inputs, splits)
+    return decode_launch(
+        prepare(inputs, shape.arch), results, shape.config(), num_splits=splits, block_table=inputs.block_table
+    )
+
+
+def _merge(shape: Shape):
+    inputs = _decode_inputs(shape)
+    splits = _split_results(shape, inputs, 4)
+    out = _meta(*inputs.query.shape[:3], shape.value_dim(), dtype=inputs.query.dtype)
+    return merge_launch(prepare(inputs, shape.arch), splits, out, splits.lse[0], shape.config())
+
+
+def _prefix_rows(shape: Shape) -> tuple[PrefixRows, int]:
+    """8 heads and 4,096 rows around their mean key; "centres": 16 of them, and weights."""
+    keys, values = (shape.tensor(_HEADS, _LENGTH, size) for size in (shape.head_dim, shape.value_dim()))
+    centers = shape.num_centers()
+    mu = _meta(_HEADS, centers, shape.head_dim)
+    if centers == 1:
+        return prepare_rows(keys, values, None, mu, None, None), centers
+    order, offsets = (_meta(_HEADS, size, dtype=torch.int64) for size in (_LENGTH, centers + 1))
+    return prepare_rows(keys, values, _meta(_HEADS, _LENGTH), mu, order, offsets), centers
+
+
+def _sums(shape: Shape, section: str):
+    rows, centers = _prefix_rows(shape)
+    r, sizes = num_features_of(section, shape.head_dim), (2, _HEADS, centers)
+    count = None if section in ("pairs", "squares") else _meta(*sizes)
+    sums = Sums(_meta(*sizes, r, shape.value_dim()), _meta(*sizes, r), count)
+    return sums_launch(rows, sums, section, 0.5, shape.config(), shape.arch)
+
+
+def _sums_bwd(shape: Shape, section: str):
+    rows, centers = _prefix_rows(shape)
+    r, in_bfloat16 = feature_dim(shape.feature_map, shape.head_dim), shape.dtype == "bfloat16"
+    z = _meta(_HEADS, centers, r, shape.value_dim(), dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
+    grads = SumGrads(rows.key.ptr, rows.value.ptr, _meta(2, _HEADS, centers, shape.head_dim))
+    return sums_bwd_launch(
+        rows, z, _meta(_HEADS, centers, r), grads, section, shape.feature_map, 2, 0.5, shape.config(), shape.arch
+    )
+
+
+# The launch of each kernel; a section of features, or of gradients, follows its name behind a space.
+CASES = {
+    "forward": _forward, "add_prefix": _add_prefix, "add_resident": _add_resident, "delta": _delta, "dkdv": _dkdv,
+    "dk": _dkdv, "dv": _dkdv, "dq": _dq, "add_prefix_dq": _add_prefix_dq, "add_resident_bwd": _add_resident_bwd,
+    "state": _state, "rows": _rows, "decode": _decode, "merge": _merge, "sums": _sums, "sums_bwd": _sums_bwd,
+}  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
-WITHOUT_KEYS = "without keys"  # the prefix, added to another attention
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
 MASKS = ("bool mask", "additive mask", "float32 mask")
 OPTIONS = ("rows", "state index", *MASKS, "softcap", "full", "window", "key range", "packed")
@@ -236,12 +337,12 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
         for dim in (64, 128, 256):
             listed += _every_kernel(arch, dim)
             if arch == "sm90":
-                listed += [Shape(arch, dim, name, kernel=f"{kernel} {WITHOUT_KEYS}")
-                           for kernel in ("forward", "dq") for name in FEATURE_MAPS[1:]]  # fmt: skip
+                listed += [Shape(arch, dim, name, kernel=kernel)
+                           for kernel in ("add_prefix", "add_prefix_dq") for name in FEATURE_MAPS[1:]]  # fmt: skip
             if arch == "sm90" and dim <= 128:
-                passes = ("prefix_pass", "prefix_pass_backward")
+                passes = ("add_resident", "add_resident_bwd")
                 listed += [Shape(arch, dim, name, kernel=kernel) for kernel in passes for name in ("elu", "taylor1")]
-                listed += [Shape(arch, dim, "taylor1", "centre", kernel="prefix_pass")]
+                listed += [Shape(arch, dim, "taylor1", "centre", kernel="add_resident")]
         if quick and arch != "sm90":
             if arch == "sm100":  # other tiles compile to a trap
                 listed.append(Shape(arch, 128, dtype="float32", kernel="dkdv"))
@@ -255,8 +356,8 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
             listed += [Shape(arch, dim, "elu", option, kernel="dq") for option in OPTIONS if option != "state index"]
             listed += [Shape(arch, dim, "none", option, kernel="dkdv") for option in OPTIONS[2:]]
             listed += [Shape(arch, dim, "taylor1", "centres", kernel=kernel)
-                       for kernel in ("delta", "dq", "state linear", "sums linear", "sums_backward values",
-                                      "sums_backward keys")]  # fmt: skip
+                       for kernel in ("delta", "dq", "state linear", "sums linear", "sums_bwd values",
+                                      "sums_bwd keys")]  # fmt: skip
             listed += [Shape(arch, dim, "elu", option, kernel="state elu") for option in ("state index", "packed")]
             listed += [shape for dtype in ("float16", "float32") for shape in _every_kernel(arch, dim, dtype)]
             listed += [Shape(arch, dim, "elu", "rows", dtype=dtype) for dtype in ("float16", "float32")]
@@ -283,7 +384,7 @@ def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Sha
     maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
     maps += [("decode", name) for name in ("none", "elu", "taylor2")] + [("merge", "taylor2")]
     maps += [(f"sums {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
-    maps += [(f"sums_backward {section}", name) for section in GRAD_SECTIONS for name in FEATURE_MAPS[1:]]
+    maps += [(f"sums_bwd {section}", name) for section in GRAD_SECTIONS for name in FEATURE_MAPS[1:]]
     listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]
     return listed + [Shape(arch, head_dim, "none", "rows", dtype, f"rows {section}") for section in ("keys", "values")]
 

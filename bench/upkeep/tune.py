@@ -28,7 +28,7 @@ from ntk_kernels.kernels.jit.tiles import INTERPRETED
 from ..lib import record, timing
 
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
-_PASSES = ("prefix_pass", "prefix_pass_backward")  # of the torch backend, for the maps of "state" below
+_PASSES = ("add_resident", "add_resident_bwd")  # of the torch backend, for the maps of "state" below
 _KERNELS = (*_TRAINING, *_PASSES, "decode")
 # Rows, keys and warps of more tiles, and stages for each.
 _GRID = {

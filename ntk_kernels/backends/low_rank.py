@@ -1,27 +1,22 @@
-"""Low-rank pairs Z = z·z_b for backends that do not know them: multiplied out, and the gradients of the two."""
+"""Low-rank pairs for backends without support for them: multiplies Z = z·z_b and splits the gradient of the product."""
 
 import torch
 from torch import Tensor
 
-from ..inputs import DecodeInputs, Inputs
+from ..inputs import StateTensors
 
 
-def full_state(inputs: Inputs | DecodeInputs) -> list[Tensor | None]:
-    """The tensors of the state, but without `z_b`, which is multiplied into `z`; None in its place."""
-    z, z_b, *rest = inputs.state
-    if z_b is not None:
-        dtype = _product_dtype(z, z_b)
-        z = z.to(dtype) @ z_b.to(dtype)
-    return [z, None, *rest]
+def with_full_z(state: StateTensors) -> StateTensors:
+    """The state with the product of the pair as `z` and no `z_b`."""
+    if state.z_b is None:
+        return state
+    dtype = torch.promote_types(torch.promote_types(state.z.dtype, state.z_b.dtype), torch.float32)
+    return state._replace(z=state.z.to(dtype) @ state.z_b.to(dtype), z_b=None)
 
 
-def _product_dtype(z_a: Tensor, z_b: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
-
-
-def low_rank_grads(inputs: Inputs, grad_z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of `z` and `z_b`, from that of their product."""
-    if inputs.z_b is None or grad_z is None:
+def pair_grads(state: StateTensors, grad_z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `z` and `z_b` from that of their product (or of `z` itself)."""
+    if state.z_b is None or grad_z is None:
         return grad_z, None
-    z_a, z_b = (tensor.to(grad_z.dtype) for tensor in (inputs.z, inputs.z_b))
-    return (grad_z @ z_b.mT).to(inputs.z.dtype), (z_a.mT @ grad_z).to(inputs.z_b.dtype)
+    z_a, z_b = (tensor.to(grad_z.dtype) for tensor in (state.z, state.z_b))
+    return (grad_z @ z_b.mT).to(state.z.dtype), (z_a.mT @ grad_z).to(state.z_b.dtype)

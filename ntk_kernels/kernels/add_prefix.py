@@ -1,76 +1,141 @@
 """The prefix alone, added to the result of another attention over the keys: out and lse are read, merged and written.
 
-For the states that are trained most: one centre at most, features of first order ("elu", "taylor1"), a full Z, no rows,
-under a bfloat16 model with heads up to 128. There the pass is bound by memory: each program keeps its Z in shared
-memory and walks tiles of query rows, of which the next are on their way. All other states take the forward without
-keys (`forward.py`), which fetches Z again for each tile. The formula is that of `reference/attention.py`.
+Two kernels. The general one takes every state: a program owns BLOCK_M rows of one head, starts from the prefix as the
+forward does (`forward.py`), and merges with what `out` and `lse` hold. The resident one is for the states that are
+trained most: one centre at most, features of first order ("elu", "taylor1"), a full Z, no rows, under a bfloat16 model
+with heads up to 128. There the pass is bound by memory: each program keeps its Z in shared memory and walks tiles of
+query rows, of which the next are on their way. The formula is that of `reference/attention.py`.
 
-Grid: (heads · batch rows (or packed sequences), splits); a split takes every n-th tile of BLOCK_M rows.
+Grid: general, one program for each tile of rows, head and batch row (or packed sequence); resident, (heads · batch
+rows, splits), a split taking every n-th tile of BLOCK_M rows.
 """
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, layout, strides
+from .host.launch import Call, Launch, ceil_div, prepare, run_with_best_tiles, signature, strided
 from .jit.features import elu_of
-from .jit.prefix_term import MAX_WEIGHT, SMALLEST_MASS, locate_state
-from .jit.tiles import LN_2, LOG2_E, dot, in_log2, load_tile, rounded_to, store_tile
+from .jit.prefix_term import (
+    MAX_WEIGHT,
+    add_left_out,
+    attend_rows,
+    is_massless,
+    locate_state,
+    start_from_prefix,
+)
+from .jit.tiles import (
+    LOG2_E,
+    dot,
+    head_ptr,
+    in_log2,
+    load_tile,
+    lse_of,
+    results_of_rows,
+    rounded_to,
+    running_max,
+    store_tile,
+)
 from .jit.visibility import locate_rows
 
-_LN_2, _LOG2_E = tl.constexpr(LN_2), tl.constexpr(LOG2_E)
-_SMALLEST_MASS, _MAX_WEIGHT = tl.constexpr(SMALLEST_MASS), tl.constexpr(MAX_WEIGHT)
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "seq_q", "num_tiles"])
+def _ntk_add_prefix_kernel(
+    query, state, sequences, out, lse_ptr, stride_lse_b, stride_lse_h, seq_q, num_tiles, num_heads, scales, dims
+):
+    start_m = tl.program_id(0) % num_tiles * dims.BLOCK_M
+    batch_head = tl.program_id(0) // num_tiles
+    head = batch_head % num_heads
+    batch = (batch_head // num_heads).to(tl.int64)
+    tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
+    if start_m >= seq_q:
+        return
+    q_ptr = head_ptr(query, tensor_batch, head, first_q)
+    offs_m = start_m + tl.arange(0, dims.BLOCK_M)
+    row_mask = (offs_m < seq_q)[:, None]
+    out_ptrs, out_mask, lse_ptrs = results_of_rows(
+        out, lse_ptr, tensor_batch, head, first_q, start_m, offs_m, seq_q, stride_lse_b, stride_lse_h, dims.VALUE_DIM,
+        dims.BLOCK_M, dims.BLOCK_DV,
+    )  # fmt: skip
+    of_keys = tl.load(out_ptrs, mask=out_mask, other=0.0)
+    lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf"))
+
+    state_head, num_centers, num_rows = locate_state(state, head, batch)
+    q_rows = q_ptr + offs_m.to(tl.int64)[:, None] * query.stride[2]
+    if dims.FEATURE_MAP is None:
+        acc = tl.zeros([dims.BLOCK_M, dims.BLOCK_DV], tl.float32)
+        m_i = tl.full([dims.BLOCK_M], -float("inf"), tl.float32)
+        l_i = tl.zeros([dims.BLOCK_M], tl.float32)
+    else:
+        acc, m_i, l_i, massless, any_left_out = start_from_prefix(
+            q_rows, row_mask, state, state_head, num_centers, scales, dims
+        )
+    if state.row_keys is not None:
+        q = load_tile(q_ptr, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True)
+        acc, m_i, l_i = attend_rows(acc, m_i, l_i, q, state, state_head, num_rows, scales.logit, dims)
+
+    lse = in_log2(lse)
+    m_new, shift = running_max(m_i, lse)
+    weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)
+    acc = acc * alpha[:, None] + of_keys.to(tl.float32) * weight[:, None]
+    l_i = l_i * alpha + weight
+    inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
+    acc = acc * inverse[:, None]
+    if dims.FEATURE_MAP is not None:
+        if any_left_out:
+            shift = tl.where(l_i == 0, 0.0, m_new)
+            acc = add_left_out(
+                acc, shift, inverse, massless, q_rows, row_mask, state, state_head, num_centers, scales, dims
+            )
+    tl.store(lse_ptrs, lse_of(m_new, l_i), mask=offs_m < seq_q)
+    tl.store(out_ptrs, rounded_to(acc, out.ptr.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
-def load_state(
-    state, center, FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+def load_state(state, center, dims):
     """Of a head's only centre: Z [BLOCK_D, BLOCK_DV], k, μ [BLOCK_D], the constant feature's Z [BLOCK_DV] and k, β.
 
-    What the state lacks is 0; β is in units of log 2.
+    Tensors that the state lacks are 0; β is in units of log 2.
     """
-    z_ptr = state.z + center * NUM_FEATURES * VALUE_DIM
-    k_ptr = state.k + center * NUM_FEATURES
-    rows, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    z_0, k_0 = tl.zeros([BLOCK_DV], tl.float32), 0.0
-    if FEATURE_MAP == "taylor1":
-        z_0 = tl.load(z_ptr + columns, mask=columns < VALUE_DIM, other=0.0).to(tl.float32)
+    z_ptr = state.z + center * dims.NUM_FEATURES * dims.VALUE_DIM
+    k_ptr = state.k + center * dims.NUM_FEATURES
+    rows, columns = tl.arange(0, dims.BLOCK_D), tl.arange(0, dims.BLOCK_DV)
+    z_0, k_0 = tl.zeros([dims.BLOCK_DV], tl.float32), 0.0
+    if dims.FEATURE_MAP == "taylor1":
+        z_0 = tl.load(z_ptr + columns, mask=columns < dims.VALUE_DIM, other=0.0).to(tl.float32)
         k_0 = tl.load(k_ptr).to(tl.float32)
-        z_ptr += VALUE_DIM
+        z_ptr += dims.VALUE_DIM
         k_ptr += 1
-    z = load_tile(z_ptr, 0, HEAD_DIM, VALUE_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, True)
-    k = tl.load(k_ptr + rows, mask=rows < HEAD_DIM, other=0.0).to(tl.float32)
-    mu, beta = tl.zeros([BLOCK_D], tl.float32), 0.0
+    z = load_tile(z_ptr, 0, dims.HEAD_DIM, dims.VALUE_DIM, dims.BLOCK_D, dims.VALUE_DIM, dims.BLOCK_DV, True)
+    k = tl.load(k_ptr + rows, mask=rows < dims.HEAD_DIM, other=0.0).to(tl.float32)
+    mu, beta = tl.zeros([dims.BLOCK_D], tl.float32), 0.0
     if state.centers is not None:
-        mu = tl.load(state.centers + center * HEAD_DIM + rows, mask=rows < HEAD_DIM, other=0.0).to(tl.float32)
+        mu_ptrs = state.centers + center * dims.HEAD_DIM + rows
+        mu = tl.load(mu_ptrs, mask=rows < dims.HEAD_DIM, other=0.0).to(tl.float32)
     if state.log_scale is not None:
-        beta = tl.load(state.log_scale + center).to(tl.float32) * _LOG2_E
+        beta = tl.load(state.log_scale + center).to(tl.float32) * LOG2_E
     return z, k, mu, z_0, k_0, beta
 
 
 @triton.jit
-def features_and_mass(q, k, mu, k_0, beta, scale, feature_scale, FEATURE_MAP: tl.constexpr, HAS_CENTER: tl.constexpr):
+def features_and_mass(q, k, mu, k_0, beta, scales, HAS_CENTER: tl.constexpr, dims):
     """φ(x) without the constant feature [M, D], φ(x)·k [M], and log w [M] in units of log 2, of q [M, D] in float32."""
-    phi = q * feature_scale
-    if FEATURE_MAP == "elu":
+    phi = q * scales.feature
+    if dims.FEATURE_MAP == "elu":
         phi = elu_of(phi)
     mass = tl.sum(phi * k[None, :], 1) + k_0
     logit = tl.zeros_like(mass) + beta
     if HAS_CENTER:
-        logit += scale * tl.sum(q * mu[None, :], 1)
+        logit += scales.logit * tl.sum(q * mu[None, :], 1)
     return phi, mass, logit
 
 
 @triton.jit(do_not_specialize=["stride_rows", "seq_q"])
-def _prefix_pass_kernel(
-    q_ptr, state, sequences, out_ptr, lse_ptr, stride_q, stride_out, stride_rows, seq_q, num_heads, scale,
-    feature_scale,
-    FEATURE_MAP: tl.constexpr, NUM_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PREFIX_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    STAGES: tl.constexpr,
+def _ntk_add_resident_prefix_kernel(
+    query, state, sequences, out, lse_ptr, stride_rows, seq_q, num_heads, scales, dims
 ):  # fmt: skip
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
@@ -78,71 +143,89 @@ def _prefix_pass_kernel(
     state_head, num_centers, _ = locate_state(state, head, batch)
     if num_centers == 0:
         return
-    z, k, mu, z_0, k_0, beta = load_state(
-        state, state_head, FEATURE_MAP, NUM_FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV
-    )
-    q_ptr += tensor_batch * stride_q[0] + head * stride_q[1] + first_q * stride_q[2]
-    out_ptr += tensor_batch * stride_out[0] + head * stride_out[1] + first_q * stride_out[2]
+    z, k, mu, z_0, k_0, beta = load_state(state, state_head, dims)
+    q_ptr = head_ptr(query, tensor_batch, head, first_q)
+    out_ptr = head_ptr(out, tensor_batch, head, first_q)
     lse_ptr += (tensor_batch * num_heads + head) * stride_rows + first_q
-    for start_m in tl.range(tl.program_id(1) * BLOCK_M, seq_q, tl.num_programs(1) * BLOCK_M, num_stages=STAGES):
-        rows = start_m + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr, start_m, seq_q, stride_q[2], BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        out = load_tile(out_ptr, start_m, seq_q, stride_out[2], BLOCK_M, VALUE_DIM, BLOCK_DV, True)
-        lse = in_log2(tl.load(lse_ptr + rows, mask=rows < seq_q, other=-float("inf")))
+    stride_m = tl.num_programs(1) * dims.BLOCK_M
+    for start_m in tl.range(tl.program_id(1) * dims.BLOCK_M, seq_q, stride_m, num_stages=dims.STAGES):
+        offs_m = start_m + tl.arange(0, dims.BLOCK_M)
+        q = load_tile(q_ptr, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True)
+        of_keys = load_tile(out_ptr, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True)
+        lse = in_log2(tl.load(lse_ptr + offs_m, mask=offs_m < seq_q, other=-float("inf")))
         phi, mass, logit = features_and_mass(
-            q.to(tl.float32), k, mu, k_0, beta, scale, feature_scale, FEATURE_MAP, state.centers is not None
-        )
-        numerator = dot(rounded_to(phi, z.dtype), z, None, PREFIX_PRECISION) + z_0[None, :]
+            q.to(tl.float32), k, mu, k_0, beta, scales, state.centers is not None, dims
+        )  # fmt: skip
+        numerator = dot(rounded_to(phi, z.dtype), z, None, dims.PREFIX_PRECISION) + z_0[None, :]
 
-        massless = ((mass < _SMALLEST_MASS) & (logit == logit)) | (logit == -float("inf"))  # NaN stays
+        massless = is_massless(mass, logit)
         m_i = tl.where(massless, -float("inf"), logit)
-        m_new = tl.maximum(m_i, lse, propagate_nan=tl.PropagateNan.ALL)
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        m_new, shift = running_max(m_i, lse)
         alpha, weight = tl.exp2(m_i - shift), tl.exp2(lse - shift)
-        total = tl.where(massless, 0.0, mass * alpha) + weight
-        inverse = tl.where(total == 0, 0.0, 1.0 / total)
+        l_i = tl.where(massless, 0.0, mass * alpha) + weight
+        inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
         # Without mass nothing but the lse of the keys bounds the weight of Z.
-        free = tl.minimum(tl.exp2(logit - shift) * inverse, _MAX_WEIGHT, propagate_nan=tl.PropagateNan.ALL)
+        free = tl.minimum(tl.exp2(logit - shift) * inverse, MAX_WEIGHT, propagate_nan=tl.PropagateNan.ALL)
         alpha = tl.where(massless, tl.where(inverse > 0, free, 0.0), alpha * inverse)
-        merged = numerator * alpha[:, None] + out.to(tl.float32) * (weight * inverse)[:, None]
-        lse = tl.where(total == 0, -float("inf"), (m_new + tl.log2(total)) * _LN_2)
-        tl.store(lse_ptr + rows, lse, mask=rows < seq_q)
-        store_tile(out_ptr, merged, rows, seq_q, stride_out[2], 0, VALUE_DIM, BLOCK_DV)
+        merged = numerator * alpha[:, None] + of_keys.to(tl.float32) * (weight * inverse)[:, None]
+        tl.store(lse_ptr + offs_m, lse_of(m_new, l_i), mask=offs_m < seq_q)
+        store_tile(out_ptr, merged, offs_m, seq_q, out.stride[2], 0, dims.VALUE_DIM, dims.BLOCK_DV)
 
 
-def takes(call: Call) -> bool:
-    """Whether a call without keys is one for this pass."""
-    state, interpreted = call.state, call.arch == "interpreter"
+def can_be_resident(call: Call) -> bool:
+    """Whether the resident kernel takes the prefix of a call."""
+    kind, state = call.kind, call.state
+    served = kind.arch in configs.TABLES["add_resident"] and kind.dtype == torch.bfloat16
     return (
-        call.key is None
-        and (interpreted or (call.arch in configs.TABLES["prefix_pass"] and call.query.dtype == torch.bfloat16))
-        and call.feature_map in ("elu", "taylor1")
+        (kind.arch == "interpreter" or served)
+        and kind.feature_map in ("elu", "taylor1")
         and state.num_centers == 1
         and state.z_b is None
         and state.row_keys is None
-        and max(call.blocks.block_d, call.blocks.block_dv) <= 128
+        and max(kind.blocks.block_d, kind.blocks.block_dv) <= 128
     )
 
 
 def _splits_of(call: Call, config: configs.TileConfig) -> int:
-    """Into how many parts the rows of a head are cut, so that the last program to finish does so early."""
-    tiles, heads = ceil_div(call.seq_q, config.block_m), call.heads * call.batch
-    slots = max(1, 8 // config.num_warps) * configs.multiprocessors(call.query.device)
+    """Into how many splits the rows of a head are cut, so that the last program to finish does so early."""
+    kind = call.kind
+    tiles, heads = ceil_div(kind.seq_q, config.block_m), kind.heads * kind.batch
+    slots = max(1, 8 // config.num_warps) * configs.multiprocessors(kind.device)
     # The time, in tiles: rounds of programs, each of so many tiles and of what it takes to fetch Z.
     return min(range(1, tiles + 1), key=lambda n: ceil_div(n * heads, slots) * (ceil_div(tiles, n) + 1))
 
 
-def prefix_pass_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
-    """The launch that adds the prefix to `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    tensors = (call.query, call.state, call.sequences, out, lse)
+def add_prefix_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
+    """The launch of the general kernel, which adds the prefix to `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+    kind = call.kind
+    tensors = (call.query, call.state, call.sequences, strided(out), lse)
 
     def describe():
-        scalars = (
-            strides(call.query), strides(out), lse.shape[2], call.seq_q, call.heads, call.scale * LOG2_E,
-            call.feature_scale,
-        )  # fmt: skip
-        constants = {name: call.prefix[name] for name in ("FEATURE_MAP", "NUM_FEATURES", "PREFIX_PRECISION")}
-        constants |= call.sizes | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (call.heads * call.batch, _splits_of(call, config)), scalars, constants
+        num_tiles = ceil_div(kind.seq_q, config.block_m)
+        scalars = lse.stride(0), lse.stride(1), kind.seq_q, num_tiles, kind.heads, kind.scales
+        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages, "CHUNK": kind.z_chunk}
+        return (num_tiles * kind.heads * kind.batch,), scalars, constants
 
-    return call.launch(_prefix_pass_kernel, tensors, config, describe, layout(out))
+    return kind.launch(_ntk_add_prefix_kernel, tensors, config, describe, signature(out), signature(lse))
+
+
+def add_resident_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
+    """The launch of the resident kernel, which adds the prefix to `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+    kind = call.kind
+    tensors = (call.query, call.state, call.sequences, strided(out), lse)
+
+    def describe():
+        scalars = lse.shape[2], kind.seq_q, kind.heads, kind.scales
+        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
+        return (kind.heads * kind.batch, _splits_of(call, config)), scalars, constants
+
+    return kind.launch(_ntk_add_resident_prefix_kernel, tensors, config, describe, signature(out))
+
+
+def run_add_prefix(inputs, out, lse) -> None:
+    """Adds the prefix to `out` and `lse`, attention over the keys alone."""
+    call = prepare(inputs.without_keys())
+    kernel, launch = ("add_prefix", add_prefix_launch)
+    if can_be_resident(call):
+        kernel, launch = ("add_resident", add_resident_launch)
+    run_with_best_tiles(call.kind, kernel, partial(launch, call, out, lse), (out, lse))

@@ -5,62 +5,76 @@
 summed over the rows i that see key j and the query heads that share it, in a fixed order. Scores are taken transposed,
 [N, M]: P and dS are then the left sides of products, which Hopper reads from registers.
 
-Wide gradients are cut into PARTS of their columns, a program each, as no tile of them fits into the registers.
+Wide gradients are cut into SLICES of their columns, a program each, as no tile of them fits into the registers.
 
-Grid: (tiles of BLOCK_N keys · key/value heads · batch rows or packed sequences, PARTS). The tiles of a head lie side by
-side, so that they share the queries in the L2 cache.
+Grid: (tiles of BLOCK_N keys · key/value heads · batch rows or packed sequences, SLICES). The tiles of a head lie side
+by side, so that they share the queries in the L2 cache.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .backward_delta import RowTerms, load_lse, load_rows
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, layout, run_with_best_tiles, strides
+from .host.launch import Call, Launch, ceil_div, run_with_best_tiles, signature, strided
 from .jit.features import load_columns
-from .jit.tiles import LN_2, LOG2_E, dot, load_tile, rounded_to, store_tile
-from .jit.visibility import locate_keys, locate_rows, logits_and_slope, masked, rows_of_keys
+from .jit.row_terms import RowTerms, load_lse, load_rows
+from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to, store_tile
+from .jit.visibility import (
+    band_of_head,
+    bounds_of_zone,
+    keys_of_head,
+    locate_keys,
+    locate_rows,
+    logits_and_slope,
+    masked,
+    rows_of_keys,
+)
 
-_LN_2 = tl.constexpr(LN_2)
+
+class _HeadRows(NamedTuple):
+    """Rows of a query head, from the first of a sequence on."""
+
+    q_ptr: object
+    do_ptr: object
+    stride_q: object
+    stride_do: object
+    lse_ptr: object
+    delta_ptr: object
 
 
 @triton.jit
-def _part_of(ptr, start, row_mask, stride, part, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _slice_of(ptr, start, row_mask, stride, slice_, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of the rows from `start` on of a matrix with DIM columns."""
     rows = ptr + start * tl.cast(stride, tl.int64) + tl.arange(0, ROWS)[:, None] * stride
-    return load_columns(rows, row_mask, part * COLUMNS, DIM, COLUMNS)
+    return load_columns(rows, row_mask, slice_ * COLUMNS, DIM, COLUMNS)
 
 
 @triton.jit
 def _add_rows(
-    dk, dv, part, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, mask_ptr, stride_mask, offs_n, last,
-    start, stop, key_start, key_stop, lower, upper, scale, softcap,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, SOFTCAP: tl.constexpr,
-    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    dk, dv, slice_, k, v, rows, offs_n, start, stop, key_start, band, scales, NEEDS_DK: tl.constexpr,
+    NEEDS_DV: tl.constexpr, MASKED: tl.constexpr, dims,
 ):  # fmt: skip
-    """What the rows from `start` to `stop` add; only if MASKED may there be some that do not see all keys.
+    """Adds the rows from `start` to `stop`; only if MASKED may there be some that do not see all keys.
 
-    `last` is the end of the rows that see any.
+    `band.seq_q` is the end of the rows that see any.
     """
-    for start_m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
-        q = load_tile(q_ptr, start_m, last, stride_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        do = load_tile(do_ptr, start_m, last, stride_do, BLOCK_M, VALUE_DIM, BLOCK_DV, MASKED)
-        rows = start_m + tl.arange(0, BLOCK_M)
-        row_mask = (rows < last)[:, None]
-        s = dot(k, q.T, None, PRECISION)
-        s, slope = logits_and_slope(s, scale, softcap, SOFTCAP)
-        lse = load_lse(lse_ptr, rows, last)[None, :]
+    for start_m in tl.range(start, stop, dims.BLOCK_M, num_stages=dims.STAGES):
+        q = load_tile(rows.q_ptr, start_m, band.seq_q, rows.stride_q, dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, MASKED)
+        do = load_tile(
+            rows.do_ptr, start_m, band.seq_q, rows.stride_do, dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, MASKED
+        )
+        offs_m = start_m + tl.arange(0, dims.BLOCK_M)
+        row_mask = (offs_m < band.seq_q)[:, None]
+        s = dot(k, q.T, None, dims.PRECISION)
+        s, slope = logits_and_slope(s, scales, dims)
+        lse = load_lse(rows.lse_ptr, offs_m, band.seq_q)[None, :]
         if MASKED:
-            s, visible = masked(
-                s, rows[None, :], offs_n[:, None], mask_ptr, stride_mask, last, key_start, key_stop, lower, upper,
-                HAS_LOWER, HAS_UPPER,
-            )  # fmt: skip
-            visible = visible & (rows < last)[None, :]
-            if mask_ptr is not None:
+            s, visible = masked(s, offs_m[None, :], offs_n[:, None], key_start, band, dims)
+            visible = visible & (offs_m < band.seq_q)[None, :]
+            if band.mask.ptr is not None:
                 # 0 · NaN = NaN: rows that see none of the keys must not be there at all.
                 row_mask = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
                 q, do = tl.where(row_mask, q, 0.0), tl.where(row_mask, do, 0.0)
@@ -68,19 +82,23 @@ def _add_rows(
         else:
             p = tl.exp2(s - lse)
         if NEEDS_DV:
-            do_part = do
-            if dv.shape[1] != BLOCK_DV:
-                do_part = _part_of(do_ptr, start_m, row_mask, stride_do, part, VALUE_DIM, BLOCK_M, dv.shape[1])
-            dv = dot(rounded_to(p, do.dtype), do_part, dv, PRECISION)
+            do_slice = do
+            if dv.shape[1] != dims.BLOCK_DV:
+                do_slice = _slice_of(
+                    rows.do_ptr, start_m, row_mask, rows.stride_do, slice_, dims.VALUE_DIM, dims.BLOCK_M, dv.shape[1]
+                )
+            dv = dot(rounded_to(p, do.dtype), do_slice, dv, dims.PRECISION)
         if NEEDS_DK:
-            delta = load_rows(delta_ptr, rows, last)[None, :]
-            ds = slope * p * dot(v, do.T, tl.zeros_like(p) - delta, PRECISION)
+            delta = load_rows(rows.delta_ptr, offs_m, band.seq_q)[None, :]
+            ds = slope * p * dot(v, do.T, tl.zeros_like(p) - delta, dims.PRECISION)
             if MASKED:
                 ds = tl.where(visible, ds, 0.0)
-            q_part = q
-            if dk.shape[1] != BLOCK_D:
-                q_part = _part_of(q_ptr, start_m, row_mask, stride_q, part, HEAD_DIM, BLOCK_M, dk.shape[1])
-            dk = dot(rounded_to(ds, q.dtype), q_part, dk, PRECISION)
+            q_slice = q
+            if dk.shape[1] != dims.BLOCK_D:
+                q_slice = _slice_of(
+                    rows.q_ptr, start_m, row_mask, rows.stride_q, slice_, dims.HEAD_DIM, dims.BLOCK_M, dk.shape[1]
+                )
+            dk = dot(rounded_to(ds, q.dtype), q_slice, dk, dims.PRECISION)
     return dk, dv
 
 
@@ -89,14 +107,10 @@ _VARYING = ["stride_rows", "seq_q", "seq_k", "num_tiles", "lower", "upper"]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _ntk_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, sequences, row_terms, dk_ptr, dv_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_mask, stride_dk, stride_dv, stride_rows,
-    seq_q, seq_k, num_tiles, num_heads_k, group, lower, upper, scale, softcap,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, grad_out, mask, sequences, row_terms, grad_key, grad_value, stride_rows, seq_q, seq_k, num_tiles,
+    num_heads_k, group, lower, upper, scales, dims,
 ):  # fmt: skip
-    start_n = tl.program_id(0) % num_tiles * BLOCK_N
+    start_n = tl.program_id(0) % num_tiles * dims.BLOCK_N
     batch_head = tl.program_id(0) // num_tiles
     head_k = batch_head % num_heads_k
     batch = (batch_head // num_heads_k).to(tl.int64)
@@ -104,86 +118,82 @@ def _ntk_bwd_dkdv_kernel(
     first_k, seq_k, key_start, key_stop, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
     if start_n >= seq_k:
         return
-    first, middle_first, middle_last, last = rows_of_keys(
-        tl.maximum(start_n, key_start), tl.minimum(start_n + BLOCK_N, key_stop), seq_q, lower, upper, BLOCK_M, BLOCK_N,
-        HAS_LOWER, HAS_UPPER, mask_ptr is not None,
+    zones = rows_of_keys(
+        tl.maximum(start_n, key_start), tl.minimum(start_n + dims.BLOCK_N, key_stop), seq_q, lower, upper,
+        mask.ptr is not None, dims,
     )  # fmt: skip
 
-    k_ptr += tensor_batch * stride_k[0] + tl.cast(head_k, tl.int64) * stride_k[1] + first_k * stride_k[2]
-    v_ptr += tensor_batch * stride_v[0] + tl.cast(head_k, tl.int64) * stride_v[1] + first_k * stride_v[2]
-    k = load_tile(k_ptr, start_n, seq_k, stride_k[2], BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_ptr, start_n, seq_k, stride_v[2], BLOCK_N, VALUE_DIM, BLOCK_DV, True)
-    part = tl.program_id(1)
-    dk = tl.zeros([BLOCK_N, BLOCK_D // PARTS], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV // PARTS], tl.float32)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    keys = keys_of_head(keys, tensor_batch, head_k, first_k)
+    k = load_tile(keys.k_ptr, start_n, seq_k, keys.stride_k, dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, True)
+    v = load_tile(keys.v_ptr, start_n, seq_k, keys.stride_v, dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, True)
+    slice_ = tl.program_id(1)
+    dk = tl.zeros([dims.BLOCK_N, dims.BLOCK_D // dims.SLICES], tl.float32)
+    dv = tl.zeros([dims.BLOCK_N, dims.BLOCK_DV // dims.SLICES], tl.float32)
+    offs_n = start_n + tl.arange(0, dims.BLOCK_N)
     for g in tl.range(0, group, num_stages=1):
         head = head_k * group + g
-        q_head = q_ptr + tensor_batch * stride_q[0] + tl.cast(head, tl.int64) * stride_q[1] + first_q * stride_q[2]
-        do_head = do_ptr + tensor_batch * stride_do[0] + tl.cast(head, tl.int64) * stride_do[1] + first_q * stride_do[2]
         first_row = (tensor_batch * num_heads_k * group + head) * stride_rows + first_q
-        mask_head = mask_ptr
-        if mask_ptr is not None:
-            mask_head += batch * stride_mask[0] + tl.cast(head, tl.int64) * stride_mask[1]
-        # Tiles that need masks (at the upper edge), tiles that need none, tiles at the lower edge (with a mask all).
-        for section in tl.static_range(3):
-            if section == 0:
-                from_row, to_row = first, tl.minimum(middle_first, last)
-            elif section == 1:
-                from_row, to_row = middle_first, middle_last
-            else:
-                from_row, to_row = middle_last, last
-            if (section == 0 and HAS_UPPER and mask_ptr is None) or (section == 1 and mask_ptr is None) or section == 2:
+        rows = _HeadRows(
+            head_ptr(query, tensor_batch, head, first_q), head_ptr(grad_out, tensor_batch, head, first_q),
+            query.stride[2], grad_out.stride[2], row_terms.lse + first_row, row_terms.delta + first_row,
+        )  # fmt: skip
+        band = band_of_head(mask, batch, head, zones.stop, key_stop, lower, upper)
+        for zone in tl.static_range(3):
+            if zone == 2 or (mask.ptr is None and (zone == 1 or dims.HAS_UPPER)):
+                start, stop = bounds_of_zone(zones, zone)
                 dk, dv = _add_rows(
-                    dk, dv, part, k, v, q_head, do_head, row_terms.lse + first_row, row_terms.delta + first_row,
-                    stride_q[2], stride_do[2], mask_head, stride_mask, offs_n, last, from_row, to_row, key_start,
-                    key_stop, lower, upper, scale, softcap, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LOWER,
-                    HAS_UPPER, SOFTCAP, dk_ptr is not None, dv_ptr is not None, section != 1, PRECISION, STAGES,
+                    dk, dv, slice_, k, v, rows, offs_n, start, stop, key_start, band, scales,
+                    grad_key.ptr is not None, grad_value.ptr is not None, zone != 1, dims,
                 )  # fmt: skip
 
-    offs_n = start_n + tl.program_id(2) + tl.arange(0, BLOCK_N)  # + 0, so that no address is held through the loops
-    if dk_ptr is not None:
-        dk_ptr += tensor_batch * stride_dk[0] + tl.cast(head_k, tl.int64) * stride_dk[1] + first_k * stride_dk[2]
-        store_tile(dk_ptr, dk * (scale * _LN_2), offs_n, seq_k, stride_dk[2], part, HEAD_DIM, BLOCK_D // PARTS)
-    if dv_ptr is not None:
-        dv_ptr += tensor_batch * stride_dv[0] + tl.cast(head_k, tl.int64) * stride_dv[1] + first_k * stride_dv[2]
-        store_tile(dv_ptr, dv, offs_n, seq_k, stride_dv[2], part, VALUE_DIM, BLOCK_DV // PARTS)
+    offs_n = start_n + tl.program_id(2) + tl.arange(0, dims.BLOCK_N)  # + 0: no address is held through the loops
+    if grad_key.ptr is not None:
+        dk_ptr = head_ptr(grad_key, tensor_batch, head_k, first_k)
+        store_tile(
+            dk_ptr, dk * (scales.logit * LN_2), offs_n, seq_k, grad_key.stride[2], slice_, dims.HEAD_DIM,
+            dims.BLOCK_D // dims.SLICES,
+        )  # fmt: skip
+    if grad_value.ptr is not None:
+        dv_ptr = head_ptr(grad_value, tensor_batch, head_k, first_k)
+        store_tile(
+            dv_ptr, dv, offs_n, seq_k, grad_value.stride[2], slice_, dims.VALUE_DIM, dims.BLOCK_DV // dims.SLICES
+        )
 
 
 def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value, config: configs.TileConfig) -> Launch:
     """The launch that fills `grad_key` and `grad_value` (one may be None), but for rows of no packed sequence."""
+    kind = call.kind
     tensors = (
-        call.query, call.key, call.value, grad_out, call.attn_mask, call.sequences, row_terms, grad_key, grad_value
+        call.query, call.keys, strided(grad_out), call.mask, call.sequences, row_terms, strided(grad_key),
+        strided(grad_value),
     )  # fmt: skip
-    details = layout(grad_out), layout(grad_key), layout(grad_value), row_terms.weights is None
 
     def describe():
-        num_tiles, heads = ceil_div(call.seq_k, config.block_n), call.key.shape[1]
+        num_tiles = ceil_div(kind.seq_k, config.block_n)
         scalars = (
-            *map(strides, (call.query, call.key, call.value, grad_out)), call.mask_strides, strides(grad_key),
-            strides(grad_value), row_terms.lse.shape[2], call.seq_q, call.seq_k, num_tiles, heads, call.group,
-            call.lower, call.upper, call.scale * LOG2_E, call.softcap,
+            row_terms.lse.shape[2], kind.seq_q, kind.seq_k, num_tiles, kind.kv_heads, kind.group, kind.lower,
+            kind.upper, kind.scales,
         )  # fmt: skip
-        widths = [(call.blocks.block_d, grad_key), (call.blocks.block_dv, grad_value)]
-        narrowest = min(width for width, grad in widths if grad is not None)
-        parts = max(1, min(config.parts, narrowest // configs.least_dimension(call.arch)))
-        constants = call.flags | call.sizes
-        constants |= {
+        widths = [(kind.blocks.block_d, grad_key), (kind.blocks.block_dv, grad_value)]
+        min_width = min(width for width, grad in widths if grad is not None)
+        slices = max(1, min(config.slices, min_width // configs.min_dot_dimension(kind.arch)))
+        constants = kind.constants | {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "PARTS": parts,
+            "SLICES": slices,
             "STAGES": config.num_stages,
         }
-        return (num_tiles * heads * call.batch, parts), scalars, constants
+        return (num_tiles * kind.kv_heads * kind.batch, slices), scalars, constants
 
-    return call.launch(_ntk_bwd_dkdv_kernel, tensors, config, describe, *details)
+    details = signature(grad_out), signature(grad_key), signature(grad_value), row_terms.weights is None
+    return kind.launch(_ntk_bwd_dkdv_kernel, tensors, config, describe, *details)
 
 
 def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:
     """Fills `grad_key` and `grad_value`, each may be None."""
     targets = {"dkdv": (grad_key, grad_value)}
-    if max(call.blocks.block_d, call.blocks.block_dv) > 128:
+    if max(call.kind.blocks.block_d, call.kind.blocks.block_dv) > 128:
         targets = {"dk": (grad_key, None), "dv": (None, grad_value)}
     for kernel, grads in targets.items():
-        if grads != (None, None):
-            run_with_best_tiles(call, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))
+        if any(grad is not None for grad in grads):
+            run_with_best_tiles(call.kind, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))

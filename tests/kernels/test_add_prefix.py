@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import BF16, CAUSAL, F32, HALF, TAYLOR1, TAYLOR2, Case, make_inputs
-from oracle import NAN_STATES, check_case, check_nan
+from oracle import NAN_STATES, check_case, check_nan, op_inputs
 
 from ntk_kernels import PrefixState, ntk_attention
-from ntk_kernels.backends import torch as torch_backend
-from ntk_kernels.backends import triton as triton_backend
-from ntk_kernels.kernels.add_prefix import takes
-from ntk_kernels.kernels.add_prefix_backward import takes_backward
+from ntk_kernels.arguments import state_tensors
+from ntk_kernels.backends.torch import implementation as torch_backend
+from ntk_kernels.backends.triton import implementation as triton_backend
+from ntk_kernels.kernels.add_prefix import can_be_resident
+from ntk_kernels.kernels.add_prefix_backward import can_be_resident_bwd
 from ntk_kernels.kernels.host import configs, launch
 from ntk_kernels.kernels.host.configs import TileConfig
 
@@ -47,23 +48,23 @@ def test_against_the_reference(case, tile, launched, monkeypatch):
     """With tiles that are full and tiles that are not; small ones make several splits."""
     original = configs.candidates
     monkeypatch.setattr(
-        configs, "candidates", lambda kernel, *args: (tile,) if "pass" in kernel else original(kernel, *args)
+        configs, "candidates", lambda kernel, *args: (tile,) if "resident" in kernel else original(kernel, *args)
     )
     check_case(make_inputs(case), case.dtype, backend="torch", backward=True, grad_lse=True)
     one_state = case.state_index is None
-    assert "_prefix_pass_kernel" in launched
-    assert ("_prefix_pass_backward_kernel" in launched) == one_state
-    assert ("_ntk_bwd_dq_kernel" in launched) != one_state
+    assert "_ntk_add_resident_prefix_kernel" in launched
+    assert ("_ntk_add_resident_prefix_bwd_kernel" in launched) == one_state
+    assert ("_ntk_add_prefix_bwd_dq_kernel" in launched) != one_state
 
 
 @pytest.mark.parametrize("seq_k", [0, 21])
 @pytest.mark.parametrize("recipe", [NAN_STATES["elu"], NAN_STATES["taylor1, one centre"]], ids=["elu", "taylor1"])
 def test_nan_is_not_hidden(recipe, seq_k, launched):
     check_nan(recipe, seq_k, "torch")
-    assert "_prefix_pass_kernel" in launched
+    assert "_ntk_add_resident_prefix_kernel" in launched
 
 
-@pytest.mark.parametrize("centers", [None, 2], ids=["pass", "fused kernel"])
+@pytest.mark.parametrize("centers", [None, 2], ids=["resident", "general"])
 def test_a_row_of_finite_masks_beside_a_prefix_without_mass(centers, launched):
     """Its lse, about finfo.min, times log2(e) would be -inf, as of a row that sees nothing."""
     query, key, value, state, _ = make_inputs(Case("", "", state={"centers": centers, "mass": "none"} | TAYLOR1))
@@ -76,7 +77,7 @@ def test_a_row_of_finite_masks_beside_a_prefix_without_mass(centers, launched):
     seen = torch.arange(37) != 3
     torch.testing.assert_close(lse[:, :, seen], expected_lse[:, :, seen])
     assert (lse[:, :, 3] < -1e38).all() and lse.isfinite().all()
-    assert launched == ["_prefix_pass_kernel" if centers is None else "_ntk_fwd_kernel"]
+    assert launched == ["_ntk_add_resident_prefix_kernel" if centers is None else "_ntk_add_prefix_kernel"]
 
 
 def test_each_gradient_alone_is_what_it_is_among_all(launched):
@@ -95,20 +96,16 @@ def test_each_gradient_alone_is_what_it_is_among_all(launched):
     for name, expected in zip(inputs, everything, strict=True):
         assert expected.any(), name
         assert torch.equal(gradients(name)[0], expected), name
-    assert launched.count("_prefix_pass_backward_kernel") == 1 + len(inputs)
+    assert launched.count("_ntk_add_resident_prefix_bwd_kernel") == 1 + len(inputs)
 
 
 def prepared(arch="sm90", **fields):
     case = Case("", "", **{"state": {}, "head_dim": 64, "dtype": BF16} | fields)
-    query, _, value, state, options = make_inputs(case)
-    stacked = {name: tensor if state.is_stack else tensor[None] for name, tensor in state.tensors().items()}
-    if state.centers is None:
-        stacked = {name: t.unsqueeze(2) if name in ("z", "z_a", "z_b", "k", "log_scale") else t
-                   for name, t in stacked.items()}  # fmt: skip
-    names = {"z_a": "z", "keys": "row_keys", "values": "row_values", "bias": "row_bias"}
-    tensors = {names.get(name, name): tensor for name, tensor in stacked.items()}
-    return launch.prepare(query, None, value, **tensors, feature_map=state.feature_map, arch=arch,
-                          state_index=options.get("state_index"))  # fmt: skip
+    query, key, value, state, options = make_inputs(case)
+    inputs = op_inputs(query, key, value, state, options, "torch")
+    if state.z_a is not None:
+        inputs = inputs._replace(state=state_tensors(state, None, "triton", few_rows=True))
+    return launch.prepare(inputs.without_keys(), arch)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +128,11 @@ def prepared(arch="sm90", **fields):
 )
 def test_which_calls_it_takes(fields, forward_too, backward_too):
     call = prepared(**fields)
-    assert (takes(call), takes_backward(call)) == (forward_too, backward_too)
+    assert (can_be_resident(call), can_be_resident_bwd(call)) == (forward_too, backward_too)
 
 
 def test_calls_with_keys_take_the_fused_kernels(launched):
     query, key, value, state, options = make_inputs(TAKEN[0])
     out = ntk_attention(query.requires_grad_(), key, value, state, **options, backend="triton")
     out.sum().backward()
-    assert launched and not any("pass" in name for name in launched)
+    assert launched and not any("add" in name for name in launched)

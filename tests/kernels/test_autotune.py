@@ -13,8 +13,8 @@ from ntk_kernels import ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
-from ntk_kernels.backends import torch as torch_backend
-from ntk_kernels.backends import triton as triton_backend
+from ntk_kernels.backends.torch import implementation as torch_backend
+from ntk_kernels.backends.triton import implementation as triton_backend
 from ntk_kernels.kernels.host import autotune, configs
 from ntk_kernels.kernels.host.configs import TileConfig
 
@@ -30,7 +30,7 @@ def test_every_kernel_has_tiles_for_every_call():
                     for kernel in configs.KERNELS:
                         if kernel in (("dkdv",) if head_dim > 128 else ("dk", "dv")):
                             continue  # wide heads have the two apart
-                        if "pass" in kernel and not (
+                        if "resident" in kernel and not (
                             arch == "interpreter" or (arch == "sm90" and dtype == torch.bfloat16
                             and max(blocks[:2]) <= 128 and feature_map in ("elu", "taylor1"))
                         ):  # fmt: skip

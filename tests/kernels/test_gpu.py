@@ -155,7 +155,7 @@ def test_every_tile_that_the_autotuner_may_take(case, monkeypatch):
 @pytest.mark.parametrize("centers", [None, 1])
 @pytest.mark.parametrize("feature_map", ["elu", "taylor1"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_every_tile_of_the_prefix_pass(dim, feature_map, centers, monkeypatch):
+def test_every_tile_of_the_resident_prefix_pass(dim, feature_map, centers, monkeypatch):
     """Added to PyTorch's attention over the keys: right, and twice the same bits."""
     candidates = configs.candidates
     case = Case("", "", batch=3, seq_q=700, seq_k=700, dtype=BF16, head_dim=dim,

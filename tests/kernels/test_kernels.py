@@ -12,13 +12,14 @@ from ntk_kernels import PrefixState, ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
-from ntk_kernels.backends import torch as torch_backend
-from ntk_kernels.backends import triton as triton_backend
+from ntk_kernels.backends.torch import implementation as torch_backend
+from ntk_kernels.backends.triton import implementation as triton_backend
+from ntk_kernels.inputs import Inputs, StateTensors
 from ntk_kernels.kernels import backward_state, forward
-from ntk_kernels.kernels.backward_delta import RowTerms
 from ntk_kernels.kernels.backward_state import StateGrads
 from ntk_kernels.kernels.host import configs, launch
 from ntk_kernels.kernels.host.configs import TileConfig
+from ntk_kernels.kernels.jit.row_terms import RowTerms
 
 
 @pytest.mark.parametrize("name", ["elu", "all_parts", "window", "more_keys", "bf16", "index_none", "key_range"])
@@ -49,10 +50,10 @@ def test_where_a_band_meets_the_tiles(options, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["d40", "d80", "value_wider", "bf16", "bf16_mask"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_key_gradients_in_parts(name, parts, monkeypatch):
+@pytest.mark.parametrize("slices", [2, 4])
+def test_key_gradients_in_slices(name, slices, monkeypatch):
     """Columns of dK and dV shared among programs, as for wide heads."""
-    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(32, 32, 4, 1, parts=parts),))
+    monkeypatch.setattr(configs, "candidates", lambda *args: (TileConfig(32, 32, 4, 1, slices=slices),))
     case = case_named(name)
     check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
 
@@ -194,12 +195,11 @@ def test_stacks_of_more_heads_than_a_grid_has_rows():
     query, key, value = torch.empty(3, 1, 32, 16, 64, dtype=torch.bfloat16, device="meta").unbind()
     k, z = (torch.empty(4096, 32, 1, *shape, device="meta") for shape in ((64,), (64, 64)))
     index = torch.empty(1, dtype=torch.int64, device="meta")
-    call = launch.prepare(
-        query, key, value, z=z, k=k, state_index=index, feature_map="elu", causal_offset=0, arch="sm90"
-    )
+    inputs = Inputs(query, key, value, StateTensors(z=z, k=k, state_index=index), feature_map="elu")
+    call = launch.prepare(inputs, "sm90")
     terms = RowTerms(*(torch.empty(1, 32, 16, device="meta"),) * 3, torch.empty(1, 32, 1, 16, device="meta"))
     sums = StateGrads(z[None], k[None], *[None] * 5)
-    config = call.candidates("state")[0]
+    config = call.kind.candidates("state")[0]
     assert max(backward_state.state_launch(call, query, terms, None, sums, 1, "elu", config).grid[1:]) < 65536
 
 

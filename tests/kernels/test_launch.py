@@ -1,9 +1,16 @@
 """What is remembered of a call for those like it: sizes, grids, constants, compiled kernels. In the interpreter."""
 
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+
 import decode_cases
 import pytest
 import torch
 import triton
+import triton.language as tl
 from cases import case_named, make_inputs, served_by
 from decode_cases import CALLS
 
@@ -12,8 +19,12 @@ from ntk_kernels import ntk_attention
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
+from ntk_kernels import kernels
+from ntk_kernels.inputs import Inputs, StateTensors
+from ntk_kernels.kernels import backward_delta
 from ntk_kernels.kernels.host import launch
 from ntk_kernels.kernels.host.configs import TileConfig
+from ntk_kernels.kernels.jit.dims import Dims, dims_for
 
 
 def test_launches_are_remembered_by_the_kind_of_call():
@@ -21,19 +32,19 @@ def test_launches_are_remembered_by_the_kind_of_call():
     query, key, value, state, _ = make_inputs(case_named("elu"))
 
     def call(query, **options):
-        arguments = {"z": state.z[None, :, None], "k": state.k[None, :, None], "feature_map": "elu"} | options
-        return launch.prepare(query, key, value, **arguments)
+        tensors = StateTensors(z=state.z[None, :, None], k=state.k[None, :, None])
+        return launch.prepare(Inputs(query, key, value, tensors, feature_map="elu", **options))
 
     first = call(query)
-    assert call(query.clone()).plans is first.plans
-    assert call(query.clone()).query is not first.query
+    assert call(query.clone()).kind is first.kind
+    assert call(query.clone()).query.ptr is not first.query.ptr
     for other in (
         call(query[:, :, 1:]),
         call(query, scale=2.0),
         call(query.to(torch.bfloat16)),
         call(query, window_right=0),
     ):
-        assert other.plans is not first.plans
+        assert other.kind is not first.kind
 
 
 def kinds(tensors):
@@ -43,20 +54,31 @@ def kinds(tensors):
     return tensors.dtype if isinstance(tensors, torch.Tensor) else tensors
 
 
+def values(scalars):
+    """Scalars and constants as plain numbers, strings and dtypes, which compare."""
+    if isinstance(scalars, tuple):
+        return tuple(map(values, scalars))
+    return scalars.value if isinstance(scalars, tl.constexpr) else scalars
+
+
 def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
     """For every call of the option tables, whatever gradients are asked for: grid, scalars, constants, and what of each
     tensor a kernel is compiled for."""
     of_plan = {}
-    original = launch.Call.launch
+    original = launch.Kind.launch
 
     def checked(self, kernel, tensors, config, describe, *details):
         result = original(self, kernel, tensors, config, describe, *details)
-        assert (result.grid, result.plan.scalars, result.constants) == describe(), kernel
+        grid, scalars, constants = describe()
+        assert (result.grid, values(result.plan.scalars)) == (
+            grid,
+            values((*scalars, dims_for(kernel, **constants))),
+        ), kernel
         plan, seen = of_plan.setdefault(id(result.plan), (result.plan, kinds(tensors)))
         assert plan is result.plan and seen == kinds(tensors), kernel
         return result
 
-    monkeypatch.setattr(launch.Call, "launch", checked)
+    monkeypatch.setattr(launch.Kind, "launch", checked)
     monkeypatch.setattr(launch.Launch, "__call__", lambda self: None)
     for case in served_by("triton"):
         query, key, value, state, options = make_inputs(case)
@@ -90,23 +112,25 @@ def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args: calls.append(("compiled", grid, args))
 
-    class Kernel:
-        __name__ = "kernel"
-        arg_names = ("x", "pair", "n", "A", "B")
+    @triton.jit
+    def kernel(x, pair, n, dims):
+        tl.store(x, dims.BLOCK_M + dims.STAGES)
 
-        def __getitem__(self, grid):
-            def compile_and_run(*args, **keywords):
-                calls.append(("triton", grid, args, keywords))
-                return Compiled()
+    def launched(grid):
+        def compile_and_run(*args, **options):
+            calls.append(("triton", grid, args, options))
+            return Compiled()
 
-            return compile_and_run
+        return compile_and_run
 
     monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: launched(grid))
     query, key, value, *_ = make_inputs(case_named("plain"))
-    call, kernel, config = launch.prepare(query, key, value), Kernel(), TileConfig(32, 32, 4, 1)
+    kind, config = launch.prepare(Inputs(query, key, value)).kind, TileConfig(32, 32, 4, 1)
+    constants = {"BLOCK_M": 2, "STAGES": 1, "BLOCK_N": 3}
 
     def run(x):
-        call.launch(kernel, (x, (x, None)), config, lambda: ((7, 2), (5,), {"B": 2, "A": 1}), "details")()
+        kind.launch(kernel, (x, (x, None)), config, lambda: ((7, 2), (5,), constants), "details")()
 
     aligned = torch.empty(64)
     assert aligned.data_ptr() % 16 == 0
@@ -115,6 +139,36 @@ def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
         run(x)
     names = [name for name, *_ in calls]
     assert names == ["triton", "triton", "compiled", "triton"]
-    assert calls[1][2:] == ((aligned, (aligned, None), 5), {"A": 1, "B": 2} | launch.options_of(config))
+    of_call = Dims(BLOCK_M=2, STAGES=1)  # and none that the kernel does not read
+    assert calls[1][2][:2] == (aligned, (aligned, None)) and values(calls[1][2][2:]) == (5, tuple(of_call))
+    assert calls[1][3] == launch.options_of(config)
     assert calls[2][1] == (7, 2, 1)
-    assert calls[2][2][0] is other and calls[2][2][1][0] is other and calls[2][2][2:] == (5, 1, 2)
+    assert calls[2][2][0] is other and calls[2][2][1][0] is other and values(calls[2][2][2:]) == (5, tuple(of_call))
+
+
+def jit_functions():
+    """Every jit function of the package, by name."""
+    functions = {}
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if hasattr(value, "fn") and callable(value.fn):
+                functions[name] = value.fn
+    return functions
+
+
+@pytest.mark.parametrize("name", jit_functions())
+def test_arguments_of_jit_functions(name):
+    """At most 24, and each is used."""
+    function = jit_functions()[name]
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    arguments = [argument.arg for argument in definition.args.args]
+    assert len(arguments) <= 24
+    used = {node.id for statement in definition.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    assert used >= set(arguments), sorted(set(arguments) - used)
+
+
+def test_a_constant_that_is_not_given_is_named():
+    with pytest.raises(
+        TypeError, match=r"_ntk_bwd_delta_kernel reads \['BLOCK_DV', 'BLOCK_M', .*\], which its launcher"
+    ):
+        dims_for(backward_delta._ntk_bwd_delta_kernel, FEATURE_MAP="elu")

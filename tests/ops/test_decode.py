@@ -10,7 +10,7 @@ from oracle import run
 
 from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, reference
 from ntk_kernels.backends.torch import cached
-from ntk_kernels.inputs import DECODE_SCHEMA, DecodeInputs
+from ntk_kernels.inputs import DecodeInputs
 
 BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -237,7 +237,7 @@ def test_there_is_no_backward(backend):
 
 
 def op_arguments(name, backend, page_size=None):
-    from ntk_kernels.attention import state_arguments
+    from ntk_kernels.arguments import state_tensors
 
     query, key_cache, value_cache, state, options = make_call(name)
     caches, table = (key_cache, value_cache), None
@@ -245,7 +245,7 @@ def op_arguments(name, backend, page_size=None):
         *caches, table = in_pages(*caches, options["cache_seqlens"], page_size)
     left, right = options.get("window", (-1, -1))
     return DecodeInputs(
-        query, *caches, *state_arguments(state, backend, few_rows=True), options.get("state_index"),
+        query, *caches, state_tensors(state, options.get("state_index"), backend, few_rows=True),
         options["cache_seqlens"], options.get("key_start"), table, None if state is None else state.feature_map, 0.5,
         0.25, 0.0, left, right, 0, backend,
     )  # fmt: skip
@@ -257,12 +257,16 @@ def op_arguments(name, backend, page_size=None):
 def test_opcheck(name, page_size, backend):
     inputs = op_arguments(name, backend, page_size)
     query = inputs.query.requires_grad_()
-    torch.library.opcheck(torch.ops.ntk_kernels.attention_decode.default, inputs._replace(query=query),
+    torch.library.opcheck(torch.ops.ntk_kernels.attention_decode.default, inputs._replace(query=query).flat(),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))  # fmt: skip
 
 
-def test_the_schema_and_the_inputs_have_the_same_names():
-    assert tuple(argument.split()[1] for argument in DECODE_SCHEMA.split(", ")) == DecodeInputs._fields
+def test_the_schema_and_the_inputs_have_the_same_order():
+    flat = tuple(argument.name for argument in torch.ops.ntk_kernels.attention_decode.default._schema.arguments)
+    inputs = DecodeInputs.of(*flat)
+    assert inputs.flat() == flat
+    assert all(getattr(inputs, name) == name for name in DecodeInputs._fields if name != "state")
+    assert all(getattr(inputs.state, name) == name for name in inputs.state._fields)
 
 
 @all_backends

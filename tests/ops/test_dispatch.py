@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ntk_kernels import PrefixState, dispatch, ntk_attention, reference
-from ntk_kernels.backends import torch as torch_backend
+from ntk_kernels.backends import triton
+from ntk_kernels.backends.torch import implementation as torch_backend
 
 query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
 state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
@@ -22,7 +23,7 @@ def served_by(monkeypatch):
     names = []
     modules = {"reference": (reference, "ntk_attention"), "torch": (torch_backend, "forward")}
     if "triton" in BACKENDS:
-        from ntk_kernels.backends import triton as triton_backend
+        from ntk_kernels.backends.triton import implementation as triton_backend
 
         modules["triton"] = (triton_backend, "forward")
     for name, (module, function) in modules.items():
@@ -114,12 +115,12 @@ def test_what_triton_lacks(served_by, monkeypatch):
     ],
 )
 def test_wide_heads_on_a_gpu(head_dim, value_dim, dtype, expected, monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_lacks", lambda *device: None)
+    monkeypatch.setattr(triton, "_device_lacks", lambda *device: None)
     query, value = (
         SimpleNamespace(device=torch.device("cuda", 0), shape=(1, 1, 1, dim), dtype=dtype)
         for dim in (head_dim, value_dim)
     )
-    assert dispatch.kernels_lack(query, value) == expected
+    assert triton.kernels_lack(query, value) == expected
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
@@ -169,6 +170,7 @@ def test_default_on_a_hopper_gpu(changes, expected, monkeypatch):
     tensor = SimpleNamespace(
         device=torch.device("cuda", 0), shape=(1, 8, call["length"], call["head_dim"]), dtype=call["dtype"]
     )
-    monkeypatch.setattr(dispatch, "_has_fast_cudnn", lambda index: call["hopper"])
+    monkeypatch.setattr(triton, "_has_fast_cudnn", lambda index: call["hopper"])
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: call["deterministic"])
-    assert dispatch._fastest(tensor, tensor, tensor, call["is_square"]) == expected
+    monkeypatch.setattr(triton, "_device_lacks", lambda *device: None)
+    assert dispatch.choose_backend(None, tensor, tensor, tensor, is_square=call["is_square"]) == expected

@@ -10,7 +10,7 @@ from oracle import leaves, op_inputs
 from torch.autograd import forward_ad
 
 from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode
-from ntk_kernels.inputs import NUM_DIFFERENTIABLE, SCHEMA, Inputs
+from ntk_kernels.inputs import NUM_DIFFERENTIABLE, Inputs, StateTensors, schema
 
 attention = torch.ops.ntk_kernels.attention.default
 attention_backward = torch.ops.ntk_kernels.attention_backward.default
@@ -62,7 +62,7 @@ def one_group(name):
 @all_backends
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_forward(name, backend):
-    torch.library.opcheck(attention, op_arguments(one_group(name), requires_grad=True, backend=backend))
+    torch.library.opcheck(attention, op_arguments(one_group(name), requires_grad=True, backend=backend).flat())
 
 
 def test_opcheck_packed_sequences():
@@ -70,20 +70,25 @@ def test_opcheck_packed_sequences():
     query, key, value = torch.randn(3, 1, 2, 12, 8)
     packed = dict(query=query, key=key, value=value, cu_seqlens_q=torch.tensor([0, 5, 12]), max_seqlen_q=7,
                   cu_seqlens_k=torch.tensor([0, 4, 12]), max_seqlen_k=8)  # fmt: skip
-    state = dict.fromkeys(("z", "z_b", "k", "centers", "log_scale", "row_keys", "row_values", "row_bias"))
     for backend in BACKENDS:
-        torch.library.opcheck(attention, Inputs(**args | packed | state | {"feature_map": None, "backend": backend}))
+        inputs = Inputs(**args | packed | {"state": StateTensors(), "feature_map": None, "backend": backend})
+        torch.library.opcheck(attention, inputs.flat())
 
 
-def test_the_schema_and_the_inputs_have_the_same_names():
-    assert tuple(argument.split()[1] for argument in SCHEMA.split(", ")) == Inputs._fields
-    assert tuple(argument.name for argument in attention._schema.arguments) == Inputs._fields
+def test_the_schema_and_the_inputs_have_the_same_order():
+    names = (*Inputs._fields[:3], *StateTensors._fields, *Inputs._fields[4:])
+    assert tuple(argument.name for argument in attention._schema.arguments) == names
+    flat = tuple(range(len(names)))
+    inputs = Inputs.of(*flat)
+    assert inputs.flat() == flat
+    assert all(getattr(inputs.state, name) == names.index(name) for name in StateTensors._fields)
+    assert schema(Inputs).startswith("Tensor query, Tensor key, Tensor value, Tensor? z, ")
 
 
 @all_backends
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_backward(name, backend):
-    args = op_arguments(one_group(name), requires_grad=False, backend=backend)
+    args = op_arguments(one_group(name), requires_grad=False, backend=backend).flat()
     out, lse = attention(*args)
     for needs in (
         [tensor is not None for tensor in args[:NUM_DIFFERENTIABLE]],
@@ -98,8 +103,8 @@ def test_opcheck_backward(name, backend):
 
 def test_an_op_called_for_what_its_backend_lacks_raises():
     args = op_arguments(case_named("elu"), requires_grad=False)
-    out, lse = attention(*args)
-    args = args._replace(softcap=1.0)
+    out, lse = attention(*args.flat())
+    args = args._replace(softcap=1.0).flat()
     for call in (
         lambda: attention(*args),
         lambda: attention_backward(out, None, *args, out, lse, [True] + [False] * (NUM_DIFFERENTIABLE - 1)),

@@ -6,9 +6,9 @@ from cases import CAUSAL, TAYLOR1, Case, make_inputs
 from oracle import op_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntk_kernels.backends import torch as torch_backend
-from ntk_kernels.backends import triton as triton_backend
-from ntk_kernels.inputs import NUM_DIFFERENTIABLE
+from ntk_kernels.backends.torch import implementation as torch_backend
+from ntk_kernels.backends.triton import implementation as triton_backend
+from ntk_kernels.inputs import Leaves
 from ntk_kernels.kernels.host import launch
 
 CASES = {
@@ -45,10 +45,10 @@ def test_largest_tensor_grows_with_the_length(case, backend, monkeypatch):
         )
         query, key, value, state, options = make_inputs(sized)
         inputs = op_inputs(query, key, value, state, options, "torch")
-        needs_grad = [tensor is not None for tensor in inputs[:NUM_DIFFERENTIABLE]]
+        needs = Leaves.of([tensor is not None for tensor in (*inputs[:3], *inputs.state[:-1])])
         with Largest() as seen:
             out, lse = backend.forward(inputs)
-            backend.backward(torch.ones_like(out), torch.ones_like(lse), inputs, out, lse, needs_grad)
+            backend.backward(torch.ones_like(out), torch.ones_like(lse), inputs, out, lse, needs)
         return seen.elements
 
     short, long = largest(1024), largest(4096)

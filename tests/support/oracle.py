@@ -7,7 +7,7 @@ import torch
 from cases import make_state
 
 from ntk_kernels import PrefixState, ntk_attention, reference
-from ntk_kernels.attention import state_arguments
+from ntk_kernels.arguments import state_tensors
 from ntk_kernels.inputs import Inputs
 
 F64 = torch.float64
@@ -33,13 +33,11 @@ def op_inputs(query, key, value, state, options, backend):
     """What `ntk_attention` calls the op with, but for its scales."""
     left, right = options.get("window", (-1, -1))
     mask = options.get("attn_mask")
-    tensors = [query, key, value, *state_arguments(state, backend), options.get("state_index"),
-               None if mask is None else mask[(None,) * (4 - mask.dim())],
-               options.get("key_start"), options.get("key_stop")]  # fmt: skip
     return Inputs(
-        *tensors, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
-        feature_map=None if state is None else state.feature_map, feature_scale=0.5, scale=0.25, softcap=0.0,
-        window_left=left, window_right=0 if options.get("is_causal") else right,
+        query, key, value, state_tensors(state, options.get("state_index"), backend),
+        attn_mask=None if mask is None else mask[(None,) * (4 - mask.dim())], key_start=options.get("key_start"),
+        key_stop=options.get("key_stop"), feature_map=None if state is None else state.feature_map, feature_scale=0.5,
+        scale=0.25, window_left=left, window_right=0 if options.get("is_causal") else right,
         causal_offset=options.get("causal_offset", key.shape[2] - query.shape[2]), backend=backend,
     )  # fmt: skip
 

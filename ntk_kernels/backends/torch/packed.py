@@ -1,10 +1,10 @@
-"""Packed sequences for a backend that does not know them: one call for each."""
+"""Packed sequences for a backend without support for them: one call for each."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from ...inputs import NUM_DIFFERENTIABLE, Inputs
+from ...inputs import NUM_DIFFERENTIABLE, Inputs, Leaves
 from ..results import empty_grad, empty_out, lse_dtype
 
 
@@ -13,14 +13,15 @@ def _sequences(inputs: Inputs) -> Iterator[tuple[slice, slice, Inputs]]:
     bounds_q, bounds_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):
         rows, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
-        index = inputs.state_index
+        state, index = inputs.state, inputs.state.state_index
+        if index is not None:
+            state = state._replace(state_index=index[b : b + 1])
         yield (
             rows,
             keys,
             inputs._replace(
                 query=inputs.query[:, :, rows], key=inputs.key[:, :, keys], value=inputs.value[:, :, keys],
-                state_index=None if index is None else index[b : b + 1],
-                cu_seqlens_q=None, cu_seqlens_k=None,
+                state=state, cu_seqlens_q=None, cu_seqlens_k=None,
                 causal_offset=(keys.stop - keys.start) - (rows.stop - rows.start),
             ),
         )  # fmt: skip
@@ -35,20 +36,19 @@ def forward(inputs: Inputs, forward_one: Callable):
     return out, lse
 
 
-def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs_grad, backward_one: Callable):
+def backward(grad_out, grad_lse, inputs: Inputs, out, lse, needs: Leaves, backward_one: Callable) -> Leaves:
     """Gradients of all inputs, those of the state summed in the order of the sequences."""
-    sums = [inputs.query.new_empty(0) for _ in range(NUM_DIFFERENTIABLE)]
-    for i, (tensor, needed) in enumerate(zip(inputs[:NUM_DIFFERENTIABLE], needs_grad, strict=True)):
+    leaves = (*inputs[:3], *inputs.state[:-1])
+    sums: list[torch.Tensor | None] = [None] * NUM_DIFFERENTIABLE
+    for i, (tensor, needed) in enumerate(zip(leaves, needs.flat(), strict=True)):
         if needed:
             sums[i] = empty_grad(tensor).zero_() if i < 3 else torch.zeros_like(tensor, dtype=lse.dtype).contiguous()
     for rows, keys, sequence in _sequences(inputs):
         parts = (None if tensor is None else tensor[:, :, rows] for tensor in (grad_out, grad_lse))
-        grads = backward_one(*parts, sequence, out[:, :, rows], lse[:, :, rows], needs_grad)
+        grads = backward_one(*parts, sequence, out[:, :, rows], lse[:, :, rows], needs).flat()
         for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
-            if needs_grad[i]:
+            if total is not None:
                 part = total[:, :, (rows, keys, keys)[i]] if i < 3 else total
                 part.add_(grad)
-    return tuple(
-        total.to(tensor.dtype) if needed else total
-        for total, tensor, needed in zip(sums, inputs[:NUM_DIFFERENTIABLE], needs_grad, strict=True)
-    )
+    sums = (None if total is None else total.to(tensor.dtype) for total, tensor in zip(sums, leaves, strict=True))
+    return Leaves.of(tuple(sums))

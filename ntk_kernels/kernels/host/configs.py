@@ -62,20 +62,21 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def least_dimension(arch: str) -> int:
+def min_dot_dimension(arch: str) -> int:
     """Of a product: over 16 or 32 they give wrong results on Hopper (triton issues 10486, 10573, 11366)."""
     return 64 if arch == "sm90" else 16
 
 
-def least_rows(arch: str) -> int:
+def min_rows(arch: str) -> int:
     """Of a tile of query rows: what the tensor cores take."""
     return 64 if arch in ("sm90", "sm100") else 16
 
 
 @functools.cache
 def blocks(arch: str, head_dim: int, value_dim: int, rank: int = 1) -> Blocks:
-    least = least_dimension(arch)
-    block_d, block_dv, block_rank = (max(least, triton.next_power_of_2(size)) for size in (head_dim, value_dim, rank))
+    smallest = min_dot_dimension(arch)
+    sizes = (head_dim, value_dim, rank)
+    block_d, block_dv, block_rank = (max(smallest, triton.next_power_of_2(size)) for size in sizes)
     # On sm_80 a tile of Z in two parts sits in registers, where there is no room for 64 features.
     chunk = 32 if arch in ("sm80", "sm86") else 64
     return Blocks(block_d, block_dv, block_rank, min(chunk, block_d))
@@ -117,17 +118,18 @@ def _shared_bytes(
     """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {
-        "forward": stages * n, "decode": stages * n, "merge": 0,
-        "delta": 0, "dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
-        "dv": n + stages * m, "state": stages * m, "rows": m, "sums": stages * m, "sums_backward": m,
+        "forward": stages * n, "add_prefix": stages * n, "decode": stages * n, "merge": 0,
+        "delta": 0, "dq": m + stages * n, "add_prefix_dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
+        "dv": n + stages * m, "state": stages * m, "rows": m, "sums": stages * m, "sums_bwd": m,
     }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:
         numbers += (m + n) * blocks.block_d
-    if kernel == "dq" and feature_map == "taylor2" and dtype == torch.float16:  # whose Z may exceed float16
+    of_query = kernel in ("dq", "add_prefix_dq")
+    if of_query and feature_map == "taylor2" and dtype == torch.float16:  # whose Z may exceed float16
         return 4 * numbers
     total = numbers * dtype.itemsize
-    if kernel == "dq":  # whose tiles are counted generously, so that there is room for a mask
+    if of_query:  # whose tiles are counted generously, so that there is room for a mask
         return total + (16 * blocks.block_d if feature_map == "taylor1" else 0)
     if mask_bytes:
         total += mask_bytes * (stages - 1) * m * n + 16 * m  # in flight, and on their way to another layout

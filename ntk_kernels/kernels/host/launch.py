@@ -1,4 +1,8 @@
-"""What the launchers of all passes have in common: the arguments of a call, brought into the form that kernels take."""
+"""Shared by all launchers: turns the record of a call into kernel arguments and keeps a plan for each kind of call.
+
+The arguments of a launch have two parts. The tensors come from the call (`Call`); the rest, grid, lengths, factors and
+constants, is worked out once for a kind of call (`Kind`) and kept as a `Plan`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,45 +12,46 @@ import torch
 import triton
 import triton.language as tl
 
+from ..jit.dims import dims_for
 from ..jit.prefix_term import State
-from ..jit.tiles import LOG2_E
-from ..jit.visibility import Sequences
+from ..jit.tiles import LOG2_E, Scales, Strided
+from ..jit.visibility import Keys, Sequences
 from . import autotune, configs
 
-_MAX_REMEMBERED = 1024  # kinds of calls
-_remembered: dict[tuple, "Call"] = {}
+_MAX_KINDS = 1024
+_kinds: dict[tuple, "Kind"] = {}
+_NO_MASK = Strided(None, (0, 0, 0, 0))
 
 
 class Plan:
-    """What launches of a kernel for one kind of call have in common: all but the tensors."""
+    """The part of a launch that all calls of a kind share: all but the tensors."""
 
-    def __init__(self, kernel, grid: tuple, scalars: tuple, constants: dict, options: dict):
-        self.kernel, self.grid, self.scalars = kernel, grid, scalars
-        self.constants, self.options = constants, options
+    def __init__(self, kernel, grid: tuple, scalars: tuple, options: dict):
+        self.kernel, self.grid, self.scalars, self.options = kernel, grid, scalars, options
         self.run = None  # the compiled kernel, for tensors at multiples of 16 bytes
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that it is called with: first tensors (and tuples of them), then scalars."""
+    """A kernel with everything that it is called with: tensors (and records of them), then scalars and constants."""
 
     plan: Plan
     tensors: tuple
 
     kernel, grid = property(lambda self: self.plan.kernel), property(lambda self: self.plan.grid)
     args = property(lambda self: self.tensors + self.plan.scalars)
-    constants, options = property(lambda self: self.plan.constants), property(lambda self: self.plan.options)
+    options = property(lambda self: self.plan.options)
 
     def __call__(self) -> None:
         plan = self.plan
         if plan.run is not None and _addresses(self.tensors) % 16 == 0:
-            plan.run(*self.tensors, *plan.scalars, *plan.constants.values())
+            plan.run(*self.tensors, *plan.scalars)
         elif all(plan.grid):
             self._compile_and_run()
 
     def _compile_and_run(self) -> None:
-        """Through Triton's own launcher, which takes longer to look at the arguments than most kernels run."""
+        """Slow path: Triton's launcher, whose inspection of the arguments takes longer than most of these kernels."""
         plan = self.plan
-        compiled = plan.kernel[plan.grid](*self.args, **plan.constants, **plan.options)
+        compiled = plan.kernel[plan.grid](*self.args, **plan.options)
         if isinstance(compiled, triton.compiler.CompiledKernel) and _addresses(self.tensors) % 16 == 0:
             plan.run = compiled[(*plan.grid, 1, 1)[:3]]
 
@@ -59,6 +64,9 @@ def _addresses(tensors: tuple) -> int:
             continue
         if isinstance(item, torch.Tensor):
             bits |= item.data_ptr()
+        elif isinstance(item, Strided):
+            if item.ptr is not None:
+                bits |= item.ptr.data_ptr()
         elif isinstance(item, tuple):
             bits |= _addresses(item)
     return bits
@@ -70,7 +78,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def options_of(config: configs.TileConfig) -> dict:
-    """What a kernel is compiled with."""
+    """Options of the compiler."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
@@ -78,7 +86,7 @@ def options_of(config: configs.TileConfig) -> dict:
 
 
 def addressable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take a [B, H, L, D] tensor as it is: D side by side, and int32 offsets inside a tile."""
+    """Whether the kernels take a [B, H, L, D] tensor as it is: D contiguous, and int32 offsets inside a tile."""
     return tensor.stride(3) == 1 and tensor.stride(2) < 2**24
 
 
@@ -86,214 +94,216 @@ def made_addressable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if addressable(tensor) else tensor.contiguous()
 
 
-def strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:
-    """Those that the kernels want of a [B, H, L, D] or [B, H, L] tensor, if there is one."""
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
-
-
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-@dataclass
-class Call:
-    """A call of the op."""
+def strided(tensor: torch.Tensor | None) -> Strided:
+    """A [B, H, L, D] tensor as kernels take it."""
+    return Strided(None, (0, 0, 0)) if tensor is None else Strided(tensor, tensor.stride()[:3])
+
+
+def signature(tensor: torch.Tensor | None) -> tuple | None:
+    """The facts of a tensor that a kernel is compiled for; its shape is known from the kind of call."""
+    return None if tensor is None else (tensor.dtype, tensor.stride())
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A kind of call: calls that share shapes, dtypes, strides and options, and with them grids and constants."""
 
     arch: str
+    device: torch.device
+    dtype: torch.dtype
     blocks: configs.Blocks
-    query: torch.Tensor
-    key: torch.Tensor | None
-    value: torch.Tensor | None
-    state: State
-    attn_mask: torch.Tensor | None
-    mask_strides: tuple
-    sequences: Sequences
     batch: int  # or number of packed sequences
+    heads: int
+    kv_heads: int
     seq_q: int  # the longest
     seq_k: int
     lower: int  # row i sees key j if i + lower <= j <= i + upper
     upper: int
-    scale: float
-    softcap: float
-    feature_scale: float
+    scales: Scales
     feature_map: str | None
+    state_sizes: tuple[int, int, int, int]  # the last four fields of State
+    rounds_z: bool  # to bfloat16, as keys and values are
+    mask_strides: tuple
+    mask_bytes: int  # of a number of the mask; 0 without one
     crowded: bool  # a mask, rows or several centres need registers too
-    flags: dict  # constants of the kernels that walk keys
-    prefix: dict  # constants of the kernels that evaluate the linear-attention term
-    sizes: dict  # constants of both: dimensions, padded and not
-    plans: dict = field(default_factory=dict)  # of the launches of such calls
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[1]
+    traits: tuple[str, ...]  # that the speed of a tile depends on
+    constants: dict  # of all kernels, but for those of their tiles
+    plans: dict = field(default_factory=dict)
 
     @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
-        return 1 if self.key is None else self.query.shape[1] // self.key.shape[1]
+        return self.heads // self.kv_heads
 
-    def copy(self) -> "Call":
-        call = object.__new__(Call)
-        call.__dict__.update(self.__dict__)
-        return call
+    @property
+    def z_chunk(self) -> int:
+        """Features of a step of the forward passes."""
+        narrow = self.blocks.block_dv <= self.blocks.block_d  # else it would not fit
+        in_half = self.dtype != torch.float32
+        if self.feature_map == "elu" and self.arch == "sm90" and in_half and narrow and not self.crowded:
+            return min(self.blocks.block_d, 128)  # all of Z is fetched at once: programs wait for it less
+        return self.blocks.chunk
 
     def launch(self, kernel, tensors: tuple, config: configs.TileConfig, describe: Callable, *details) -> Launch:
         """A launch of `kernel`. `describe()` gives grid, scalars and constants; they depend on the kind of call, the
         tiles, and `details`."""
         key = (kernel.__name__, config, *details)
-        if key not in self.plans:
+        plan = self.plans.get(key)
+        if plan is None:
             grid, scalars, constants = describe()
-            names = kernel.arg_names[len(tensors) + len(scalars) :]
-            constants = {name: constants[name] for name in names}  # in the order of the arguments
-            self.plans[key] = Plan(kernel, grid, scalars, constants, options_of(config))
-        return Launch(self.plans[key], tensors)
+            scalars = (*scalars, dims_for(kernel, **constants))
+            plan = self.plans[key] = Plan(kernel, grid, scalars, options_of(config))
+        return Launch(plan, tensors)
 
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
         """Tiles that a kernel may run with, the default first."""
-        dtype = self.query.dtype
-        mask_bytes = 0 if self.attn_mask is None else self.attn_mask.dtype.itemsize
-        return configs.candidates(kernel, self.arch, self.blocks, dtype, self.feature_map, self.crowded, mask_bytes)
+        return configs.candidates(
+            kernel, self.arch, self.blocks, self.dtype, self.feature_map, self.crowded, self.mask_bytes
+        )
 
     def shape_class(self, kernel: str) -> str:
-        """What the speed of a tile depends on: never a batch size, and of lengths only their order of magnitude."""
+        """The autotuning key. Batch size is left out and lengths are bucketed: they hardly change which tile is
+        fastest."""
         bucket = next((bound for bound in (512, 2048, 8192) if self.seq_k <= bound), None)
         parts = [
             kernel, f"D={self.blocks.block_d}", f"Dv={self.blocks.block_dv}",
-            str(self.query.dtype).removeprefix("torch."), self.feature_map or "plain",
+            str(self.dtype).removeprefix("torch."), self.feature_map or "plain",
             "long" if bucket is None else f"keys<={bucket}",
         ]  # fmt: skip
-        traits = {
-            "causal": self.flags["HAS_UPPER"],
-            "window": self.flags["HAS_LOWER"],
-            "centres": self.state.num_centers > 1,
-            "low rank": self.state.z_b is not None,
-            "rows": self.state.row_keys is not None,
-            "mask": self.attn_mask is not None,
-            "softcap": self.flags["SOFTCAP"],
-            "no keys": self.key is None,
-            "packed": self.sequences.cu_seqlens_q is not None,
-        }
-        return " ".join(parts + [name for name, present in traits.items() if present])
+        return " ".join((*parts, *self.traits))
 
 
-def prepare(
-    query, key, value, *, z=None, z_b=None, k=None, centers=None, log_scale=None, row_keys=None,
-    row_values=None, row_bias=None, state_index=None, attn_mask=None, key_start=None, key_stop=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, feature_map=None, feature_scale=1.0, scale=1.0, softcap=0.0,
-    window_left=-1, window_right=-1, causal_offset=0, max_seqlen_q=None, max_seqlen_k=None, cache_size=None,
-    arch=None,
-) -> Call:  # fmt: skip
-    """Arguments as in `library.py`. `arch` defaults to that of the device (`configs.py`). Without keys (`key` None,
-    `value` for its head dimension) only the prefix is looked at.
+class Call(NamedTuple):
+    """Arguments of the kernels for one call."""
 
-    `key` and `value` may be a cache for up to `cache_size` keys a batch row, of which `key_stop` are there.
-    """
-    arch = configs.arch_of(query.device) if arch is None else arch
-    of_state = (z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
-    of_sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_stop)
-    options = (
-        feature_map, feature_scale, scale, softcap, window_left, window_right, causal_offset, max_seqlen_q,
-        max_seqlen_k, cache_size, arch,
-    )  # fmt: skip
-    kind = (query.device, *map(_look, (query, key, value, attn_mask, *of_state, *of_sequences)), options)
-    if kind not in _remembered:
-        if len(_remembered) >= _MAX_REMEMBERED:
-            _remembered.clear()
-        _remembered[kind] = _describe(query, key, value, of_state, attn_mask, of_sequences, *options)
-    call = _remembered[kind].copy()
-    if z is not None and query.dtype == torch.bfloat16 and cache_size is None:
-        if feature_map != "taylor1" or call.blocks.block_d <= 128:  # see add_taylor
-            z = z.to(torch.bfloat16)  # as keys and values are; here, as many programs will read it
-    call.query = made_addressable(query)
-    call.key, call.value = (None, None) if key is None else map(made_addressable, (key, value))
-    call.attn_mask = attn_mask
-    call.state = State(*map(contiguous, (z, *of_state[1:])), *call.state[len(of_state) :])
-    call.sequences = Sequences(*map(contiguous, of_sequences))
-    return call
+    kind: Kind
+    query: Strided
+    keys: Keys | None  # None for the prefix alone
+    state: State
+    mask: Strided
+    sequences: Sequences
 
 
-def _look(tensor: torch.Tensor | None) -> tuple | None:
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+def prepare(inputs, arch: str | None = None) -> Call:
+    """The call of `inputs`, a record with the fields of Inputs or DecodeInputs in `ntk_kernels/inputs.py`. Without keys
+    (`key` None; `value` gives its head dimension) the prefix alone. `arch` defaults to that of the device."""
+    signatures = (_shape_and_signature(x) if isinstance(x, torch.Tensor) else x for x in inputs.flat())
+    key = (inputs.query.device, arch, *signatures)
+    kind = _kinds.get(key)
+    if kind is None:
+        if len(_kinds) >= _MAX_KINDS:
+            _kinds.clear()
+        kind = _kinds[key] = _kind_of(inputs, configs.arch_of(inputs.query.device) if arch is None else arch)
+    state, mask, keys = inputs.state, inputs.attn_mask, None
+    if kind.rounds_z:
+        state = state._replace(z=state.z.to(torch.bfloat16))
+    if inputs.key is not None:
+        keys = Keys(strided(made_addressable(inputs.key)), strided(made_addressable(inputs.value)), None, None)
+    sequences = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.key_start, inputs.key_stop)
+    return Call(
+        kind,
+        strided(made_addressable(inputs.query)),
+        keys,
+        State(*map(contiguous, state), *kind.state_sizes),
+        _NO_MASK if mask is None else Strided(mask, kind.mask_strides),
+        Sequences(*map(contiguous, sequences)),
+    )
 
 
-def layout(tensor: torch.Tensor | None) -> tuple | None:
-    """What a kernel is compiled for, of a tensor whose shape the kind of call tells."""
-    return None if tensor is None else (tensor.dtype, tensor.stride())
+def _shape_and_signature(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _describe(
-    query, key, value, of_state, attn_mask, of_sequences, feature_map, feature_scale, scale, softcap, window_left,
-    window_right, causal_offset, max_seqlen_q, max_seqlen_k, cache_size, arch,
-) -> Call:  # fmt: skip
-    """A kind of call, without its tensors."""
-    z_b, k, row_keys = of_state[1], of_state[2], of_state[5]
-    batch, num_heads, seq_q, head_dim = query.shape
+def _kind_of(inputs, arch: str) -> Kind:
+    query, key, value, state, mask = inputs.query, inputs.key, inputs.value, inputs.state, inputs.attn_mask
+    batch, heads, seq_q, head_dim = query.shape
     seq_k, value_dim = (0 if key is None else value.shape[2]), value.shape[3]
-    packed = of_sequences[0] is not None
+    packed = inputs.cu_seqlens_q is not None
     if packed:
-        batch, seq_q, seq_k = of_sequences[0].shape[0] - 1, min(max_seqlen_q, seq_q), min(max_seqlen_k, seq_k)
-    if cache_size is not None:
-        seq_k = cache_size
-    rank = 1 if z_b is None else z_b.shape[3]
+        batch = inputs.cu_seqlens_q.shape[0] - 1
+        seq_q, seq_k = min(inputs.max_seqlen_q, seq_q), min(inputs.max_seqlen_k, seq_k)
+    if inputs.cache_size is not None:
+        seq_k = inputs.cache_size
+    # Bounds beyond any key or row are all the same.
+    if packed or inputs.cache_size is not None:  # relative to each sequence's own lengths
+        offset, min_bound, max_bound = 0, -(seq_q + seq_k), seq_q + seq_k
+    else:
+        offset, min_bound, max_bound = inputs.causal_offset, -seq_q, seq_k
+
+    rank = 1 if state.z_b is None else state.z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     precision = configs.precisions(arch, query.dtype)
-    state = State(*[None] * len(of_state), query_heads_per_head=1, num_heads=0, num_centers=0, num_rows=0)
-    any_of_state = k if row_keys is None else row_keys
-    if any_of_state is not None:
-        state = state._replace(
-            query_heads_per_head=num_heads // any_of_state.shape[1],
-            num_heads=any_of_state.shape[1],
-            num_centers=0 if k is None else k.shape[2],
-            num_rows=0 if row_keys is None else row_keys.shape[2],
-        )
-
-    # Bounds beyond any key or row are all the same.
-    if packed or cache_size is not None:  # relative to each sequence's own lengths
-        offset, nearest, farthest = 0, -(seq_q + seq_k), seq_q + seq_k
-    else:
-        offset, nearest, farthest = causal_offset, -seq_q, seq_k
+    num_centers = 0 if state.k is None else state.k.shape[2]
+    num_rows = 0 if state.row_keys is None else state.row_keys.shape[2]
+    any_of_state = state.row_keys if state.k is None else state.k
+    state_heads = 0 if any_of_state is None else any_of_state.shape[1]
+    in_bfloat16 = query.dtype == torch.bfloat16
     mask_strides = (0, 0, 0, 0)
-    if attn_mask is not None:
+    if mask is not None:
         mask_strides = tuple(
-            stride if size > 1 else 0 for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
-        )
-    return Call(
-        arch, blocks, None, None, None, state, None, mask_strides, None, batch, seq_q, seq_k,
-        lower=min(max(offset - window_left, nearest), farthest),
-        upper=min(max(offset + window_right, nearest), farthest),
-        scale=scale, softcap=softcap * LOG2_E, feature_scale=feature_scale, feature_map=feature_map,
-        crowded=attn_mask is not None or row_keys is not None or (k is not None and k.shape[2] > 1),
-        flags={
-            "HAS_LOWER": window_left >= 0,
-            "HAS_UPPER": window_right >= 0,
-            "SOFTCAP": softcap > 0,
-            "PRECISION": precision.keys,
-        },
-        prefix={
-            "FEATURE_MAP": feature_map,
-            "NUM_FEATURES": 0 if k is None else k.shape[3],
-            "LOGIT_PRECISION": precision.logits,
-            "PREFIX_PRECISION": precision.prefix,
-            "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,  # Z may exceed float16
-            "CHUNK": blocks.chunk,
-        },
-        sizes={
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
-            "BLOCK_D": blocks.block_d,
-            "BLOCK_DV": blocks.block_dv,
-        },
+            stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        )  # fmt: skip
+    traits = {
+        "causal": inputs.window_right >= 0,
+        "window": inputs.window_left >= 0,
+        "centres": num_centers > 1,
+        "low rank": state.z_b is not None,
+        "rows": num_rows > 0,
+        "mask": mask is not None,
+        "softcap": inputs.softcap > 0,
+        "packed": packed,
+    }
+    constants = {
+        "HAS_LOWER": inputs.window_left >= 0,
+        "HAS_UPPER": inputs.window_right >= 0,
+        "SOFTCAP": inputs.softcap > 0,
+        "HAS_SCALE": inputs.scale != 0,
+        "POSITIVE_SCALE": inputs.scale > 0,
+        "PRECISION": precision.keys,
+        "LOGIT_PRECISION": precision.logits,
+        "PREFIX_PRECISION": precision.prefix,
+        "FEATURE_MAP": inputs.feature_map,
+        "NUM_FEATURES": 0 if state.k is None else state.k.shape[3],
+        "OPERAND": tl.bfloat16 if in_bfloat16 else tl.float32,  # Z may exceed float16
+        "CHUNK": blocks.chunk,
+        "RANK": rank,
+        "BLOCK_RANK": blocks.block_rank,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": blocks.block_d,
+        "BLOCK_DV": blocks.block_dv,
+    }
+    return Kind(
+        arch=arch, device=query.device, dtype=query.dtype, blocks=blocks, batch=batch, heads=heads,
+        kv_heads=heads if key is None else key.shape[1], seq_q=seq_q, seq_k=seq_k,
+        lower=min(max(offset - inputs.window_left, min_bound), max_bound),
+        upper=min(max(offset + inputs.window_right, min_bound), max_bound),
+        scales=Scales(inputs.scale * LOG2_E.value, inputs.softcap * LOG2_E.value, inputs.feature_scale),
+        feature_map=inputs.feature_map,
+        state_sizes=(heads // state_heads if state_heads else 1, state_heads, num_centers, num_rows),
+        # Many programs will read Z; see add_taylor for the exception.
+        rounds_z=(
+            state.z is not None and in_bfloat16 and inputs.cache_size is None
+            and (inputs.feature_map != "taylor1" or blocks.block_d <= 128)
+        ),
+        mask_strides=mask_strides, mask_bytes=0 if mask is None else mask.dtype.itemsize,
+        crowded=mask is not None or num_rows > 0 or num_centers > 1,
+        traits=tuple(name for name, present in traits.items() if present), constants=constants,
     )  # fmt: skip
 
 
 def run_with_best_tiles(
-    call: Call, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
+    kind: Kind, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
 ) -> None:
     """Runs a launch with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for its shape class.
 
-    `updated`: the tensors that it adds to, which are as they were after the launches that are only measured.
+    `updated`: the tensors that it adds to, restored after the launches that are only measured.
     """
-    candidates = call.candidates(kernel)
+    candidates = kind.candidates(kernel)
     config, kept = candidates[0], []
 
     def run(config: configs.TileConfig) -> None:
@@ -302,7 +312,7 @@ def run_with_best_tiles(
         launch_with(config)()
 
     if autotune.enabled():
-        config = autotune.fastest(call.shape_class(kernel), candidates, run, configs.device_name(call.query.device))
+        config = autotune.fastest(kind.shape_class(kernel), candidates, run, configs.device_name(kind.device))
         for tensor, before in kept:
             tensor.copy_(before)
     launch_with(config)()

@@ -13,12 +13,12 @@ class TileConfig:
     num_stages: int
     max_registers: int | None = None  # a thread, so that two programs fit on a multiprocessor
     use_descriptors: bool = False  # of K and V (TMA), where their memory allows it
-    parts: int = 1  # programs that share the columns of dK and dV
+    slices: int = 1  # programs that share the columns of dK and dV
 
     def __str__(self) -> str:
         text = f"{self.block_m}x{self.block_n} {self.num_warps}w {self.num_stages}s"
         text += f" r{self.max_registers}" if self.max_registers else ""
-        return text + " tma" * self.use_descriptors + f" /{self.parts}" * (self.parts > 1)
+        return text + " tma" * self.use_descriptors + f" /{self.slices}" * (self.slices > 1)
 
 
 _T = TileConfig
@@ -115,7 +115,7 @@ _FORWARD = {
 
 
 # Only where PyTorch's attention over the keys is faster than ours.
-_PREFIX_PASS = {
+_ADD_RESIDENT = {
     "sm90": {
         "state": {
             64: (_T(64, 64, 4, 3), _T(64, 64, 4, 2), _T(64, 64, 8, 3), _T(128, 64, 8, 3)),
@@ -123,7 +123,7 @@ _PREFIX_PASS = {
         }
     }
 }
-_PREFIX_PASS_BACKWARD = {"sm90": {"state": {dim: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)) for dim in (64, 128)}}}
+_ADD_RESIDENT_BWD = {"sm90": {"state": {dim: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)) for dim in (64, 128)}}}
 
 
 _DKDV = {
@@ -151,7 +151,7 @@ _DKDV = {
 }
 # For wide heads, where the two do not fit into the registers together, a launch each.
 _DK = {
-    "sm90": {"plain": {256: (_T(64, 64, 8, 2, parts=4), _T(64, 64, 8, 2))}},
+    "sm90": {"plain": {256: (_T(64, 64, 8, 2, slices=4), _T(64, 64, 8, 2))}},
     "sm80": {"plain": {256: (_T(64, 64, 8, 1), _T(32, 64, 8, 1))}},
     "sm100": {"plain": {256: (_T(32, 64, 8, 1),)}},
     "gfx942": {"plain": {256: (_T(16, 64, 4, 1),)}},
@@ -292,7 +292,7 @@ _SUMS = {
         "float32": {64: (_T(32, 64, 8, 1),), 128: (_T(32, 128, 8, 1),)},
     },
 }
-_SUMS_BACKWARD = {
+_SUMS_BWD = {
     "sm90": {
         "plain": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 2),), 256: (_T(64, 64, 8, 1),)},
         "taylor2": {64: (_T(64, 64, 8, 2),), 128: (_T(64, 64, 8, 1),), 256: (_T(64, 64, 8, 1),)},
@@ -315,7 +315,8 @@ _SUMS_BACKWARD = {
 }
 TABLES = {
     "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
-    "prefix_pass": _PREFIX_PASS, "prefix_pass_backward": _PREFIX_PASS_BACKWARD,
+    "add_prefix": _FORWARD, "add_resident": _ADD_RESIDENT,
+    "add_prefix_dq": _DQ, "add_resident_bwd": _ADD_RESIDENT_BWD,
     "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
-    "rows": _ROWS, "sums": _SUMS, "sums_backward": _SUMS_BACKWARD,
+    "rows": _ROWS, "sums": _SUMS, "sums_bwd": _SUMS_BWD,
 }  # fmt: skip

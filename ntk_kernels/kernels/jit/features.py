@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .tiles import LOG2_E, dot, load_tile, state_dot
 
-_LOG2_E = tl.constexpr(LOG2_E)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
@@ -37,13 +36,13 @@ def load_column(q_rows, row_mask, column, mu_ptr=None):
 
 
 @triton.jit
-def row_dot(q_rows, row_mask, vector, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
-    """q · vector [M], in float32."""
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
-        q = load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
-        columns = start + tl.arange(0, CHUNK)
-        total += tl.sum(q * tl.load(vector + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
+def row_dot(q_rows, row_mask, vector, DIM: tl.constexpr, dims):
+    """q · vector [M] of rows with DIM columns, in float32."""
+    total = tl.zeros([dims.BLOCK_M], tl.float32)
+    for start in tl.range(0, DIM, dims.CHUNK, num_stages=1):
+        q = load_columns(q_rows, row_mask, start, DIM, dims.CHUNK).to(tl.float32)
+        columns = start + tl.arange(0, dims.CHUNK)
+        total += tl.sum(q * tl.load(vector + columns, mask=columns < DIM, other=0.0).to(tl.float32)[None, :], 1)
     return total
 
 
@@ -60,27 +59,26 @@ def pair_start(a, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, LOGIT_PRECISION: tl.constexpr):  # fmt: skip
+def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, dims):
     """φ(x) · k [M], in float32."""
-    mass = tl.zeros([BLOCK_M], tl.float32) + tl.load(k_ptr).to(tl.float32)
-    if FEATURE_MAP == "taylor1":
-        return mass + feature_scale * row_dot(q_rows, row_mask, k_ptr + 1, HEAD_DIM, BLOCK_M, CHUNK)
-    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
-        columns = start + tl.arange(0, CHUNK)
-        in_range = columns < HEAD_DIM
-        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32)
+    mass = tl.zeros([dims.BLOCK_M], tl.float32) + tl.load(k_ptr).to(tl.float32)
+    if dims.FEATURE_MAP == "taylor1":
+        return mass + feature_scale * row_dot(q_rows, row_mask, k_ptr + 1, dims.HEAD_DIM, dims)
+    for start in tl.range(0, dims.HEAD_DIM, dims.CHUNK, num_stages=1):
+        columns = start + tl.arange(0, dims.CHUNK)
+        in_range = columns < dims.HEAD_DIM
+        x = feature_scale * load_columns(q_rows, row_mask, start, dims.HEAD_DIM, dims.CHUNK).to(tl.float32)
         linear = tl.load(k_ptr + 1 + columns, mask=in_range, other=0.0).to(tl.float32)
-        square = tl.load(k_ptr + square_start(HEAD_DIM) + columns, mask=in_range, other=0.0).to(tl.float32)
+        square = tl.load(k_ptr + square_start(dims.HEAD_DIM) + columns, mask=in_range, other=0.0).to(tl.float32)
         factor = linear[None, :] + (square * _SQRT_HALF)[None, :] * x
-        for a_start in tl.range(0, start + CHUNK, CHUNK, num_stages=1):
-            a = a_start + tl.arange(0, CHUNK)[:, None]
+        for a_start in tl.range(0, start + dims.CHUNK, dims.CHUNK, num_stages=1):
+            a = a_start + tl.arange(0, dims.CHUNK)[:, None]
             pairs = tl.load(
-                k_ptr + pair_start(a, HEAD_DIM) + columns[None, :],
+                k_ptr + pair_start(a, dims.HEAD_DIM) + columns[None, :],
                 mask=(a < columns[None, :]) & in_range[None, :], other=0.0,
             )  # fmt: skip
-            x_a = feature_scale * load_columns(q_rows, row_mask, a_start, HEAD_DIM, CHUNK).to(tl.float32)
-            factor = dot(x_a, pairs.to(tl.float32), factor, LOGIT_PRECISION)
+            x_a = feature_scale * load_columns(q_rows, row_mask, a_start, dims.HEAD_DIM, dims.CHUNK).to(tl.float32)
+            factor = dot(x_a, pairs.to(tl.float32), factor, dims.LOGIT_PRECISION)
         mass += tl.sum(factor * x, 1)
     return mass
 
@@ -88,7 +86,13 @@ def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, FEATURE_MAP: tl.constexp
 @triton.jit
 def elu_of(x):
     """elu(x) + 1, without cancellation for x < 0."""
-    return tl.where(x > 0, x + 1.0, tl.exp2(x * _LOG2_E))  # without a minimum of x and 0, which would hide NaN
+    return tl.where(x > 0, x + 1.0, tl.exp2(x * LOG2_E))  # without a minimum of x and 0, which would hide NaN
+
+
+@triton.jit
+def elu_slope(phi):
+    """φ'(x) from φ(x): 1 for x > 0, e^x = φ below; NaN stays."""
+    return tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -104,90 +108,98 @@ def section_of(x, x_a, SECTION: tl.constexpr):
 
 
 @triton.jit
-def elu_mass(q_rows, row_mask, k_ptr, feature_scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-             CHUNK: tl.constexpr):  # fmt: skip
+def elu_mass(q_rows, row_mask, k_ptr, feature_scale, dims):
     """φ(x) · k [M], in float32."""
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
-        phi = elu_of(feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK).to(tl.float32))
-        columns = start + tl.arange(0, CHUNK)
-        mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
+    mass = tl.zeros([dims.BLOCK_M], tl.float32)
+    for start in tl.range(0, dims.HEAD_DIM, dims.CHUNK, num_stages=1):
+        q = load_columns(q_rows, row_mask, start, dims.HEAD_DIM, dims.CHUNK)
+        mass += tl.sum(elu_of(feature_scale * q.to(tl.float32)) * _load_vector(k_ptr, start, dims)[None, :], 1)
     return mass
 
 
 @triton.jit
-def add_product(acc, phi, z_ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-                CHUNK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
-                PARTS: tl.constexpr):  # fmt: skip
-    """acc + phi @ z[start : start + CHUNK], rows from ROWS on taken as 0."""
-    z = load_tile(z_ptr, start, ROWS, COLUMNS, CHUNK, COLUMNS, BLOCK, True)
-    return state_dot(phi, z, acc, OPERAND, PARTS, PRECISION)
+def _load_vector(ptr, start, dims):
+    """[CHUNK] of a vector with HEAD_DIM numbers, from `start` on, in float32."""
+    columns = start + tl.arange(0, dims.CHUNK)
+    return tl.load(ptr + columns, mask=columns < dims.HEAD_DIM, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def add_elu(acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, HEAD_DIM: tl.constexpr,
-            COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-            OPERAND: tl.constexpr, mu_ptr=None):  # fmt: skip
+def _add_product(acc, phi, z_ptr, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, dims):
+    """acc + phi @ z[start : start + CHUNK], rows from HEAD_DIM on taken as 0."""
+    z = load_tile(z_ptr, start, dims.HEAD_DIM, COLUMNS, dims.CHUNK, COLUMNS, BLOCK, True)
+    return state_dot(phi, z, acc, dims.OPERAND, PIECES, dims.PREFIX_PRECISION)
+
+
+@triton.jit
+def add_elu(
+    acc, mass, u, q_rows, row_mask, z_ptr, k_ptr, feature_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, dims,
+    mu_ptr=None,
+):  # fmt: skip
     """acc + u · φ(x) @ z and mass + u · φ(x) · k, each feature computed once."""
-    PARTS: tl.constexpr = 1 if OPERAND == tl.bfloat16 else 2
+    PIECES: tl.constexpr = 1 if dims.OPERAND == tl.bfloat16 else 2
     # One stage: pipelined, triton 3.6.0 overwrites a computed left operand while the product reads it (issue 9433).
-    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
-        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK, mu_ptr).to(tl.float32)
-        phi = u[:, None] * elu_of(x)
-        columns = start + tl.arange(0, CHUNK)
-        mass += tl.sum(phi * tl.load(k_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :], 1)
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)
+    for start in tl.range(0, dims.HEAD_DIM, dims.CHUNK, num_stages=1):
+        q = load_columns(q_rows, row_mask, start, dims.HEAD_DIM, dims.CHUNK, mu_ptr)
+        phi = u[:, None] * elu_of(feature_scale * q.to(tl.float32))
+        mass += tl.sum(phi * _load_vector(k_ptr, start, dims)[None, :], 1)
+        acc = _add_product(acc, phi, z_ptr, start, COLUMNS, BLOCK, PIECES, dims)
     return acc, mass
 
 
 @triton.jit
-def add_components(acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, HEAD_DIM: tl.constexpr,
-                   COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-                   OPERAND: tl.constexpr, PARTS: tl.constexpr, mu_ptr=None):  # fmt: skip
+def _add_components(
+    acc, u, q_rows, row_mask, z_ptr, feature_scale, SQUARED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, dims, mu_ptr,
+):  # fmt: skip
     """acc + u · x @ z, or acc + u · x²/√2 @ z."""
-    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):  # one stage, as in add_elu
-        x = feature_scale * load_columns(q_rows, row_mask, start, HEAD_DIM, CHUNK, mu_ptr).to(tl.float32)
+    for start in tl.range(0, dims.HEAD_DIM, dims.CHUNK, num_stages=1):  # one stage, as in add_elu
+        x = feature_scale * load_columns(q_rows, row_mask, start, dims.HEAD_DIM, dims.CHUNK, mu_ptr).to(tl.float32)
         phi = u[:, None] * x
         if SQUARED:
             phi = phi * x * _SQRT_HALF
-        acc = add_product(acc, phi, z_ptr, start, HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS)
+        acc = _add_product(acc, phi, z_ptr, start, COLUMNS, BLOCK, PIECES, dims)
     return acc
 
 
 @triton.jit
-def add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-              BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-              OPERAND: tl.constexpr, STAGES: tl.constexpr, mu_ptr=None):  # fmt: skip
+def _add_pairs(
+    acc, u, q_rows, row_mask, z_ptr, feature_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, dims, mu_ptr
+):
     """acc + u · Σ_{a<b} x_a·x_b · z_ab."""
     u = u * feature_scale * feature_scale
     columns = tl.arange(0, BLOCK)[None, :]
-    for b_start in tl.static_range(0, BLOCK_D, CHUNK):
-        q_b = load_columns(q_rows, row_mask, b_start, HEAD_DIM, CHUNK, mu_ptr)
-        b = b_start + tl.arange(0, CHUNK)[:, None]
-        for a in tl.range(0, min(b_start + CHUNK, HEAD_DIM) - 1, num_stages=STAGES):
+    for b_start in tl.static_range(0, dims.BLOCK_D, dims.CHUNK):
+        q_b = load_columns(q_rows, row_mask, b_start, dims.HEAD_DIM, dims.CHUNK, mu_ptr)
+        b = b_start + tl.arange(0, dims.CHUNK)[:, None]
+        for a in tl.range(0, min(b_start + dims.CHUNK, dims.HEAD_DIM) - 1, num_stages=dims.STAGES):
             z = tl.load(
-                z_ptr + (pair_start(a, HEAD_DIM) + b) * COLUMNS + columns,
-                mask=(b > a) & (b < HEAD_DIM) & (columns < COLUMNS), other=0.0,
+                z_ptr + (pair_start(a, dims.HEAD_DIM) + b) * COLUMNS + columns,
+                mask=(b > a) & (b < dims.HEAD_DIM) & (columns < COLUMNS), other=0.0,
             )  # fmt: skip
             q_a = load_column(q_rows, row_mask, a, mu_ptr)
-            acc += (u[:, None] * q_a) * state_dot(q_b, z, None, OPERAND, 1, PRECISION)
+            acc += (u[:, None] * q_a) * state_dot(q_b, z, None, dims.OPERAND, 1, dims.PREFIX_PRECISION)
     return acc
 
 
 @triton.jit
-def add_taylor(acc, u, q_rows, row_mask, z_ptr, feature_scale, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-               COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-               PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, mu_ptr=None):  # fmt: skip
+def add_taylor(
+    acc, u, q_rows, row_mask, z_ptr, feature_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, dims, mu_ptr=None
+):
     """acc + u · φ(x) @ z, [M, BLOCK]."""
-    # Most of z of taylor2 are the pairs, which are rounded under any model. In one part wide heads would spill.
-    PARTS: tl.constexpr = 1 if (OPERAND == tl.bfloat16 and BLOCK_D <= 128) or FEATURE_MAP == "taylor2" else 2
+    # Most of z of taylor2 are the pairs, which are rounded under any model. In one piece wide heads would spill.
+    PIECES: tl.constexpr = 1 if (
+        (dims.OPERAND == tl.bfloat16 and dims.BLOCK_D <= 128) or dims.FEATURE_MAP == "taylor2"
+    ) else 2  # fmt: skip
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
-    acc = add_components(acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, HEAD_DIM, COLUMNS, BLOCK,
-                         CHUNK, PRECISION, OPERAND, PARTS, mu_ptr)  # fmt: skip
-    if FEATURE_MAP == "taylor2":
-        acc = add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, HEAD_DIM, COLUMNS, BLOCK_D, BLOCK, CHUNK,
-                        PRECISION, OPERAND, STAGES, mu_ptr)  # fmt: skip
-        acc = add_components(acc, u, q_rows, row_mask, z_ptr + square_start(HEAD_DIM) * COLUMNS, feature_scale, True,
-                             HEAD_DIM, COLUMNS, BLOCK, CHUNK, PRECISION, OPERAND, PARTS, mu_ptr)  # fmt: skip
+    acc = _add_components(
+        acc, u, q_rows, row_mask, z_ptr + COLUMNS, feature_scale, False, COLUMNS, BLOCK, PIECES, dims, mu_ptr
+    )
+    if dims.FEATURE_MAP == "taylor2":
+        acc = _add_pairs(acc, u, q_rows, row_mask, z_ptr, feature_scale, COLUMNS, BLOCK, dims, mu_ptr)
+        z_ptr += square_start(dims.HEAD_DIM) * COLUMNS
+        acc = _add_components(
+            acc, u, q_rows, row_mask, z_ptr, feature_scale, True, COLUMNS, BLOCK, PIECES, dims, mu_ptr
+        )
     return acc

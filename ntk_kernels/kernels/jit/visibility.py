@@ -10,14 +10,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E
+from .tiles import LOG2_E, head_ptr
 
-_LARGEST_BIAS = tl.constexpr(2.3e38)
-_LOG2_E = tl.constexpr(LOG2_E)
+_MAX_BIAS = tl.constexpr(2.3e38)
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences begin, and the visible keys of each batch row, contiguous; None for what there is not."""
+    """Where packed sequences begin, and the visible keys of each batch row, contiguous; None if absent."""
 
     cu_seqlens_q: object
     cu_seqlens_k: object
@@ -55,45 +54,110 @@ def locate_keys(sequences, batch, seq_q, seq_k, lower, upper):
     return first_k, seq_k, start, stop, lower, upper
 
 
-@triton.jit
-def keys_of_rows(start_m, stop_m, start, stop, lower, upper, BLOCK_N: tl.constexpr, HAS_LOWER: tl.constexpr,
-                 HAS_UPPER: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """Where the keys that some row of start_m ... stop_m sees start, become visible to all of them, cease to be, end.
+class Zones(NamedTuple):
+    """What a tile sees, in tiles: from `start` to `middle_start` and from `middle_stop` to `stop` they need masks, in
+    between none. The middle is a whole number of tiles; with a mask it is empty, and so is the first zone."""
 
-    Between the first two and the last two tiles need masks. The middle part is a whole number of tiles; it is empty,
-    and so is the first part, with a mask.
-    """
+    start: object
+    middle_start: object
+    middle_stop: object
+    stop: object
+
+
+class Band(NamedTuple):
+    """Which keys the rows of a head see, as far as it is not the tile's place that says so."""
+
+    mask: object  # Strided, of all heads
+    mask_offset: object  # where that of the head begins
+    seq_q: object  # end of the rows
+    stop: object  # end of the visible keys
+    lower: object
+    upper: object
+
+
+class HeadKeys(NamedTuple):
+    """Keys and values of a head, from the first of a sequence on; with descriptors also where those find them."""
+
+    k_ptr: object
+    v_ptr: object
+    stride_k: object
+    stride_v: object
+    k_desc: object
+    v_desc: object
+    batch: object
+    head: object
+    first: object
+
+
+class Keys(NamedTuple):
+    """Keys and values of all heads, and descriptors of both (TMA) or None."""
+
+    k: object  # Strided
+    v: object
+    k_desc: object
+    v_desc: object
+
+
+@triton.jit
+def keys_of_head(keys, batch, head, first):
+    """The HeadKeys of a key/value head, from its key `first` on."""
+    return HeadKeys(
+        head_ptr(keys.k, batch, head, first), head_ptr(keys.v, batch, head, first), keys.k.stride[2], keys.v.stride[2],
+        keys.k_desc, keys.v_desc, batch, head, first,
+    )  # fmt: skip
+
+
+@triton.jit
+def band_of_head(mask, batch, head, seq_q, stop, lower, upper):
+    """The Band of a query head."""
+    offset = batch * mask.stride[0] + tl.cast(head, tl.int64) * mask.stride[1]
+    return Band(mask, offset, seq_q, stop, lower, upper)
+
+
+@triton.jit
+def keys_of_rows(start_m, stop_m, start, stop, lower, upper, HAS_MASK: tl.constexpr, dims):
+    """The Zones of the keys that some row of start_m ... stop_m sees."""
     unmasked_start, unmasked_stop = start, stop
-    if HAS_LOWER:
+    if dims.HAS_LOWER:
         unmasked_start = tl.maximum(start, stop_m - 1 + lower)
         start = tl.maximum(start, start_m + lower)
-    if HAS_UPPER:
+    if dims.HAS_UPPER:
         unmasked_stop = tl.minimum(stop, start_m + upper + 1)
         stop = tl.minimum(stop, stop_m + upper)
     if HAS_MASK:
-        return start, start, start, stop
-    middle_start, middle_stop = _middle(start, unmasked_start, unmasked_stop, BLOCK_N, HAS_LOWER)
-    return start, middle_start, middle_stop, stop
+        return Zones(start, start, start, stop)
+    middle_start, middle_stop = _middle(start, unmasked_start, unmasked_stop, dims.BLOCK_N, dims.HAS_LOWER)
+    return Zones(start, middle_start, middle_stop, stop)
 
 
 @triton.jit
-def rows_of_keys(start_n, stop_n, seq_q, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """The same for the rows that see some of the keys start_n ... stop_n, the visible ones of a tile."""
+def rows_of_keys(start_n, stop_n, seq_q, lower, upper, HAS_MASK: tl.constexpr, dims):
+    """The Zones of the rows that see some of the keys start_n ... stop_n, the visible ones of a tile."""
     first, last, unmasked_first, unmasked_last = 0, seq_q, 0, seq_q
-    if HAS_UPPER:
+    if dims.HAS_UPPER:
         unmasked_first = tl.maximum(0, stop_n - 1 - upper)
         first = tl.maximum(0, start_n - upper)
-    if HAS_LOWER:
+    if dims.HAS_LOWER:
         unmasked_last = tl.minimum(seq_q, start_n - lower + 1)
         last = tl.minimum(seq_q, stop_n - lower)
     # Not a whole tile of keys: all of it needs masks. No key at all: no row.
-    unmasked_last = tl.where(stop_n - start_n < BLOCK_N, first, unmasked_last)
+    unmasked_last = tl.where(stop_n - start_n < dims.BLOCK_N, first, unmasked_last)
     last = tl.where(stop_n <= start_n, first, last)
     if HAS_MASK:
-        return first, first, first, last
-    middle_first, middle_last = _middle(first, unmasked_first, unmasked_last, BLOCK_M, HAS_UPPER)
-    return first, middle_first, middle_last, last
+        return Zones(first, first, first, last)
+    middle_first, middle_last = _middle(first, unmasked_first, unmasked_last, dims.BLOCK_M, dims.HAS_UPPER)
+    return Zones(first, middle_first, middle_last, last)
+
+
+@triton.jit
+def bounds_of_zone(zones, zone: tl.constexpr):
+    """Start and stop of zone 0, 1 (which needs no masks) or 2."""
+    start, stop = zones.middle_stop, zones.stop
+    if zone == 0:
+        start, stop = zones.start, tl.minimum(zones.middle_start, zones.stop)
+    elif zone == 1:
+        start, stop = zones.middle_start, zones.middle_stop
+    return start, stop
 
 
 @triton.jit
@@ -112,39 +176,39 @@ def soft_capped(s, scale, softcap):
     square = x * x
     # Where the formula with exp cancels, the series, whose next term is below the rounding.
     series = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
-    return softcap * tl.where(square < 0.01, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2_E))))
+    return softcap * tl.where(square < 0.01, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E))))
 
 
 @triton.jit
-def logits_and_slope(s, scale, softcap, SOFTCAP: tl.constexpr):
+def logits_and_slope(s, scales, dims):
     """The logits of products s = q·k, and their derivative by s · scale."""
     slope = 1.0
-    if SOFTCAP:
-        s = soft_capped(s, scale, softcap)
-        slope = 1.0 - (s / softcap) * (s / softcap)
+    if dims.SOFTCAP:
+        s = soft_capped(s, scales.logit, scales.softcap)
+        slope = 1.0 - (s / scales.softcap) * (s / scales.softcap)
     else:
-        s = s * scale
+        s = s * scales.logit
     return s, slope
 
 
 @triton.jit
-def masked(s, rows, keys, mask_ptr, stride_mask, seq_q, start, stop, lower, upper, HAS_LOWER: tl.constexpr,
-           HAS_UPPER: tl.constexpr):  # fmt: skip
-    """The logits `s` plus an additive mask, and which of them are visible. `mask_ptr` is that of the head."""
-    visible = (keys >= start) & (keys < stop)
-    if HAS_LOWER:
-        visible = visible & (keys >= rows + lower)
-    if HAS_UPPER:
-        visible = visible & (keys <= rows + upper)
-    if mask_ptr is not None:
-        ptrs = mask_ptr + rows.to(tl.int64) * stride_mask[2] + keys.to(tl.int64) * stride_mask[3]
-        bias = tl.load(ptrs, mask=(rows < seq_q) & (keys < stop), other=0)
+def masked(s, rows, keys, start, band, dims):
+    """The logits `s` plus an additive mask, and which of them are visible, of keys from `start` on."""
+    visible = (keys >= start) & (keys < band.stop)
+    if dims.HAS_LOWER:
+        visible = visible & (keys >= rows + band.lower)
+    if dims.HAS_UPPER:
+        visible = visible & (keys <= rows + band.upper)
+    if band.mask.ptr is not None:
+        mask_ptr = band.mask.ptr + band.mask_offset
+        ptrs = mask_ptr + rows.to(tl.int64) * band.mask.stride[2] + keys.to(tl.int64) * band.mask.stride[3]
+        bias = tl.load(ptrs, mask=(rows < band.seq_q) & (keys < band.stop), other=0)
         if bias.dtype == tl.int1:
             visible = visible & bias
         else:
             bias = bias.to(tl.float32)
             visible = visible & (bias != -float("inf"))
             # finfo.min, which some use for -inf, times log2(e) would be -inf
-            bias = tl.maximum(bias, -_LARGEST_BIAS, propagate_nan=tl.PropagateNan.ALL)
-            s += tl.minimum(bias, _LARGEST_BIAS, propagate_nan=tl.PropagateNan.ALL) * _LOG2_E
+            bias = tl.maximum(bias, -_MAX_BIAS, propagate_nan=tl.PropagateNan.ALL)
+            s += tl.minimum(bias, _MAX_BIAS, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
     return s, visible
