@@ -1,4 +1,4 @@
-"""README and the pages in docs/ keep their promises: files exist, figures are the recorded ones, examples run."""
+"""The pages (README, CONTRIBUTING, docs/) keep their promises: files exist, figures are the recorded ones, examples run."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from bench.upkeep import report
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
