@@ -1,4 +1,4 @@
-"""README and the pages in docs/ keep their promises: files exist, figures are the recorded ones, examples run."""
+"""The pages (README, CONTRIBUTING, docs/) keep their promises: files exist, figures are the recorded ones, examples run."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 from bench.upkeep import report
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @each_page
 def test_files_exist(page):
     text = page.read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:ntk_kernels|reference|tests|bench|docs)/[\w/.]*)`", text):
-        assert path == "bench/out/" or (ROOT / path).exists(), path  # which the benchmarks make
+    for path in re.findall(r"`((?:ntk_kernels|reference|tests|bench|docs)/[\w/.*-]*)`", text):
+        assert path == "bench/out/" or any(ROOT.glob(path)), path  # which the benchmarks make
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), link
 
@@ -40,6 +40,13 @@ def test_figures_are_the_recorded_ones():
         assert text.count("<!-- end -->") == len(re.findall(r"<!-- [\w-]+/", text))
         marked += text.count("<!-- end -->")
     assert marked > 3
+
+
+def test_the_guide_has_every_environment_variable():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ntk_kernels").rglob("*.py"))
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    in_table = re.findall(r"^\| `(NTK_KERNELS_\w+)` \|", guide, flags=re.M)
+    assert sorted(in_table) == sorted(set(re.findall(r"\bNTK_KERNELS_[A-Z]+", code)))
 
 
 def test_rows_of_a_table():
