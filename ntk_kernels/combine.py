@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .feature_maps import get_feature_map, several_centers_rule
+
 
 def check_alike(states, names: list[str], called) -> None:
     """Every state has the first one's value of each property; `called(i)` is what the message calls state i."""
@@ -111,9 +113,9 @@ def _sum_of_features(a, b) -> dict:
 
 
 def _side_by_side(a, b) -> dict:
-    if a.feature_map != "taylor1":
+    if not get_feature_map(a.feature_map).several_centers:
         raise ValueError(
-            f"`other` must be expanded around the same centres, as several go with 'taylor1' only, got "
+            f"`other` must be expanded around the same centres, as {several_centers_rule()}, got "
             f"feature_map={a.feature_map!r} and different centres"
         )
     sides = [_with_centers(state, z) for state, z in zip((a, b), _z_of((a, b)), strict=True)]

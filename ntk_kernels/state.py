@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import checks, combine
-from .feature_maps import FEATURE_MAPS, head_dim_of
+from .feature_maps import get_feature_map
 from .files import Format
 
 _FILES = Format("ntk-kernels prefix state", 1, "PrefixState.save")
@@ -86,7 +86,7 @@ class PrefixState:
                                  f"got {tensor.device}")  # fmt: skip
 
     def _check_features(self) -> None:
-        checks.check_one_of("feature_map", self.feature_map, FEATURE_MAPS)
+        feature_map = get_feature_map(self.feature_map)
         if self.feature_scale is not None:
             checks.check_finite("feature_scale", self.feature_scale)
         if self.centers is not None and self.centers.dim() not in (3, 4):
@@ -98,7 +98,7 @@ class PrefixState:
             raise ValueError(f"`k` must have {ranks} dimensions, [N?, Hs, {mid_names}r], got {list(self.k.shape)}")
         lead, lead_names = tuple(self.k.shape[: stack + 1]), "N Hs " if stack else "Hs "
         r = self.k.shape[-1]
-        head_dim = head_dim_of(self.feature_map, r)
+        head_dim = feature_map.head_dim(r)
         if head_dim is None:
             raise ValueError(f"`k` must end in r = feature_dim({self.feature_map!r}, D) for some D, got r={r}")
         checks.check_shape("k", self.k, (*lead, *mid, r), f"{lead_names}{mid_names}r")
@@ -114,13 +114,7 @@ class PrefixState:
             checks.check_shape("z_b", self.z_b, (*lead, *mid, rank, None), f"{lead_names}{mid_names}s Dv")
         if self.centers is not None:
             checks.check_shape("centers", self.centers, (*lead, None, head_dim), f"{lead_names}C D")
-            if self.num_centers == 0:
-                raise ValueError(f"`centers` must hold at least one centre, got {list(self.centers.shape)}")
-            if self.num_centers > 1 and self.feature_map != "taylor1":
-                raise ValueError(
-                    f"`centers` must hold one centre (C=1) with feature_map={self.feature_map!r}, several go with "
-                    f"'taylor1' only, got C={self.num_centers}"
-                )
+            feature_map.check_num_centers(self.num_centers)
         if self.log_scale is not None:
             checks.check_shape("log_scale", self.log_scale, (*lead, *mid), f"{lead_names}{mid_names}")
 
@@ -162,7 +156,9 @@ class PrefixState:
     @property
     def head_dim(self) -> int:
         """D, of queries and keys."""
-        return head_dim_of(self.feature_map, self.k.shape[-1]) if self.k is not None else self.keys.shape[-1]
+        if self.k is None:
+            return self.keys.shape[-1]
+        return get_feature_map(self.feature_map).head_dim(self.k.shape[-1])
 
     @property
     def value_dim(self) -> int:

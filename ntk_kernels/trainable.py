@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks
-from .feature_maps import FEATURE_MAPS, feature_dim
+from .feature_maps import REGISTRY, get_feature_map
 from .state import PrefixState
 
 POSITIVE = ("softplus", "exp", None)
@@ -80,7 +80,7 @@ class NTKPrefix(nn.Module):
         if rank is not None:
             checks.check_int("rank", rank, minimum=1)
         checks.check_int("num_rows", num_rows, minimum=0)
-        checks.check_one_of("feature_map", feature_map, (*FEATURE_MAPS, None))
+        checks.check_one_of("feature_map", feature_map, (*REGISTRY, None))
         checks.check_one_of("positive", positive, POSITIVE)
         checks.check_bool("scale_by_k", scale_by_k)
         checks.check_bool("log_scale", log_scale)
@@ -106,7 +106,7 @@ class NTKPrefix(nn.Module):
 
         self.centers = self.log_scale = self.z = self.z_a = self.z_b = self.raw_k = None
         if feature_map is not None:
-            mid, r = (), feature_dim(feature_map, head_dim)
+            mid, r = (), get_feature_map(feature_map).dim(head_dim)
             if centers is not None:
                 self.centers = self._centers(centers, parameter)
                 mid = (self.centers.shape[1],)
@@ -117,10 +117,11 @@ class NTKPrefix(nn.Module):
                 self.z_b = parameter(*mid, rank, value_dim)
             self.raw_k = parameter(*mid, r)
             self.log_scale = parameter(*mid) if log_scale else None
-            share = init_mass / (r if feature_map == "elu" else math.prod(mid))
+            has_one = get_feature_map(feature_map).is_polynomial  # a feature that is 1 and has all of the mass
+            share = init_mass / (math.prod(mid) if has_one else r)
             start = _inverse(torch.tensor(share, dtype=torch.float64, device="cpu"), positive).item()
             with torch.no_grad():
-                (self.raw_k if feature_map == "elu" else self.raw_k[..., 0]).fill_(start)
+                (self.raw_k[..., 0] if has_one else self.raw_k).fill_(start)
         self.keys = self.values = self.bias = None
         if num_rows:
             self.keys, self.values = parameter(num_rows, head_dim, std=_STD), parameter(num_rows, value_dim)
@@ -171,9 +172,10 @@ class NTKPrefix(nn.Module):
             tensors["bias"] = state.keys.new_zeros(state.keys.shape[:-1])
         if state.k is not None:
             k = tensors.pop("k").double()
-            weight = k if state.feature_map == "elu" else k[..., :1]
+            has_one = get_feature_map(state.feature_map).is_polynomial
+            weight = k[..., :1] if has_one else k
             if (positive is not None or scale_by_k) and not (weight > 0).all():
-                what = "`state.k`" if state.feature_map == "elu" else "`state.k[..., 0]`"
+                what = "`state.k[..., 0]`" if has_one else "`state.k`"
                 raise ValueError(
                     f"{what} must be positive with positive={positive!r} and scale_by_k={scale_by_k}, got values down "
                     f"to {weight.min().item():.6g}"
@@ -181,7 +183,7 @@ class NTKPrefix(nn.Module):
             if scale_by_k:
                 name = "z" if state.rank is None else "z_a"
                 tensors[name] = tensors[name].double() / weight[..., None]
-            if positive is not None and state.feature_map != "elu":
+            if positive is not None and has_one:
                 tensors["raw_k"] = torch.cat([_inverse(weight, positive), k[..., 1:] / weight], dim=-1)
             else:
                 tensors["raw_k"] = _inverse(k, positive)
@@ -236,7 +238,7 @@ class NTKPrefix(nn.Module):
 
     def _mass(self) -> tuple[Tensor, Tensor]:
         """k, and the weight of each feature that `scale_by_k` takes: k, or k_0."""
-        if self.feature_map == "elu":
+        if not get_feature_map(self.feature_map).is_polynomial:
             k = _positive(self.raw_k, self.positive)
             return k, k
         if self.positive is None:

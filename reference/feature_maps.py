@@ -29,6 +29,9 @@ def taylor2(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., a] * x[..., b], x * x / math.sqrt(2)], dim=-1)
 
 
+FEATURE_MAPS = {"elu": elu, "taylor1": taylor1, "taylor2": taylor2}
+
+
 def feature_map(x: Tensor, name: str) -> Tensor:
-    """φ(x) for `name` in {"elu", "taylor1", "taylor2"}: [..., D] -> [..., r]."""
-    return {"elu": elu, "taylor1": taylor1, "taylor2": taylor2}[name](x)
+    """Returns φ(x) of the map `name` in `FEATURE_MAPS`: [..., D] -> [..., r]."""
+    return FEATURE_MAPS[name](x)

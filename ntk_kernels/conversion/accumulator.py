@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import checks, library
 from ..backends.torch.sums import nearest_centers
 from ..dispatch import sums_backend
-from ..feature_maps import FEATURE_MAPS, feature_dim
+from ..feature_maps import get_feature_map
 from ..state import PrefixState
 from .closed_form import state_of_sums
 
@@ -54,7 +54,7 @@ class PrefixAccumulator:
     ):
         for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.check_int(name, size, minimum=1)
-        checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
+        self._feature_map = get_feature_map(feature_map)
         self._lead = (num_heads,)
         if num_states is not None:
             checks.check_int("num_states", num_states, minimum=1)
@@ -64,16 +64,16 @@ class PrefixAccumulator:
         self._feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale
         checks.check_finite("feature_scale", self._feature_scale, positive=True)
         self._key_scale = scale / self._feature_scale
-        self._head_dim, self._value_dim, self._feature_map = head_dim, value_dim, feature_map
+        self._head_dim, self._value_dim = head_dim, value_dim
         self._follows_mean = isinstance(centers, str)
         num_centers = 1
         if self._follows_mean:
             if centers != "mean":
                 raise ValueError(f"`centers` must be 'mean', a tensor or None, got {centers!r}")
-            if feature_map == "elu":
+            if not self._feature_map.is_polynomial:
                 raise ValueError(
-                    "`centers` must be a tensor or None with feature_map='elu', whose sums cannot be moved to a mean "
-                    "that is not known yet, got 'mean'"
+                    f"`centers` must be a tensor or None with feature_map={feature_map!r}, whose sums cannot be moved "
+                    "to a mean that is not known yet, got 'mean'"
                 )
             centers = torch.zeros(*self._lead, 1, head_dim)
         elif centers is not None:
@@ -83,16 +83,13 @@ class PrefixAccumulator:
             letters = "Hs C D" if num_states is None else "N Hs C D"
             checks.check_shape("centers", centers, (*self._lead, None, head_dim), letters)
             num_centers = centers.shape[-2]
-            if num_centers == 0 or (num_centers > 1 and feature_map != "taylor1"):
-                raise ValueError(
-                    f"`centers` must hold one centre, or several with 'taylor1', got {num_centers} with {feature_map!r}"
-                )
+            self._feature_map.check_num_centers(num_centers)
         if centers is not None:
             dtype = torch.promote_types(centers.dtype, torch.float32)
             centers = centers.detach().to(device, dtype, copy=True)  # the sums so far are around what they are now
         self._centers = centers
-        features = feature_dim(feature_map, head_dim)
-        sizes = ((features, value_dim), (features,), ())
+        num_features = self._feature_map.dim(head_dim)
+        sizes = ((num_features, value_dim), (num_features,), ())
         self._z, self._k, self._count = (
             torch.zeros(*self._lead, num_centers, *size, dtype=torch.float64, device=device) for size in sizes
         )
@@ -148,7 +145,7 @@ class PrefixAccumulator:
         weights = None if weights is None else weights.flatten(0, -2)
         centers = None if self._centers is None else self._centers.to(sums_dtype).flatten(0, -3)
         z, k, count = library.sum_features(
-            keys, values, None if weights is None else weights.to(sums_dtype), centers, self._feature_map,
+            keys, values, None if weights is None else weights.to(sums_dtype), centers, self._feature_map.name,
             self._key_scale, sums_backend(keys, values),
         )  # fmt: skip
         turnover = keys.new_full((len(keys),), rows, dtype=torch.float64)
@@ -220,12 +217,12 @@ class PrefixAccumulator:
             z, k, count = z.squeeze(-3), k.squeeze(-2), count.squeeze(-1)
         else:
             centers = centers.double()
-        return state_of_sums(z, k, count, centers, self._feature_map, self._feature_scale).to(dtype)
+        return state_of_sums(z, k, count, centers, self._feature_map.name, self._feature_scale).to(dtype)
 
     def _arguments(self) -> dict:
         return {
             "num_heads": self._lead[-1], "head_dim": self._head_dim, "value_dim": self._value_dim,
-            "feature_map": self._feature_map, "num_states": self._lead[0] if len(self._lead) == 2 else None,
+            "feature_map": self._feature_map.name, "num_states": self._lead[0] if len(self._lead) == 2 else None,
             "centers": "mean" if self._follows_mean else None if self._centers is None else self._count.shape[-1],
             "scale": self._key_scale * self._feature_scale, "feature_scale": self._feature_scale,
             "device": self._z.device,
@@ -233,7 +230,7 @@ class PrefixAccumulator:
 
     def _sum_of_keys(self) -> Tensor:
         """[..., 1, D]; the linear features are sums of key_scale · (key - centre)."""
-        linear = self._k[..., 1 : 1 + self._head_dim]
+        linear = self._k[..., 1 : 1 + self._head_dim]  # as in every polynomial map
         return linear / self._key_scale + self._count.unsqueeze(-1) * self._centers
 
     def _totals(self) -> tuple[Tensor, ...]:
@@ -250,24 +247,10 @@ class PrefixAccumulator:
             return self._z, self._k
         move = (centers.double() - self._centers.double()).squeeze(-2) * self._key_scale
         both = torch.cat([self._z, self._k.unsqueeze(-1)], dim=-1).squeeze(-3)
-        both = _moved(both, move.unsqueeze(-1), self._feature_map).unsqueeze(-3)
+        both = self._feature_map.moved(both, move.unsqueeze(-1)).unsqueeze(-3)
         return both[..., :-1].contiguous(), both[..., -1].contiguous()  # all_reduce needs it
 
 
 def _mean_key(sum_of_keys: Tensor, count: Tensor, turnover: Tensor) -> Tensor:
     """[..., 1, D]; 0 where no rows are left."""
     return (sum_of_keys / count.unsqueeze(-1)).where((count > _ROUNDING * turnover).unsqueeze(-1), 0)
-
-
-def _moved(sums: Tensor, move: Tensor, feature_map: str) -> Tensor:
-    """Σ φ(y - move) cᵀ [..., r, n] from Σ φ(y) cᵀ, for a `move` [..., D, 1] and the polynomial maps."""
-    head_dim = move.shape[-2]
-    one, linear, squared = sums.tensor_split([1, 1 + head_dim], dim=-2)
-    parts = [one, linear - move * one]
-    if feature_map == "taylor2":
-        pairs, squares = squared.tensor_split([-head_dim], dim=-2)
-        a, b = torch.triu_indices(head_dim, head_dim, 1, device=sums.device)
-        at_a, at_b = move[..., a, :], move[..., b, :]
-        parts.append(pairs - at_a * linear[..., b, :] - at_b * linear[..., a, :] + at_a * at_b * one)
-        parts.append(squares - math.sqrt(2) * move * linear + move.square() / math.sqrt(2) * one)
-    return torch.cat(parts, dim=-2)

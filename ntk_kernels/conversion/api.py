@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..feature_maps import FEATURE_MAPS
+from ..feature_maps import get_feature_map
 from ..state import PrefixState
 from .closed_form import ClosedForm
 from .fit import fit
@@ -164,7 +164,7 @@ def settle(
     Returns feature map, number of rows and method, with their defaults.
     """
     if feature_map is not None:
-        checks.check_one_of("feature_map", feature_map, FEATURE_MAPS)
+        get_feature_map(feature_map)
     method = ("gradient" if has_query else "closed_form") if method is None else method
     checks.check_one_of("method", method, METHODS)
     if feature_scale is not None:
@@ -225,8 +225,7 @@ def _check_num_centers(centers, feature_map, keep, num_keys) -> None:
     if centers > num_keys - keep:
         which = f" that are not kept, m={num_keys} less {keep}" if keep else f", m={num_keys}"
         raise ValueError(f"`centers` must be at most the number of prefix rows{which}, got {centers}")
-    if centers > 1 and feature_map != "taylor1":
-        raise ValueError(f"`centers` must be at most 1 with feature_map={feature_map!r}, got {centers}")
+    get_feature_map(feature_map).check_num_centers(centers)
 
 
 def _check_given_centers(centers: Tensor, prefix_key: Tensor, feature_map) -> None:
@@ -235,10 +234,7 @@ def _check_given_centers(centers: Tensor, prefix_key: Tensor, feature_map) -> No
     checks.check_shape("centers", centers, (*prefix_key.shape[:-2], None, prefix_key.shape[-1]), letters)
     if centers.device != prefix_key.device:
         raise ValueError(f"`centers` must be on the device of `prefix_key`, {prefix_key.device}, got {centers.device}")
-    if not 1 <= centers.shape[-2] <= (1 if feature_map != "taylor1" else math.inf):
-        raise ValueError(
-            f"`centers` must hold one centre, or several with 'taylor1', got {centers.shape[-2]} with {feature_map!r}"
-        )
+    get_feature_map(feature_map).check_num_centers(centers.shape[-2])
     if not torch.compiler.is_compiling() and checks.readable(centers):
         checks.check_finite_rows("centers", centers)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..feature_maps import feature_dim
+from ..feature_maps import REGISTRY, get_feature_map
 from .targets import HELD_OUT, num_fitted
 
 _FEWEST_ROWS = 8  # tried for an error
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
         return self.centers.shape[-2] if isinstance(self.centers, Tensor) else 1
 
     def num_features(self, head_dim: int) -> int:
-        return 0 if self.feature_map is None else self.num_centers * feature_dim(self.feature_map, head_dim)
+        return 0 if self.feature_map is None else self.num_centers * get_feature_map(self.feature_map).dim(head_dim)
 
     def within(self, num_keys: int) -> "Layout":
         """For a prefix of so many rows: if there is room for all of them they are all kept."""
@@ -92,10 +92,11 @@ def layouts_for_budget(budget: int, num_keys: int, head_dim: int) -> list[Layout
         return layouts
     if kept := budget // _KEPT_PART:
         layouts.append(Layout(None, "mean", budget - kept, kept))
-    most = budget // feature_dim("taylor1", head_dim)
-    features = [("taylor1", "mean" if count == 1 else count) for count in sorted({1, most // 2, most})]
-    for feature_map, centers in [*features, ("elu", None), ("taylor2", "mean")]:
-        size = Layout(feature_map, centers, 0).num_features(head_dim)
-        if 0 < size <= budget:
-            layouts.append(Layout(feature_map, centers, budget - size))
+    for feature_map in sorted(REGISTRY.values(), key=lambda each: not each.several_centers):
+        max_centers = budget // feature_map.dim(head_dim) if feature_map.several_centers else 1
+        for num_centers in sorted({1, max_centers // 2, max_centers}):
+            around = None if not feature_map.is_polynomial else "mean" if num_centers == 1 else num_centers
+            size = num_centers * feature_map.dim(head_dim)
+            if 0 < size <= budget:
+                layouts.append(Layout(feature_map.name, around, budget - size))
     return layouts

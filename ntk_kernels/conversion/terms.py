@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..feature_maps import features
+from ..feature_maps import get_feature_map
 from ..state import PrefixState
 
 
@@ -66,7 +66,7 @@ class Terms(NamedTuple):
         if self.feature_map is None:
             return weights
         of_centers, of_rows = weights.split([logits.shape[-1] - self.num_rows, self.num_rows], dim=-1)
-        phi = features(query * self.feature_scale, self.feature_map)
+        phi = get_feature_map(self.feature_map)(query * self.feature_scale)
         return torch.cat([(of_centers[..., None] * phi[..., None, :]).flatten(-2), of_rows], dim=-1)
 
     def mass(self, weights: Tensor, k: Tensor) -> Tensor:

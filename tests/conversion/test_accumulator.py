@@ -225,7 +225,7 @@ REFUSED = {
     "elu around a mean": (lambda: accumulator("elu", "mean"), ValueError, "`centers` must be a tensor or None with feature_map='elu'"),
     "word": (lambda: accumulator("taylor1", "median"), ValueError, "`centers` must be 'mean', a tensor or None, got 'median'"),
     "number": (lambda: accumulator("taylor1", 16), TypeError, "`centers` must be 'mean', a tensor or None, got int"),
-    "centres": (lambda: accumulator("taylor2", torch.zeros(HEADS, 2, DIM)), ValueError, "`centers` must hold one centre, or several with 'taylor1', got 2 with 'taylor2'"),
+    "centres": (lambda: accumulator("taylor2", torch.zeros(HEADS, 2, DIM)), ValueError, r"`centers` must hold one centre \(C=1\) with feature_map='taylor2', several go with 'taylor1' only, got C=2"),
     "centres' shape": (lambda: accumulator("taylor1", torch.zeros(HEADS, 2, 5)), ValueError, r"`centers` must have shape \[Hs=2, C, D=6\]"),
     "heads": (lambda: accumulator("taylor1", None).update(keys[:1], values[:1]), ValueError, r"`prefix_key` must have shape \[Hs=2, m, D=6\], got \[1, 90, 6\]"),
     "rows": (lambda: accumulator("taylor1", None).update(keys, values[:, 1:]), ValueError, r"`prefix_value` must have shape \[Hs=2, m=90, Dv=5\], got \[2, 89, 5\]"),

@@ -198,7 +198,7 @@ REFUSED = {
     "centers_word": ((keys, values), {"centers": "median"}, ValueError, "`centers` must be 'mean', an int, a tensor or None, got 'median'"),
     "centers_zero": ((keys, values), {"centers": 0}, ValueError, "`centers` must be at least 1, got 0"),
     "centers_many": ((keys, values), {"centers": 51}, ValueError, "at most the number of prefix rows, m=50, got 51"),
-    "centers_elu": ((keys, values, "elu"), {"centers": 2}, ValueError, "at most 1 with feature_map='elu', got 2"),
+    "centers_elu": ((keys, values, "elu"), {"centers": 2}, ValueError, "with feature_map='elu', several go with 'taylor1' only, got C=2"),
     "centers_float": ((keys, values), {"centers": 2.5}, TypeError, "`centers` must be 'mean', an int, a tensor or None"),
     "centers_shape": ((keys, values), {"centers": torch.rand(2, 3, 5)}, ValueError,
                       r"`centers` must have shape \[Hs=2, C, D=6\], got \[2, 3, 5\]"),

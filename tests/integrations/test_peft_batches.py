@@ -276,7 +276,7 @@ SETS = [
     ),
     (
         ["a", "b", "e"],
-        "the adapters 'a' and 'e' must have no centers, or feature_map='taylor1', to be active together, got centers=None and 1 with 'elu'",
+        "the adapters 'a' and 'e' must have no centers to be active together, as several go with 'taylor1' only, got centers=None and 1 with 'elu'",
     ),
     (["a", "c"], "`adapter_name` must be of the NTK adapters that the model has, .*, got 'c'"),
     ("c", "`adapter_name` must be of the NTK adapters that the model has, .*, got 'c'"),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...feature_maps import features, features_backward
+from ...feature_maps import get_feature_map
 from ..results import empty_grad
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: fill the cache, not the memory
@@ -47,7 +47,8 @@ class Prefix:
     """The state of each batch row, in the dtype of the accumulation."""
 
     def __init__(self, query, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index, dtype, options):
-        self.feature_map, self.feature_scale, self.scale = options
+        feature_map, self.feature_scale, self.scale = options
+        self.feature_map = None if k is None else get_feature_map(feature_map)
         self.state_index = state_index
         self.num_heads = (row_keys if k is None else k).shape[1]
         absent = None if state_index is None else state_index < 0
@@ -104,7 +105,7 @@ class Prefix:
 
     def linear_term(self, q: Tensor) -> LinearTerm:
         x = q * self.feature_scale
-        phi = features(x, self.feature_map)
+        phi = self.feature_map(x)
         if self.centers is None:
             top = phi.new_zeros(1, 1, 1, 1) if self.log_scale is None else self.log_scale[..., 0]
             return LinearTerm(x, phi, None, phi, top)
@@ -215,7 +216,7 @@ def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
             if grad_q is not None:
                 grad_q.add_(grad_log_weight @ prefix.centers, alpha=prefix.scale)
     if grad_q is not None:
-        grad_x = features_backward(grad_phi, term.x, term.phi, prefix.feature_map)
+        grad_x = prefix.feature_map.backward(grad_phi, term.x, term.phi)
         grad_q.add_(grad_x, alpha=prefix.feature_scale)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...feature_maps import features, features_backward
+from ...feature_maps import LINEAR, get_feature_map
 from ...inputs import SumInputs
 from ..results import empty_sum_grads, empty_sums, lse_dtype
 
@@ -62,13 +62,14 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     """z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
     results = empty_sums(inputs)
     z, k, count = (torch.zeros_like(result, dtype=torch.float64) for result in results)
-    constant = 1 if inputs.feature_map == "taylor1" else 0  # features that are 1, which need no product
+    phi_of = get_feature_map(inputs.feature_map)
+    constant = 1 if phi_of.sections == (LINEAR,) else 0  # features that are 1, which need no product
     for tiles in _tiles(inputs):
         w = _weights_of(tiles, inputs)
         v = tiles.rows_of(inputs.values).to(results[0].dtype)
         phi = _centred_keys(tiles, inputs)
         if not constant:
-            phi = features(phi.mul_(inputs.key_scale), inputs.feature_map)
+            phi = phi_of(phi.mul_(inputs.key_scale))
         if w is not None:
             phi.mul_(w)
         num_rows = v.shape[1] if w is None else w.sum((1, 2))
@@ -87,18 +88,18 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
 def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tuple[Tensor, ...]:
     """Gradients of keys, values and centres; those that `needs_grad` does not ask for have no elements."""
     grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
-    of_centers = torch.zeros_like(grad_centers, dtype=torch.float64)
+    phi_of, of_centers = get_feature_map(inputs.feature_map), torch.zeros_like(grad_centers, dtype=torch.float64)
     for tiles in _tiles(inputs):
         w = _weights_of(tiles, inputs, once=False)
         y = _centred_keys(tiles, inputs).mul_(inputs.key_scale)
-        phi = features(y.clone(), inputs.feature_map)
+        phi = phi_of(y.clone())
         if needs_grad[1]:
             grad = phi @ tiles.centers_of(grad_z)
             tiles.set_rows(grad_values, grad if w is None else grad.mul_(w))
         if needs_grad[0] or needs_grad[2]:
             v = tiles.rows_of(inputs.values).to(y.dtype)
             grad_phi = torch.baddbmm(tiles.centers_of(grad_k).unsqueeze(1), v, tiles.centers_of(grad_z).mT)
-            grad = features_backward(grad_phi, y, phi, inputs.feature_map).mul(inputs.key_scale)
+            grad = phi_of.backward(grad_phi, y, phi).mul(inputs.key_scale)
             if w is not None:
                 grad.mul_(w)
             if needs_grad[0]:

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from ...feature_maps import get_feature_map, several_centers_rule
 from ...state import PrefixState
 from ...trainable import NTKPrefix
 from ..transformers.attach import check_bare, use_ntk
@@ -328,9 +329,11 @@ def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
                 f"the adapters {a!r} and {b!r} must have the same {name} {what}, got {getattr(ours, name)!r} and "
                 f"{getattr(theirs, name)!r}"
             )
-    if is_sum and ours.feature_map != "taylor1" and (ours.centers is not None or theirs.centers is not None):
+    if not is_sum or get_feature_map(ours.feature_map).several_centers:
+        return
+    if ours.centers is not None or theirs.centers is not None:
         raise ValueError(
-            f"the adapters {a!r} and {b!r} must have no centers, or feature_map='taylor1', {what}, got centers="
+            f"the adapters {a!r} and {b!r} must have no centers {what}, as {several_centers_rule()}, got centers="
             f"{ours.centers} and {theirs.centers} with {ours.feature_map!r}"
         )
 
