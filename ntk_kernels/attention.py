@@ -1,5 +1,7 @@
 """`ntk_attention`: check the arguments, choose a backend, call it."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,29 @@ from .inputs import Inputs
 from .state import PrefixState
 
 
+@overload
+def ntk_attention(
+    query: Tensor, key: Tensor, value: Tensor, state: PrefixState | None = ..., *, attn_mask: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., causal_offset: int | None = ..., key_start: Tensor | None = ...,
+    key_stop: Tensor | None = ..., state_index: Tensor | None = ..., return_lse: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ntk_attention(
+    query: Tensor, key: Tensor, value: Tensor, state: PrefixState | None = ..., *, attn_mask: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., causal_offset: int | None = ..., key_start: Tensor | None = ...,
+    key_stop: Tensor | None = ..., state_index: Tensor | None = ..., return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ntk_attention(
+    query: Tensor, key: Tensor, value: Tensor, state: PrefixState | None = ..., *, attn_mask: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., causal_offset: int | None = ..., key_start: Tensor | None = ...,
+    key_stop: Tensor | None = ..., state_index: Tensor | None = ..., return_lse: bool, backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def ntk_attention(
     query: Tensor,
     key: Tensor,

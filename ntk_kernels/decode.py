@@ -1,5 +1,7 @@
 """`ntk_attention_decode`: the next tokens of each sequence against a key/value cache and a prefix."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,30 @@ MAX_ROWS = 16  # queries a sequence
 MIN_PAGE_SIZE = 16
 
 
+@overload
+def ntk_attention_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | None = ...,
+    state: PrefixState | None = ..., *, block_table: Tensor | None = ..., key_start: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., state_index: Tensor | None = ..., num_splits: int | None = ...,
+    return_lse: Literal[False] = False, backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ntk_attention_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | None = ...,
+    state: PrefixState | None = ..., *, block_table: Tensor | None = ..., key_start: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., state_index: Tensor | None = ..., num_splits: int | None = ...,
+    return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ntk_attention_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | None = ...,
+    state: PrefixState | None = ..., *, block_table: Tensor | None = ..., key_start: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., window: tuple[int, int] | None = ...,
+    softcap: float | None = ..., state_index: Tensor | None = ..., num_splits: int | None = ..., return_lse: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def ntk_attention_decode(
     query: Tensor,
     key_cache: Tensor,

@@ -1,8 +1,8 @@
-"""Which backend serves which call.
+"""Chooses the backend that serves a call.
 
-`None` (the default) takes the environment variable NTK_KERNELS_BACKEND or else the fastest backend for the device,
-and moves on to one that can when that one can't, with one warning per reason. A backend asked for by name in the
-call serves it or raises.
+`None` (the default) takes the environment variable NTK_KERNELS_BACKEND or else the fastest backend for the device. A
+call that it does not support falls back to the next one, with one warning per reason; a backend named in the call
+raises instead.
 """
 
 import os

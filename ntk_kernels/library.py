@@ -233,7 +233,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionWithCtx(torch.autograd.Function):
-    """The same in the form that torch.func does not take, whose signature PyTorch does not look at in each call."""
+    """`_Attention` in the form that torch.func does not take, whose signature PyTorch does not inspect in each call."""
 
     @staticmethod
     def forward(ctx, *flat):

@@ -1,5 +1,7 @@
 """`ntk_attention_varlen`: the same attention over packed sequences of different lengths."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,27 @@ from .inputs import Inputs
 from .state import PrefixState
 
 
+@overload
+def ntk_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, state: PrefixState | None = ..., *, is_causal: bool = ..., scale: float | None = ...,
+    window: tuple[int, int] | None = ..., softcap: float | None = ..., state_index: Tensor | None = ...,
+    return_lse: Literal[False] = False, backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ntk_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, state: PrefixState | None = ..., *, is_causal: bool = ..., scale: float | None = ...,
+    window: tuple[int, int] | None = ..., softcap: float | None = ..., state_index: Tensor | None = ...,
+    return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ntk_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, state: PrefixState | None = ..., *, is_causal: bool = ..., scale: float | None = ...,
+    window: tuple[int, int] | None = ..., softcap: float | None = ..., state_index: Tensor | None = ...,
+    return_lse: bool, backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def ntk_attention_varlen(
     query: Tensor,
     key: Tensor,

@@ -27,11 +27,12 @@ from ntk_kernels.kernels.add_prefix_backward import add_prefix_dq_launch, add_re
 from ntk_kernels.kernels.backward_delta import delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
-from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, sections_of, state_launch
+from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, state_launch
 from ntk_kernels.kernels.decode import DecodeResults, decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
 from ntk_kernels.kernels.host import configs
 from ntk_kernels.kernels.host.launch import prepare
+from ntk_kernels.kernels.host.sections import SECTIONS, num_features
 from ntk_kernels.kernels.jit.row_terms import RowTerms
 from ntk_kernels.kernels.jit.tiles import INTERPRETED
 from ntk_kernels.kernels.sums import (
@@ -39,7 +40,6 @@ from ntk_kernels.kernels.sums import (
     PrefixRows,
     SumGrads,
     Sums,
-    num_features_of,
     prepare_rows,
     sums_bwd_launch,
     sums_launch,
@@ -273,7 +273,7 @@ def _split_results(shape: Shape, inputs: DecodeInputs, splits: int) -> DecodeRes
 
 
 def _decode(shape: Shape, section: str = ""):
-    """In four splits, or in one."""
+    """One token a batch row, its keys in a single split, or in four."""
     inputs, splits = _decode_inputs(shape), 4 if section == "in splits" else 1
     results = _split_results(shape, inputs, splits)
     return decode_launch(
@@ -301,7 +301,7 @@ def _prefix_rows(shape: Shape) -> tuple[PrefixRows, int]:
 
 def _sums(shape: Shape, section: str):
     rows, centers = _prefix_rows(shape)
-    r, sizes = num_features_of(section, shape.head_dim), (2, _HEADS, centers)
+    r, sizes = num_features(section, shape.head_dim), (2, _HEADS, centers)
     count = None if section in ("pairs", "squares") else _meta(*sizes)
     sums = Sums(_meta(*sizes, r, shape.value_dim()), _meta(*sizes, r), count)
     return sums_launch(rows, sums, section, 0.5, shape.config(), shape.arch)
@@ -377,13 +377,13 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
 
 
 def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Shape]:
-    """With every feature map that makes a difference to it."""
+    """Returns every kernel with the feature maps that make a difference to it."""
     maps = [("forward", name) for name in FEATURE_MAPS]
     maps += [(kernel, "none") for kernel in (("dkdv",) if head_dim <= 128 else ("dk", "dv"))]
     maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
-    maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
+    maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in SECTIONS[name]]
     maps += [("decode", name) for name in ("none", "elu", "taylor2")] + [("merge", "taylor2")]
-    maps += [(f"sums {section}", name) for name in ("elu", "taylor2") for section in sections_of(name)]
+    maps += [(f"sums {section}", name) for name in ("elu", "taylor2") for section in SECTIONS[name]]
     maps += [(f"sums_bwd {section}", name) for section in GRAD_SECTIONS for name in FEATURE_MAPS[1:]]
     listed = [Shape(arch, head_dim, name, dtype=dtype, kernel=kernel) for kernel, name in maps]
     return listed + [Shape(arch, head_dim, "none", "rows", dtype, f"rows {section}") for section in ("keys", "values")]
@@ -423,7 +423,7 @@ def _baseline() -> Path:
 
 
 def read_baseline() -> dict[str, dict[str, str]]:
-    """By name of the kernel; none for a version of triton that has no file."""
+    """Returns the lines by name of the kernel; empty for a version of triton without a file."""
     if not _baseline().exists():
         return {}
     with _baseline().open(encoding="utf-8", newline="") as file:
@@ -444,7 +444,7 @@ def write_baseline(results: list[dict]) -> None:
 
 
 def grown_since(baseline: dict[str, dict[str, str]], found: dict) -> list[str]:
-    """What a kernel has more of than the baseline says, beyond the slack."""
+    """Returns a message for each figure that exceeds the baseline by more than its slack."""
     before = baseline.get(_name(found))
     if before is None:
         return []

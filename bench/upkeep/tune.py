@@ -143,9 +143,10 @@ def _runs(kernel: str, shape: Shape) -> bool:
 
 
 def best_tiles(results: list[dict], arch: str) -> dict[str, TileConfig]:
-    """For each entry of the tuned file the tile with the least geometric mean of times, as multiples of the default's.
+    """Returns the fastest tile for each entry of the tuned file, by the geometric mean of times as multiples of the
+    default's.
 
-    Of those that ran for every shape that shares the entry; all maps that share it must have been timed. A tile must
+    A tile must have run for every shape that shares the entry, all maps that share it must have been timed, and it must
     gain 2% to replace the default.
     """
     groups = {}

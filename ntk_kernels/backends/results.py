@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def lse_dtype(query: Tensor) -> torch.dtype:
-    """Of `lse`, and of every sum that is accumulated."""
+    """Returns the dtype of `lse` and of every sum that is accumulated."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 

@@ -96,9 +96,8 @@ def _ntk_add_prefix_kernel(
 
 @triton.jit
 def load_state(state, center, dims):
-    """Of a head's only centre: Z [BLOCK_D, BLOCK_DV], k, μ [BLOCK_D], the constant feature's Z [BLOCK_DV] and k, β.
-
-    Tensors that the state lacks are 0; β is in units of log 2.
+    """The tensors of a head's only centre: Z [BLOCK_D, BLOCK_DV], k and μ [BLOCK_D], the constant feature's row of Z
+    [BLOCK_DV] and entry of k, β in units of log 2. Tensors that the state lacks are 0.
     """
     z_ptr = state.z + center * dims.NUM_FEATURES * dims.VALUE_DIM
     k_ptr = state.k + center * dims.NUM_FEATURES
@@ -187,7 +186,7 @@ def can_be_resident(call: Call) -> bool:
 
 
 def _splits_of(call: Call, config: configs.TileConfig) -> int:
-    """Into how many splits the rows of a head are cut, so that the last program to finish does so early."""
+    """Returns the number of splits of a head's rows with which the last program finishes earliest."""
     kind = call.kind
     tiles, heads = ceil_div(kind.seq_q, config.block_m), kind.heads * kind.batch
     slots = max(1, 8 // config.num_warps) * configs.multiprocessors(kind.device)

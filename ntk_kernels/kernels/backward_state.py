@@ -23,7 +23,8 @@ import triton.language as tl
 
 from .host import configs
 from .host.launch import Call, Kind, Launch, ceil_div, signature, strided
-from .jit.features import load_column, load_columns, pair_start, section_of, square_start
+from .host.sections import SECTIONS, num_blocks
+from .jit.features import feature_index, load_column, load_columns, section_of
 from .jit.prefix_term_grad import own_rows_grad
 from .jit.row_terms import RowTerms, load_lse, load_rows
 from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to
@@ -59,7 +60,7 @@ def _uses(state, batch, number):
 def _locate_tile(
     state, tile, head_of_state, tensor_batch, first_q, length, num_heads, stride_rows, BLOCK_M: tl.constexpr
 ):
-    """Of a tile of the query heads that share a head of a state: head, first row, rows, and where RowTerms begin."""
+    """Head, first row, rows, and start in RowTerms of a tile of the query heads that share a head of a state."""
     tiles_per_head = tl.cdiv(length, BLOCK_M)
     head = (head_of_state * state.query_heads_per_head + tile // tiles_per_head).to(tl.int64)
     start_m = tile % tiles_per_head * BLOCK_M
@@ -138,13 +139,9 @@ def _ntk_bwd_state_kernel(
             first = _first_tile_of_next(first, num_tiles, splits)
 
     center = (split.to(tl.int64) * num_state_heads + state_head) * state.num_centers + c
-    features, exists = columns, columns < dims.HEAD_DIM
-    if dims.SECTION == "linear":
-        features = 1 + columns
-    elif dims.SECTION == "squares":
-        features = square_start(dims.HEAD_DIM) + columns
-    elif dims.SECTION == "pairs":
-        features = pair_start(a, dims.HEAD_DIM) + columns
+    features = feature_index(columns, a, dims.SECTION, dims.HEAD_DIM)
+    exists = columns < dims.HEAD_DIM
+    if dims.SECTION == "pairs":
         exists = exists & (columns > a)
     values = tl.arange(0, dims.BLOCK_DV)
     if grads.z is not None:
@@ -225,24 +222,13 @@ def _ntk_bwd_rows_kernel(
         tl.store(grads.row_bias + first_row + offs_n, dbias, mask=exists)
 
 
-def sections_of(feature_map: str) -> tuple[str, ...]:
-    """Sections of a map's features in the order in which they are packed, a launch each."""
-    return {"elu": ("elu",), "taylor1": ("linear",), "taylor2": ("linear", "pairs", "squares")}[feature_map]
-
-
-def _blocks_of(kind: Kind, section: str) -> int:
-    """Programs that share a section's features of one centre."""
-    head_dim = kind.constants["HEAD_DIM"]
-    return ceil_div(head_dim, kind.blocks.chunk) * (max(head_dim - 1, 0) if section == "pairs" else 1)
-
-
 def state_launch(
     call: Call, grad_out, row_terms: RowTerms, grad_log_weights, grads: StateGrads, splits: int, section: str,
     config: configs.TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
     kind, state = call.kind, call.state
-    if section not in ("elu", "linear"):
+    if section != SECTIONS[kind.feature_map][0]:
         grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
     tensors = (call.query, strided(grad_out), state, call.sequences, row_terms, grad_log_weights, grads)
 
@@ -252,7 +238,7 @@ def state_launch(
             row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales
         )  # fmt: skip
         constants = kind.constants | {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (_blocks_of(kind, section) * state.num_centers * num_state_heads, splits), scalars, constants
+        return (_num_blocks(kind, section) * state.num_centers * num_state_heads, splits), scalars, constants
 
     details = section, splits, signature(grad_out), grad_log_weights is None, _present(grads)
     return kind.launch(_ntk_bwd_state_kernel, tensors, config, describe, *details)
@@ -279,6 +265,10 @@ def rows_launch(
     return kind.launch(_ntk_bwd_rows_kernel, tensors, config, describe, *details)
 
 
+def _num_blocks(kind: Kind, section: str) -> int:
+    return num_blocks(section, kind.constants["HEAD_DIM"], kind.blocks.chunk)
+
+
 def _present(tensors: tuple) -> tuple[bool, ...]:
     return tuple(tensor is not None for tensor in tensors)
 
@@ -289,10 +279,10 @@ def run_state_backward(call: Call, grad_out, row_terms: RowTerms, grad_log_weigh
     of_features = {name: getattr(wanted, name) for name in FEATURE_TENSORS if getattr(wanted, name) is not None}
     of_rows = {name: getattr(wanted, name) for name in ROW_TENSORS if getattr(wanted, name) is not None}
     if of_features:
-        sections = sections_of(kind.feature_map)
+        sections = SECTIONS[kind.feature_map]
         if of_features.keys().isdisjoint(("z", "k")):
             sections = sections[:1]  # the one with centres and log_scale
-        blocks = max(_blocks_of(kind, section) for section in sections) * call.state.num_centers
+        blocks = max(_num_blocks(kind, section) for section in sections) * call.state.num_centers
         config = kind.candidates("state")[0]
         sums = _partial_sums(call, of_features, blocks, config)
         for section in sections:

@@ -71,8 +71,8 @@ def _keys_of_split(split, num_splits, start, stop, prefix_tiles, BLOCK_N: tl.con
 
 @triton.jit
 def _rows_of_tile(tile, q_ptr, stride_q, seq_q, head, group, BLOCK_M: tl.constexpr):
-    """Of each row of a tile: which head of the group and which query it is, whether there is such a row, and where q
-    begins, [M, 1]. `head` is the first of the group."""
+    """Head of the group and number of the query of each row of a tile [M], whether the row exists, and pointers to its
+    q [M, 1]. `head` is the first of the group."""
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     group_head, offs_m = packed // seq_q, packed % seq_q
     q_rows = q_ptr + ((head + group_head) * stride_q[1] + offs_m * stride_q[2])[:, None]
@@ -337,9 +337,10 @@ def _bytes_of_key(call: Call) -> int:
 
 @functools.cache
 def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
-    """How many programs share the keys of one: the fewest that keep the multiprocessors nearly as busy as any number.
+    """Returns the min number of programs that share the keys of one and keep the multiprocessors nearly as busy as any
+    number.
 
-    `programs` that there are without splitting, each with so many tiles of keys.
+    `programs` is their number without splitting, `tiles` of keys each.
     """
     if programs >= 0.8 * multiprocessors or tiles <= _MIN_TILES:
         return 1

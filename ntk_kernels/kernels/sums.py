@@ -21,11 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_state import sections_of
 from .host import configs
 from .host.launch import Launch, Plan, ceil_div, contiguous, options_of
+from .host.sections import SECTIONS, num_blocks, num_features
 from .jit.dims import dims_for
-from .jit.features import add_elu, add_taylor, load_column, load_columns, pair_start, section_of
+from .jit.features import add_elu, add_taylor, feature_index, load_column, load_columns, section_of, section_start
 from .jit.prefix_term_grad import features_grad
 from .jit.tiles import Strided, dot, rounded_to, state_dot, store_tile
 
@@ -136,11 +136,9 @@ def _ntk_sum_features_kernel(rows, sums, num_rows, num_heads, num_centers, split
 
     center += split.to(tl.int64) * num_heads * num_centers
     columns = first_column + tl.arange(0, dims.CHUNK)
-    features, exist = columns, columns < dims.HEAD_DIM
-    if dims.SECTION == "linear":
-        features = 1 + columns
-    elif dims.SECTION == "pairs":
-        features = pair_start(a, dims.HEAD_DIM) - (1 + dims.HEAD_DIM) + columns
+    features = feature_index(columns, a, dims.SECTION, dims.HEAD_DIM) - section_start(dims.SECTION, dims.HEAD_DIM)
+    exist = columns < dims.HEAD_DIM
+    if dims.SECTION == "pairs":
         exist = exist & (columns > a)
     values = tl.arange(0, dims.BLOCK_DV)
     z_ptr = sums.z + center * dims.NUM_FEATURES * dims.VALUE_DIM
@@ -218,9 +216,9 @@ def sums_launch(
     rows: PrefixRows, sums: Sums, section: str, key_scale: float, config: configs.TileConfig, arch: str
 ) -> Launch:
     """The launch that fills the partial sums of a section."""
-    splits, heads, centers, num_features = sums.k.shape
-    constants = _constants(rows, config, arch) | {"SECTION": section, "NUM_FEATURES": num_features}
-    blocks = _blocks_of(section, constants["HEAD_DIM"], constants["CHUNK"])
+    splits, heads, centers, r = sums.k.shape
+    constants = _constants(rows, config, arch) | {"SECTION": section, "NUM_FEATURES": r}
+    blocks = num_blocks(section, constants["HEAD_DIM"], constants["CHUNK"])
     return _launch(
         _ntk_sum_features_kernel, (blocks * centers * heads, splits), (rows, sums), centers, splits, key_scale,
         constants, config,
@@ -233,10 +231,10 @@ def sums_bwd_launch(
 ) -> Launch:  # fmt: skip
     """The launch that fills those of `grads` that are the section's."""
     grads = grads._replace(**{name: None for name in grads._fields if name not in GRAD_SECTIONS[section]})
-    heads, centers, num_features = grad_k.shape
+    heads, centers, r = grad_k.shape
     constants = _constants(rows, config, arch) | {
         "FEATURE_MAP": feature_map,
-        "NUM_FEATURES": num_features,
+        "NUM_FEATURES": r,
         # What comes in may exceed float16.
         "OPERAND": tl.bfloat16 if rows.key.ptr.dtype == torch.bfloat16 else tl.float32,
     }
@@ -263,15 +261,6 @@ def _launch(kernel, grid, tensors: tuple, centers: int, splits: int, key_scale: 
     return Launch(Plan(kernel, grid, scalars, options_of(config)), tensors)
 
 
-def num_features_of(section: str, head_dim: int) -> int:
-    return {"linear": 1 + head_dim, "pairs": head_dim * (head_dim - 1) // 2}.get(section, head_dim)
-
-
-def _blocks_of(section: str, head_dim: int, chunk: int) -> int:
-    """Programs that share a section's features of one centre."""
-    return ceil_div(head_dim, chunk) * (head_dim - 1 if section == "pairs" else 1)
-
-
 def run_sum_features(rows: PrefixRows, feature_map: str, key_scale: float) -> tuple[torch.Tensor, ...]:
     """z [H, C, r, Dv], k [H, C, r] and count [H, C], in float64."""
     keys = rows.key.ptr
@@ -279,13 +268,13 @@ def run_sum_features(rows: PrefixRows, feature_map: str, key_scale: float) -> tu
     value_dim, centers = rows.value.ptr.shape[2], _num_centers(rows)
     arch, blocks, config = _configure("sums", rows, feature_map)
     parts = []
-    for section in sections_of(feature_map):
-        num_features = num_features_of(section, head_dim)
-        if num_features == 0:  # pairs of a single column
+    for section in SECTIONS[feature_map]:
+        r = num_features(section, head_dim)
+        if r == 0:  # pairs of a single column
             continue
-        programs = _blocks_of(section, head_dim, _chunk_of(config, blocks)) * centers * heads
+        programs = num_blocks(section, head_dim, _chunk_of(config, blocks)) * centers * heads
         shape = _splits(rows, programs, 2, config), heads, centers
-        shapes = (*shape, num_features, value_dim), (*shape, num_features), shape
+        shapes = (*shape, r, value_dim), (*shape, r), shape
         z, k, count = (torch.empty(size, dtype=torch.float32, device=keys.device) for size in shapes)
         sums_launch(rows, Sums(z, k, None if parts else count), section, key_scale, config, arch)()
         parts.append([sums.sum(0, dtype=torch.float64) for sums in (z, k, count)])
@@ -331,7 +320,7 @@ def _chunk_of(config: configs.TileConfig, blocks: configs.Blocks) -> int:
 
 
 def _splits(rows: PrefixRows, programs: int, per_multiprocessor: int, config: configs.TileConfig) -> int:
-    """So many that no multiprocessor has more programs, unless the sums of a program became too long."""
+    """Returns the number of splits: as many as keep the multiprocessors busy, or more if sums became too long."""
     _, num_rows, _ = rows.key.ptr.shape
     splits = per_multiprocessor * configs.multiprocessors(rows.key.ptr.device) // programs
     splits = max(splits, ceil_div(num_rows, _MAX_ROWS_OF_SPLIT * _num_centers(rows)))

@@ -45,7 +45,7 @@ TAKEN = [
 @pytest.mark.parametrize("tile", [TileConfig(16, 16, 4, 1), TileConfig(64, 64, 4, 1)], ids=str)
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.id)
 def test_against_the_reference(case, tile, launched, monkeypatch):
-    """With tiles that are full and tiles that are not; small ones make several splits."""
+    """Tiles are full and not; small ones make several splits."""
     original = configs.candidates
     monkeypatch.setattr(
         configs, "candidates", lambda kernel, *args: (tile,) if "resident" in kernel else original(kernel, *args)

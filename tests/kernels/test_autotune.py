@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with: every call has some, and the autotuner takes the fastest. In the interpreter."""
+"""Tests of the choice of tiles: every call has some, and the autotuner takes the fastest. In the interpreter."""
 
 import json
 import os

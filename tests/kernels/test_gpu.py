@@ -320,7 +320,7 @@ def test_conversion(feature_map, centers):
 @pytest.mark.parametrize("method", ["closed_form", "least_squares", "gradient"])
 @pytest.mark.parametrize("args, options", FITTED.values(), ids=FITTED)
 def test_fit(args, options, method):
-    """On a GPU as on the CPU, to what rounding makes of a fit; its report is true there too."""
+    """A fit agrees with the CPU's to rounding, and its report is true on the GPU too."""
     if method == "closed_form" and args[0] and "num_rows" in options:
         pytest.skip("no closed form")
     sample = Sample(dtype=F32)

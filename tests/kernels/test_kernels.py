@@ -1,4 +1,4 @@
-"""What concerns the Triton kernels alone: tiles, addresses, parts, other number formats. In the interpreter."""
+"""Tests of the Triton kernels alone: tiles, addresses, slices, other number formats. In the interpreter."""
 
 from dataclasses import replace
 
@@ -14,11 +14,13 @@ if torch.cuda.is_available():
 
 from ntk_kernels.backends.torch import implementation as torch_backend
 from ntk_kernels.backends.triton import implementation as triton_backend
+from ntk_kernels.feature_maps import REGISTRY
 from ntk_kernels.inputs import Inputs, StateTensors
 from ntk_kernels.kernels import backward_state, forward
 from ntk_kernels.kernels.backward_state import StateGrads
 from ntk_kernels.kernels.host import configs, launch
 from ntk_kernels.kernels.host.configs import TileConfig
+from ntk_kernels.kernels.host.sections import SECTIONS, num_features
 from ntk_kernels.kernels.jit.row_terms import RowTerms
 
 
@@ -61,7 +63,7 @@ def test_key_gradients_in_slices(name, slices, monkeypatch):
 @pytest.mark.parametrize("name", ["elu", "taylor2", "all_parts", "index_shared", "index_none", "no_batch", "rows_many"])
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 def test_sums_over_rows_split_among_programs(name, multiprocessors, monkeypatch):
-    """In one piece, and in as many as there are tiles of rows."""
+    """The sums come in one piece, and in as many as there are tiles of rows."""
     monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
     case = case_named(name)
     check_case(make_inputs(case), case.dtype, backend="triton", backward=True)
@@ -210,7 +212,7 @@ def test_stacks_of_more_heads_than_a_grid_has_rows():
      "clamped", "index", "long", "mask_nothing", "mask_bool", "offset_far_negative", "state_per_query_head"],
 )  # fmt: skip
 def test_prefix_added_to_another_attention(name, monkeypatch):
-    """What the torch backend does on a GPU: PyTorch's attention over the keys, the kernels for the prefix."""
+    """The torch backend on a GPU: PyTorch's attention over the keys, the kernels for the prefix."""
     monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
     case = case_named(name)
     check_case(
@@ -232,3 +234,12 @@ def test_one_gradient_alone_of_a_prefix_added_to_another_attention(asked, monkey
         return torch.autograd.grad(out.square().sum(), [leaves[name] for name in names])[0]
 
     torch.testing.assert_close(gradient(asked), gradient(asked, "query", "key", "z", "k", "keys"), rtol=0, atol=0)
+
+
+def test_kernels_and_feature_maps_agree():
+    """The kernels have the sections of every map in its packing order, and tiles of the kind that it names."""
+    for name, feature_map in REGISTRY.items():
+        assert SECTIONS[name] == tuple(section.name for section in feature_map.sections)
+        assert {s: num_features(s, 24) for s in SECTIONS[name]} == feature_map.section_dims(24)
+        assert configs.kinds_of(torch.bfloat16, name) == (feature_map.tiles,)
+        assert feature_map.several_centers == (name == "taylor1")  # what `add_left_out` counts on

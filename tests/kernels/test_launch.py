@@ -1,4 +1,4 @@
-"""What is remembered of a call for those like it: sizes, grids, constants, compiled kernels. In the interpreter."""
+"""Tests of kinds of calls and of plans: sizes, grids, constants, compiled kernels. In the interpreter."""
 
 import ast
 import importlib
@@ -28,7 +28,7 @@ from ntk_kernels.kernels.jit.dims import Dims, dims_for
 
 
 def test_launches_are_remembered_by_the_kind_of_call():
-    """The same for other tensors of the same kind; another for what is compiled or counted differently."""
+    """Other tensors of the same kind share a kind; calls that are compiled or counted differently do not."""
     query, key, value, state, _ = make_inputs(case_named("elu"))
 
     def call(query, **options):
@@ -48,7 +48,7 @@ def test_launches_are_remembered_by_the_kind_of_call():
 
 
 def kinds(tensors):
-    """Of tensors and tuples of them: what a kernel is compiled for."""
+    """The facts that a kernel is compiled for, of tensors and tuples of them."""
     if isinstance(tensors, tuple):
         return tuple(map(kinds, tensors))
     return tensors.dtype if isinstance(tensors, torch.Tensor) else tensors

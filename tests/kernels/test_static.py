@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for GPUs that are not there. In processes of their own, without interpreter."""
+"""Tests of the compiled kernels for GPUs that are not there. In processes of their own, without the interpreter."""
 
 import json
 import os

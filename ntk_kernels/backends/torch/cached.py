@@ -43,7 +43,7 @@ def rows_of_heads(tensor: Tensor, heads: int, merge_batch: bool = False) -> Tens
 
 
 def heads_of_rows(tensor: Tensor, shape: tuple) -> Tensor:
-    """What `rows_of_heads` made of a tensor of that shape, undone."""
+    """Undoes `rows_of_heads` for a tensor that had `shape`."""
     if tensor.shape[0] != shape[0]:
         tensor = tensor[0].unflatten(1, (shape[0], -1)).transpose(0, 1)
     return tensor.reshape(shape)

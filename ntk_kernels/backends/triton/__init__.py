@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...feature_maps import get_feature_map
+
 _MAX_HEAD_DIM = 256
 # Wider heads spill in float32, and with rows that are not 16-byte aligned (not in the interpreter); with D=130 in
 # bfloat16, triton 3.6.0 generates out-of-bounds reads.
@@ -30,7 +32,7 @@ def prefers(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> bool:
 
 def keeps_low_rank(state, few_rows: bool) -> bool:
     """Whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
-    if not (few_rows or state.feature_map == "taylor2"):
+    if not (few_rows or get_feature_map(state.feature_map).order > 1):
         return False
     return 0 < state.rank <= min(state.value_dim, _MAX_RANK)
 

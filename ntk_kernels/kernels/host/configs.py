@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with: the rules that choose from `tile_tables.py` and make an entry valid."""
+"""Rules that choose the tiles of a kernel from `tile_tables.py` and make an entry valid."""
 
 import functools
 import json
@@ -63,12 +63,13 @@ def device_name(device: torch.device) -> str:
 
 
 def min_dot_dimension(arch: str) -> int:
-    """Of a product: over 16 or 32 they give wrong results on Hopper (triton issues 10486, 10573, 11366)."""
+    """Returns the min dimension of a dot product; with 16 or 32, Triton gives wrong results on Hopper (issues 10486,
+    10573, 11366)."""
     return 64 if arch == "sm90" else 16
 
 
 def min_rows(arch: str) -> int:
-    """Of a tile of query rows: what the tensor cores take."""
+    """Returns the min number of query rows in a tile that the tensor cores take."""
     return 64 if arch in ("sm90", "sm100") else 16
 
 
@@ -115,7 +116,8 @@ def _with_less_in_flight(entry: TileConfig, shared_bytes: Callable[[TileConfig],
 def _shared_bytes(
     kernel: str, config: TileConfig, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, mask_bytes: int
 ) -> int:
-    """What a program takes on sm80 and sm86: tiles that stay or are in flight; in float32 also parts of operands."""
+    """Returns the shared memory of a program on sm80 and sm86: tiles that stay or are in flight, in float32 also pieces
+    of operands."""
     m, n, stages = config.block_m, config.block_n, config.num_stages
     rows = {
         "forward": stages * n, "add_prefix": stages * n, "decode": stages * n, "merge": 0,
@@ -137,7 +139,7 @@ def _shared_bytes(
 
 
 def kinds_of(dtype: torch.dtype, feature_map: str | None) -> tuple[str, ...]:
-    """What is computed, as the tables call it, the most special first."""
+    """Returns the keys of the tables that fit a call, the most special first."""
     if dtype == torch.float32:
         return ("float32",)
     kind = {None: "plain", "taylor2": "taylor2"}.get(feature_map, "state")
@@ -145,9 +147,10 @@ def kinds_of(dtype: torch.dtype, feature_map: str | None) -> tuple[str, ...]:
 
 
 def tuned_file(arch: str) -> Path:
-    """What `python -m bench tune --write` found on GPUs of a class with this version of triton, as versions differ.
+    """Returns the path of the entries that `python -m bench tune --write` found on a class of GPUs with this triton
+    version.
 
-    Its entries go before those of the tables, without a mask, rows or several centres.
+    They go before those of the tables, but not with a mask, rows or several centres.
     """
     return _TUNED / f"{arch}-triton-{'.'.join(map(str, _TRITON))}.json"
 
@@ -160,7 +163,7 @@ def tuned_key(kernel: str, kind: str, dim: int) -> str:
 def tuned_tile(
     kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None
 ) -> TileConfig | None:
-    """What the file has for such a call."""
+    """Returns the tuned entry for a call, None if absent."""
     return _read_tuned(arch).get(tuned_key(kernel, kinds_of(dtype, feature_map)[0], _padded_dim(blocks)))
 
 

@@ -66,4 +66,4 @@ def _read_by(kernel) -> frozenset[str]:
 
 def _source_of(function) -> str:
     """Source text of a jit function, compiled or interpreted."""
-    return inspect.getsource(function.fn)
+    return function.src if hasattr(function, "src") else inspect.getsource(function.fn)

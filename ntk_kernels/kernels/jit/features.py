@@ -59,6 +59,28 @@ def pair_start(a, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def section_start(SECTION: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """First row of z for the features of a section."""
+    if SECTION == "pairs":
+        return 1 + HEAD_DIM
+    if SECTION == "squares":
+        return square_start(HEAD_DIM)
+    return 0
+
+
+@triton.jit
+def feature_index(columns, a, SECTION: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Row of z for the feature that a section makes of each column of x; of the pairs, of those with x_a."""
+    if SECTION == "linear":
+        columns = columns + 1
+    elif SECTION == "squares":
+        columns = columns + square_start(HEAD_DIM)
+    elif SECTION == "pairs":
+        columns = columns + pair_start(a, HEAD_DIM)
+    return columns
+
+
+@triton.jit
 def taylor_mass(q_rows, row_mask, k_ptr, feature_scale, dims):
     """φ(x) · k [M], in float32."""
     mass = tl.zeros([dims.BLOCK_M], tl.float32) + tl.load(k_ptr).to(tl.float32)

@@ -40,7 +40,7 @@ class Scales(NamedTuple):
 
 @triton.jit
 def head_ptr(tensor, batch, head, first):
-    """Where row `first` of a head of a Strided begins; `batch` and `first` are int64."""
+    """Pointer to row `first` of a head of a Strided; `batch` and `first` are int64."""
     offset = batch * tensor.stride[0] + tl.cast(head, tl.int64) * tensor.stride[1] + first * tensor.stride[2]
     return tensor.ptr + offset
 
@@ -125,7 +125,8 @@ def store_tile(ptr, tile, rows, stop, stride, slice_, DIM: tl.constexpr, BLOCK: 
 
 @triton.jit
 def load_descriptor_tile(descriptor, batch, head, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The same through a descriptor of a [B, H, L, D] tensor, which fills up with 0 beyond L and D."""
+    """[ROWS, BLOCK]: rows `start`... through a descriptor of a [B, H, L, D] tensor, which fills up with 0 beyond L and
+    D."""
     coordinates = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0]
     return descriptor.load(coordinates).reshape(ROWS, BLOCK)
 

@@ -16,7 +16,7 @@ _MAX_BIAS = tl.constexpr(2.3e38)
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences begin, and the visible keys of each batch row, contiguous; None if absent."""
+    """Starts of packed sequences, and the range of visible keys of each batch row, contiguous; None if absent."""
 
     cu_seqlens_q: object
     cu_seqlens_k: object
@@ -26,7 +26,7 @@ class Sequences(NamedTuple):
 
 @triton.jit
 def locate_rows(sequences, batch, seq_q):
-    """Of batch row (or packed sequence) `batch`: its row in the tensors, its first query there, its length."""
+    """Row in the tensors, first query there and length of a batch row (or packed sequence)."""
     first_q = tl.cast(0, tl.int64)
     tensor_batch = batch
     if sequences.cu_seqlens_q is not None:
@@ -38,7 +38,8 @@ def locate_rows(sequences, batch, seq_q):
 
 @triton.jit
 def locate_keys(sequences, batch, seq_q, seq_k, lower, upper):
-    """Likewise its first key and the number of keys; the first and the end of those that may be visible; the band."""
+    """First key and number of keys of a batch row (or packed sequence), start and stop of those that may be visible,
+    and the bounds of its band."""
     first_k = tl.cast(0, tl.int64)
     if sequences.cu_seqlens_k is not None:
         first_k = tl.load(sequences.cu_seqlens_k + batch).to(tl.int64)
@@ -55,8 +56,11 @@ def locate_keys(sequences, batch, seq_q, seq_k, lower, upper):
 
 
 class Zones(NamedTuple):
-    """What a tile sees, in tiles: from `start` to `middle_start` and from `middle_stop` to `stop` they need masks, in
-    between none. The middle is a whole number of tiles; with a mask it is empty, and so is the first zone."""
+    """The tiles that a tile sees, in three zones: [start, middle_start) and [middle_stop, stop) need masks, the middle
+    none.
+
+    The middle is a whole number of tiles. With a mask it is empty, and so is the first zone.
+    """
 
     start: object
     middle_start: object
@@ -65,7 +69,7 @@ class Zones(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Which keys the rows of a head see, as far as it is not the tile's place that says so."""
+    """The bounds of the keys that the rows of a head see; `masked` applies them."""
 
     mask: object  # Strided, of all heads
     mask_offset: object  # where that of the head begins
