@@ -22,14 +22,14 @@ from rich.table import Table
 
 from ntk_kernels import feature_dim
 from ntk_kernels.inputs import DecodeInputs, Inputs, StateTensors
-from ntk_kernels.kernels.add_prefix import add_prefix_launch, add_resident_launch
+from ntk_kernels.kernels.add_prefix import ADD_PREFIX
 from ntk_kernels.kernels.add_prefix_backward import add_prefix_dq_launch, add_resident_bwd_launch
 from ntk_kernels.kernels.backward_delta import delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
-from ntk_kernels.kernels.backward_query import dq_launch
+from ntk_kernels.kernels.backward_query import DQ
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, state_launch
 from ntk_kernels.kernels.decode import DecodeResults, decode_launch, merge_launch
-from ntk_kernels.kernels.forward import fwd_launch
+from ntk_kernels.kernels.forward import FORWARD
 from ntk_kernels.kernels.host import configs
 from ntk_kernels.kernels.host.launch import prepare
 from ntk_kernels.kernels.host.sections import SECTIONS, num_features
@@ -180,17 +180,13 @@ def _sums_of_state(state: StateTensors) -> StateGrads:
 
 def _forward(shape: Shape):
     inputs = shape.inputs()
-    return fwd_launch(prepare(inputs, shape.arch), *_results(inputs), shape.config())
+    return _PASSES[shape.kernel].launch(prepare(inputs, shape.arch), *_results(inputs), shape.config())
 
 
 def _add_prefix(shape: Shape):
     inputs = shape.inputs()
-    return add_prefix_launch(prepare(inputs.without_keys(), shape.arch), *_results(inputs), shape.config())
-
-
-def _add_resident(shape: Shape):
-    inputs = shape.inputs()
-    return add_resident_launch(prepare(inputs.without_keys(), shape.arch), *_results(inputs), shape.config())
+    call = prepare(inputs.without_keys(), shape.arch)
+    return _PASSES[shape.kernel].launch(call, *_results(inputs), shape.config())
 
 
 def _add_resident_bwd(shape: Shape):
@@ -227,7 +223,8 @@ def _dq(shape: Shape):
     inputs = shape.inputs()
     out, lse = _results(inputs)
     terms, dlogw = _terms(shape, lse)
-    return dq_launch(prepare(inputs, shape.arch), out, terms, inputs.query, dlogw, shape.config())
+    call = prepare(inputs, shape.arch)
+    return _PASSES[shape.kernel].launch(call, out, terms, inputs.query, dlogw, shape.config())
 
 
 def _state(shape: Shape, section: str):
@@ -317,11 +314,15 @@ def _sums_bwd(shape: Shape, section: str):
     )
 
 
+_PASSES = {kernel.name: kernel for kernel in (*FORWARD, *ADD_PREFIX, *DQ)}
 # The launch of each kernel; a section of features, or of gradients, follows its name behind a space.
 CASES = {
-    "forward": _forward, "add_prefix": _add_prefix, "add_resident": _add_resident, "delta": _delta, "dkdv": _dkdv,
-    "dk": _dkdv, "dv": _dkdv, "dq": _dq, "add_prefix_dq": _add_prefix_dq, "add_resident_bwd": _add_resident_bwd,
-    "state": _state, "rows": _rows, "decode": _decode, "merge": _merge, "sums": _sums, "sums_bwd": _sums_bwd,
+    **{kernel.name: _forward for kernel in FORWARD},
+    **{kernel.name: _add_prefix for kernel in ADD_PREFIX},
+    **{kernel.name: _dq for kernel in DQ},
+    "delta": _delta, "dkdv": _dkdv, "dk": _dkdv, "dv": _dkdv, "add_prefix_dq": _add_prefix_dq,
+    "add_resident_bwd": _add_resident_bwd, "state": _state, "rows": _rows, "decode": _decode, "merge": _merge,
+    "sums": _sums, "sums_bwd": _sums_bwd,
 }  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
@@ -378,7 +379,13 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
 
 def _every_kernel(arch: str, head_dim: int, dtype: str = "bfloat16") -> list[Shape]:
     """Returns every kernel with the feature maps that make a difference to it."""
-    maps = [("forward", name) for name in FEATURE_MAPS]
+    blocks = configs.blocks(arch, head_dim, head_dim)
+    maps = [
+        (kernel.name, name)
+        for kernel in FORWARD
+        for name in FEATURE_MAPS
+        if configs.has_tiles(kernel.name, arch, blocks, record.DTYPES[dtype], None if name == "none" else name)
+    ]
     maps += [(kernel, "none") for kernel in (("dkdv",) if head_dim <= 128 else ("dk", "dv"))]
     maps += [("dq", name) for name in FEATURE_MAPS] + [("delta", name) for name in ("elu", "taylor2")]
     maps += [(f"state {section}", name) for name in ("elu", "taylor2") for section in SECTIONS[name]]

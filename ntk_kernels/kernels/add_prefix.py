@@ -10,14 +10,12 @@ Grid: general, one program for each tile of rows, head and batch row (or packed 
 rows, splits), a split taking every n-th tile of BLOCK_M rows.
 """
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, prepare, run_with_best_tiles, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, signature, strided
 from .jit.features import elu_of
 from .jit.prefix_term import (
     MAX_WEIGHT,
@@ -221,10 +219,12 @@ def add_resident_launch(call: Call, out, lse, config: configs.TileConfig) -> Lau
     return kind.launch(_ntk_add_resident_prefix_kernel, tensors, config, describe, signature(out))
 
 
+ADD_PREFIX = (
+    Kernel("add_resident", add_resident_launch, can_be_resident),
+    Kernel("add_prefix", add_prefix_launch),
+)
+
+
 def run_add_prefix(inputs, out, lse) -> None:
     """Adds the prefix to `out` and `lse`, attention over the keys alone."""
-    call = prepare(inputs.without_keys())
-    kernel, launch = ("add_prefix", add_prefix_launch)
-    if can_be_resident(call):
-        kernel, launch = ("add_resident", add_resident_launch)
-    run_with_best_tiles(call.kind, kernel, partial(launch, call, out, lse), (out, lse))
+    run_pass(ADD_PREFIX, prepare(inputs.without_keys()), out, lse, updated=(out, lse))

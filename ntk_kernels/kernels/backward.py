@@ -14,15 +14,13 @@ one more (Δ') and one for each centre, and if centres or log_scale have gradien
 partial sums of the state's gradients, as many as there are splits (`backward_state.py`).
 """
 
-from functools import partial
-
 import torch
 
 from .backward_delta import run_delta
 from .backward_keys import run_dkdv
-from .backward_query import dq_launch
+from .backward_query import DQ
 from .backward_state import FEATURE_TENSORS, StateGrads, run_state_backward
-from .host.launch import made_addressable, prepare, run_with_best_tiles
+from .host.launch import made_addressable, prepare, run_pass
 
 
 def run_bwd(
@@ -45,8 +43,7 @@ def run_bwd(
     grad_log_weights = empty_log_weights(row_terms, wanted)
     run_dkdv(call, grad_out, row_terms, grad_key, grad_value)
     if grad_query is not None or grad_log_weights is not None:
-        launch_with = partial(dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights)
-        run_with_best_tiles(call.kind, "dq", launch_with)
+        run_pass(DQ, call, grad_out, row_terms, grad_query, grad_log_weights)
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, signature, strided
 from .jit.prefix_term import locate_state
 from .jit.prefix_term_grad import add_own_rows, linear_term_grad
 from .jit.row_terms import RowTerms, load_lse, load_rows
@@ -139,3 +139,6 @@ def dq_launch(
 
     details = signature(grad_out), signature(grad_query), grad_log_weights is None, row_terms.weights is None
     return kind.launch(_ntk_bwd_dq_kernel, tensors, config, describe, *details)
+
+
+DQ = (Kernel("dq", dq_launch),)

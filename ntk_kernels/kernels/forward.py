@@ -10,15 +10,13 @@ side, so that they share K and V in the L2 cache; with causality the tiles with 
 Memory beyond inputs and outputs: `lse`.
 """
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, prepare, run_with_best_tiles, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, signature, strided
 from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
 from .jit.tiles import (
     dot,
@@ -186,7 +184,9 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescript
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
 
 
+FORWARD = (Kernel("forward", fwd_launch),)
+
+
 def run_fwd(inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]; `inputs` as in `ntk_kernels/inputs.py`."""
-    call = prepare(inputs)
-    run_with_best_tiles(call.kind, "forward", partial(fwd_launch, call, out, lse))
+    run_pass(FORWARD, prepare(inputs), out, lse)

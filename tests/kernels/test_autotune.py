@@ -27,7 +27,7 @@ def test_every_kernel_has_tiles_for_every_call():
                     continue  # goes to the torch backend
                 for feature_map in (None, "elu", "taylor1", "taylor2"):
                     blocks = configs.blocks(arch, head_dim, 96 if head_dim == 80 else head_dim)
-                    for kernel in configs.KERNELS:
+                    for kernel in configs.TABLES:
                         if kernel in (("dkdv",) if head_dim > 128 else ("dk", "dv")):
                             continue  # wide heads have the two apart
                         if "resident" in kernel and not (

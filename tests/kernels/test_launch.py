@@ -21,8 +21,8 @@ if torch.cuda.is_available():
 
 from ntk_kernels import kernels
 from ntk_kernels.inputs import Inputs, StateTensors
-from ntk_kernels.kernels import backward_delta
-from ntk_kernels.kernels.host import launch
+from ntk_kernels.kernels import backward_delta, forward
+from ntk_kernels.kernels.host import configs, launch
 from ntk_kernels.kernels.host.configs import TileConfig
 from ntk_kernels.kernels.jit.dims import Dims, dims_for
 
@@ -165,6 +165,30 @@ def test_arguments_of_jit_functions(name):
     assert len(arguments) <= 24
     used = {node.id for statement in definition.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
     assert used >= set(arguments), sorted(set(arguments) - used)
+
+
+def test_a_kernel_of_a_pass_is_a_record(monkeypatch):
+    """The first that serves a call runs, with tiles of its own; others go on to the next."""
+    monkeypatch.setitem(configs.TABLES, "forward of one row", None)  # taken back after the test
+    launched = []
+
+    def launch_of_ours(call, out, lse, config):
+        launched.append(config)
+        return forward.fwd_launch(call, out, lse, config)
+
+    kernel = launch.Kernel(
+        "forward of one row", launch_of_ours, lambda call: call.kind.seq_q == 1,
+        tiles={"sm90": {"plain": {64: (TileConfig(64, 64, 4, 2),)}}},
+    )  # fmt: skip
+    monkeypatch.setattr(forward, "FORWARD", (kernel, *forward.FORWARD))
+    query, key, value = torch.randn(3, 2, 5, 8)
+    for rows in (1, 5):
+        out = ntk_attention(query[None, :, :rows], key[None], value[None], backend="triton")
+        torch.testing.assert_close(out, ntk_attention(query[None, :, :rows], key[None], value[None], backend="torch"))
+    assert len(launched) == 1
+    blocks = configs.blocks("sm90", 64, 64)
+    assert configs.candidates("forward of one row", "sm90", blocks, torch.float16, None)[0] == TileConfig(64, 64, 4, 2)
+    assert not configs.has_tiles("forward of one row", "sm80", blocks, torch.float16, None)
 
 
 def test_a_constant_that_is_not_given_is_named():

@@ -101,9 +101,6 @@ def can_describe(tensor: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-KERNELS = tuple(TABLES)
-
-
 def _with_less_in_flight(entry: TileConfig, shared_bytes: Callable[[TileConfig], int]) -> TileConfig | None:
     """The entry with as many stages as fit into the shared memory of sm86; None if not even one does."""
     for stages in range(entry.num_stages, 0, -1):
@@ -190,21 +187,35 @@ def _read_tuned(arch: str) -> dict[str, TileConfig]:
     return {key: TileConfig(**fields) for key, fields in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
+def has_tiles(
+    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None
+) -> bool:  # fmt: skip
+    """Returns whether a kernel has tiles for a class of GPUs and such a call."""
+    return bool(_entries_of(kernel, arch, blocks, dtype, feature_map))
+
+
+def _entries_of(
+    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None
+) -> tuple[TileConfig, ...]:
+    """Returns the entries of a kernel's table, none if absent."""
+    table = TABLES[kernel].get("sm80" if arch == "sm86" else arch, {})
+    kind = next((name for name in (*kinds_of(dtype, feature_map), "plain") if name in table), None)
+    return table[kind].get(_padded_dim(blocks), ()) if kind else ()
+
+
 @functools.cache
 def candidates(
     kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None, crowded: bool = False,
     mask_bytes: int = 0,
 ) -> tuple[TileConfig, ...]:  # fmt: skip
-    """What the autotuner may try for one of KERNELS and such a call; the first is the default.
+    """Returns the tiles that the autotuner may try for a kernel and such a call, the default first.
 
     `crowded`: a mask, rows or several centres need registers too. `mask_bytes`: of a number of the mask, if there is
     one; it needs shared memory.
     """
     if arch == "interpreter":
         return (TileConfig(32, 32, 4, 1),)
-    kinds, dim = kinds_of(dtype, feature_map), _padded_dim(blocks)
-    table = TABLES[kernel]["sm80" if arch == "sm86" else arch]
-    entries = next(table[name] for name in (*kinds, "plain") if name in table)[dim]
+    entries = _entries_of(kernel, arch, blocks, dtype, feature_map)
     tuned = tuned_tile(kernel, arch, blocks, dtype, feature_map)
     if tuned is not None and not crowded:  # it may not fit beside them
         entries = tuple(dict.fromkeys((tuned, *entries)))

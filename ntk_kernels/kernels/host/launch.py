@@ -6,6 +6,7 @@ constants, is worked out once for a kind of call (`Kind`) and kept as a `Plan`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -294,6 +295,26 @@ def _kind_of(inputs, arch: str) -> Kind:
         crowded=mask is not None or num_rows > 0 or num_centers > 1,
         traits=tuple(name for name, present in traits.items() if present), constants=constants,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a pass. A pass is a tuple of kernels, of which the first that serves a call runs."""
+
+    name: str  # in the tables of tiles, the tuned files and the baselines
+    launch: Callable  # launch(call, *tensors, config): the Launch
+    serves: Callable[[Call], bool] = lambda call: True
+    tiles: dict | None = None  # its table, as in `tile_tables.py`; None if it is there
+
+    def __post_init__(self):
+        if self.tiles is not None:
+            configs.TABLES[self.name] = self.tiles
+
+
+def run_pass(kernels: tuple[Kernel, ...], call: Call, *tensors, updated: tuple = ()) -> None:
+    """Runs the first of the kernels that serves the call."""
+    kernel = next(kernel for kernel in kernels if kernel.serves(call))
+    run_with_best_tiles(call.kind, kernel.name, partial(kernel.launch, call, *tensors), updated)
 
 
 def run_with_best_tiles(
