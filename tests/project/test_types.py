@@ -40,6 +40,6 @@ def test_wrong_code_has_type_errors(tmp_path):
 
 
 def test_user_code_runs(tmp_path):
-    for package in ("transformers", "peft", "safetensors"):
+    for package in ("transformers", "peft", "safetensors", "sklearn"):
         pytest.importorskip(package)
     runpy.run_path(str(USER_CODE))["tensors"](tmp_path / "state.safetensors")

@@ -9,6 +9,7 @@ from typing_extensions import assert_type
 
 from ntk_kernels import (
     FEATURE_MAPS,
+    ConversionReport,
     NTKPrefix,
     PrefixAccumulator,
     PrefixState,
@@ -40,7 +41,12 @@ def tensors(path: Path) -> None:
     prefix_key, prefix_value = torch.randn(2, 4, 100, 8).unbind()
     assert_type(feature_dim(FEATURE_MAPS[1], 8), int)
 
-    prefix_to_state(prefix_key, prefix_value, "taylor1", centers=prefix_key[:, :2])
+    converted = prefix_to_state(prefix_key, prefix_value, "taylor1", centers=prefix_key[:, :2])
+    assert_type(converted, PrefixState)
+    fitted, report = prefix_to_state(prefix_key, prefix_value, num_rows=2, query=query, return_report=True)
+    assert_type(fitted, PrefixState)
+    if report is not None:
+        assert_type(report.error, Tensor)
     accumulator = PrefixAccumulator(num_heads=4, head_dim=8, value_dim=8)
     state = accumulator.update(prefix_key, prefix_value).subtract(prefix_key[:, :9], prefix_value[:, :9]).state()
     assert_type(state, PrefixState)
@@ -67,6 +73,21 @@ def tensors(path: Path) -> None:
     reference.ntk_attention(query, key, value, state)
 
 
+def with_or_without_lse(query: Tensor, key: Tensor, value: Tensor, state: PrefixState, return_lse: bool) -> None:
+    """The results of each attention function, by `return_lse`."""
+    assert_type(ntk_attention(query, key, value, state), Tensor)
+    assert_type(ntk_attention(query, key, value, state, return_lse=False), Tensor)
+    assert_type(ntk_attention(query, key, value, state, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(ntk_attention(query, key, value, state, return_lse=return_lse), Tensor | tuple[Tensor, Tensor])
+    assert_type(ntk_attention_decode(query, key, value), Tensor)
+    assert_type(ntk_attention_decode(query, key, value, state=state, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(ntk_attention_decode(query, key, value, return_lse=return_lse), Tensor | tuple[Tensor, Tensor])
+    lengths = torch.tensor([0, 2])
+    assert_type(ntk_attention_varlen(query[0], key[0], value[0], lengths, lengths, 2, 2), Tensor)
+    packed = ntk_attention_varlen(query[0], key[0], value[0], lengths, lengths, 2, 2, state, return_lse=True)
+    assert_type(packed, tuple[Tensor, Tensor])
+
+
 def models(model: PreTrainedModel, prompt: Tensor, texts: list[Tensor], path: Path) -> NTKConfig:
     """The integrations; docs/transformers.md and docs/peft.md, whose examples are run, show them at work."""
     assert_type(attention_shapes(model, modules=r"layers\.0\."), dict[str, AttentionShape])
@@ -75,5 +96,9 @@ def models(model: PreTrainedModel, prompt: Tensor, texts: list[Tensor], path: Pa
     assert_type(detach_prefix(model), dict[str, NTKPrefix])
     load_prefix(model, str(path))
     assert_type(attached_prefixes(model), dict[str, NTKPrefix])
-    prompt_to_states(model, prompt, texts, num_rows=16, progress=False)
+    states = prompt_to_states(model, prompt, texts, num_rows=16, progress=False)
+    assert_type(states, dict[str, PrefixState])
+    states, reports = prompt_to_states(model, prompt, texts, return_report=True)
+    assert_type(reports, dict[str, ConversionReport])
+    attach_prefix(model, prefixes=states)
     return NTKConfig(feature_map="elu", rank=8, target_modules=["self_attn"])
