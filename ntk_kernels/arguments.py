@@ -57,12 +57,11 @@ def check_state(state: Any, query: Tensor, key: Tensor, value: Tensor, state_ind
         raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}{hint}")
 
 
-def of_features(state: PrefixState | None, scale: float) -> dict[str, Any]:
+def features_of(state: PrefixState | None, scale: float) -> tuple[str | None, float]:
     """Returns `feature_map` and `feature_scale` of a call."""
     if state is None or state.k is None:
-        return {}
-    feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
-    return {"feature_map": state.feature_map, "feature_scale": feature_scale}
+        return None, 1.0
+    return state.feature_map, math.sqrt(scale) if state.feature_scale is None else state.feature_scale
 
 
 def state_tensors(
@@ -83,4 +82,4 @@ def state_tensors(
     tensors = [z, z_b, k, state.centers, log_scale, state.keys, state.values, state.bias]
     if not state.is_stack:
         tensors = [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
-    return StateTensors(*tensors, state_index)
+    return StateTensors(*tensors)._replace(state_index=state_index)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library, reference
-from .arguments import autocast, check_options, check_state, of_features, state_tensors
+from .arguments import autocast, check_options, check_state, features_of, state_tensors
 from .dispatch import choose_backend
 from .inputs import Inputs
 from .state import PrefixState
@@ -125,11 +125,13 @@ def ntk_attention(
             softcap=softcap, causal_offset=causal_offset, key_start=key_start, key_stop=key_stop,
             state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
+    feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
         query, key, value, state_tensors(state, state_index, backend),
         attn_mask=None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())],
         key_start=key_start, key_stop=key_stop, scale=scale, softcap=softcap or 0.0, window_left=left,
-        window_right=0 if is_causal else right, causal_offset=offset, backend=backend, **of_features(state, scale),
+        window_right=0 if is_causal else right, causal_offset=offset, backend=backend, feature_map=feature_map,
+        feature_scale=feature_scale,
     )  # fmt: skip
     out, lse = library.attention(inputs)
     return (out, lse) if return_lse else out

@@ -179,7 +179,7 @@ def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_ind
     check_sequence_tensor("state_index", state_index, batch, "B", query)
 
 
-def check_sequence_tensor(name: str, tensor: Tensor, length: int, letters: str, query: Tensor) -> None:
+def check_sequence_tensor(name: str, tensor: Tensor, length: int | None, letters: str, query: Tensor) -> None:
     """`tensor`: int32 or int64 of the given length, beside `query`."""
     check_tensor(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library, reference
-from .arguments import autocast, check_options, check_state, of_features, state_tensors
+from .arguments import autocast, check_options, check_state, features_of, state_tensors
 from .dispatch import choose_backend
 from .inputs import DecodeInputs
 from .state import PrefixState
@@ -111,17 +111,18 @@ def ntk_attention_decode(
     for name, tensor in (("cache_seqlens", cache_seqlens), ("key_start", key_start)):
         if tensor is not None:
             checks.check_sequence_tensor(name, tensor, batch, "B", query)
-    if paged:
+    if block_table is not None:
         _check_pages(query, key_cache, cache_seqlens, block_table)
     check_state(state, query, key_cache, value_cache, state_index, batch)
 
     backend = choose_backend(backend, query, key_cache, value_cache, None, softcap)
     left, right = window or (-1, -1)
+    feature_map, feature_scale = features_of(state, scale)
     inputs = DecodeInputs(
         query, key_cache, value_cache, state_tensors(state, state_index, backend, few_rows=True),
         cache_seqlens=cache_seqlens, key_start=key_start, block_table=block_table, scale=scale, softcap=softcap or 0.0,
         window_left=left, window_right=0 if is_causal else right, num_splits=num_splits or 0, backend=backend,
-        **of_features(state, scale),
+        feature_map=feature_map, feature_scale=feature_scale,
     )  # fmt: skip
     if backend == "reference":
         if not torch.compiler.is_compiling():

@@ -4,8 +4,9 @@ An op's schema is flat: `schema` writes it from a record's annotations, `flat()`
 Optional tensors are None if absent.
 """
 
+from collections.abc import Sequence
 from types import NoneType
-from typing import NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -32,22 +33,24 @@ class StateTensors(NamedTuple):
     @property
     def num_states(self) -> int | None:
         """N; None without a state."""
-        return (self.row_keys if self.k is None else self.k).shape[0] if self.exists else None
+        any_tensor = self.row_keys if self.k is None else self.k
+        return None if any_tensor is None else any_tensor.shape[0]
 
 
 class Leaves(NamedTuple):
     """One entry for each differentiable input of attention: its gradient, or whether it is wanted."""
 
-    query: object
-    key: object
-    value: object
+    query: Any
+    key: Any
+    value: Any
     state: StateTensors  # without `state_index`
 
     @classmethod
-    def of(cls, flat) -> "Leaves":
-        return cls(*flat[:3], StateTensors(*flat[3:]))
+    def of(cls, flat: Sequence[Any]) -> "Leaves":
+        query, key, value, *state = flat
+        return cls(query, key, value, StateTensors(*state))
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.state[:-1])
 
 
@@ -55,7 +58,7 @@ class Inputs(NamedTuple):
     """One call of attention."""
 
     query: Tensor  # [B, Hq, Lq, D]; of packed sequences [1, Hq, total, D], as key and value
-    key: Tensor  # [B, Hkv, Lk, D]
+    key: Tensor  # [B, Hkv, Lk, D]; None inside of the passes that add the prefix
     value: Tensor  # [B, Hkv, Lk, Dv]
     state: StateTensors = StateTensors()
     attn_mask: Tensor | None = None  # [B or 1, Hq or 1, Lq or 1, Lk or 1], bool or to be added
@@ -74,26 +77,30 @@ class Inputs(NamedTuple):
     causal_offset: int = 0  # with packed sequences Lk - Lq of each instead
     backend: str = "torch"
 
-    cache_size = None  # keys are not a cache
-
     @classmethod
-    def of(cls, *flat) -> "Inputs":
-        return cls(*flat[:3], StateTensors(*flat[3:12]), *flat[12:])
+    def of(cls, *flat: Any) -> "Inputs":
+        return cls(*_nested(flat))
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.state, *self[4:])
+
+    @property
+    def cache_size(self) -> None:
+        """None: the keys are not a cache."""
 
     @property
     def band(self) -> tuple[int, int, int]:
         return self.window_left, self.window_right, self.causal_offset
 
     def without_keys(self) -> "Inputs":
-        """The call over the prefix alone; `value` gives its head dimension."""
-        return Inputs(
-            self.query, None, self.value, self.state, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k,
-            max_seqlen_q=self.max_seqlen_q, max_seqlen_k=self.max_seqlen_k, feature_map=self.feature_map,
-            feature_scale=self.feature_scale, scale=self.scale, backend=self.backend,
-        )  # fmt: skip
+        """Returns the call over the prefix alone; `value` gives its head dimension."""
+        return self._replace(**_WITHOUT_KEYS)
+
+
+_WITHOUT_KEYS: dict[str, Any] = {
+    "key": None, "attn_mask": None, "key_start": None, "key_stop": None, "softcap": 0.0, "window_left": -1,
+    "window_right": -1, "causal_offset": 0,
+}  # fmt: skip
 
 
 class DecodeInputs(NamedTuple):
@@ -115,22 +122,43 @@ class DecodeInputs(NamedTuple):
     num_splits: int = 0  # of the keys, among programs; 0 to choose
     backend: str = "torch"
 
-    # By the names that Inputs has for them, for the kernels' launcher.
-    key, value = property(lambda self: self.key_cache), property(lambda self: self.value_cache)
-    key_stop = property(lambda self: self.cache_seqlens)
-    attn_mask = cu_seqlens_q = cu_seqlens_k = None
-
     @classmethod
-    def of(cls, *flat) -> "DecodeInputs":
-        return cls(*flat[:3], StateTensors(*flat[3:12]), *flat[12:])
+    def of(cls, *flat: Any) -> "DecodeInputs":
+        return cls(*_nested(flat))
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.state, *self[4:])
 
     @property
     def cache_size(self) -> int:
         """Keys that there is room for in a batch row."""
         return self.key_cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
+    # The kernels' launcher reads them by the names that Inputs has.
+
+    @property
+    def key(self) -> Tensor:
+        return self.key_cache
+
+    @property
+    def value(self) -> Tensor:
+        return self.value_cache
+
+    @property
+    def key_stop(self) -> Tensor | None:
+        return self.cache_seqlens
+
+    @property
+    def attn_mask(self) -> None:
+        return None
+
+    @property
+    def cu_seqlens_q(self) -> None:
+        return None
+
+    @property
+    def cu_seqlens_k(self) -> None:
+        return None
 
 
 class SumInputs(NamedTuple):
@@ -145,10 +173,10 @@ class SumInputs(NamedTuple):
     backend: str
 
     @classmethod
-    def of(cls, *flat) -> "SumInputs":
+    def of(cls, *flat: Any) -> "SumInputs":
         return cls(*flat)
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         return tuple(self)
 
     @property
@@ -160,11 +188,17 @@ class SumInputs(NamedTuple):
         return 1 if self.centers is None else self.centers.shape[1]
 
 
+def _nested(flat: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the fields of Inputs or DecodeInputs from those of the op."""
+    first = 3 + len(StateTensors._fields)
+    return (*flat[:3], StateTensors(*flat[3:first]), *flat[first:])
+
+
 NUM_DIFFERENTIABLE = len(Leaves._fields) - 1 + len(StateTensors._fields) - 1
 _SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", str: "str"}
 
 
-def schema(record: type) -> str:
+def schema(record: Any) -> str:
     """The arguments of an op that takes a record's fields, nested ones flattened, in the words of `torch.library`."""
     arguments = []
     for name, kind in get_type_hints(record).items():

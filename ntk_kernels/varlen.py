@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library, reference
-from .arguments import autocast, check_options, check_state, of_features, state_tensors
+from .arguments import autocast, check_options, check_state, features_of, state_tensors
 from .dispatch import choose_backend
 from .inputs import Inputs
 from .state import PrefixState
@@ -97,19 +97,20 @@ def ntk_attention_varlen(
 
     backend = choose_backend(backend, query, key, value, None, softcap)
     left, right = window or (-1, -1)
+    feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
         query, key, value, state_tensors(state, state_index, backend), cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, scale=scale,
         softcap=softcap or 0.0, window_left=left, window_right=0 if is_causal else right, backend=backend,
-        **of_features(state, scale),
+        feature_map=feature_map, feature_scale=feature_scale,
     )  # fmt: skip
     if backend == "reference":
         if not torch.compiler.is_compiling():
             checks.check_values(inputs)
+        packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         out, lse = reference.ntk_attention_varlen(
-            *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), cu_seqlens_q, cu_seqlens_k, state,
-            is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
-            return_lse=True,
+            packed_query, packed_key, packed_value, cu_seqlens_q, cu_seqlens_k, state, is_causal=is_causal,
+            scale=scale, window=window, softcap=softcap, state_index=state_index, return_lse=True,
         )  # fmt: skip
     else:
         out, lse = library.attention(inputs)
