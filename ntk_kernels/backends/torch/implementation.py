@@ -63,6 +63,7 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
 
 def backward(grad_out, grad_lse, inputs: Inputs, out: Tensor, lse: Tensor, needs: Leaves) -> Leaves:
     """Returns the gradients of query, key, value and the state; None for those that `needs` does not ask for."""
+    _refuse_softcap(inputs)
     if inputs.cu_seqlens_q is not None:
         return packed.backward(grad_out, grad_lse, inputs, out, lse, needs, backward)
     inputs = _with_key_range_as_mask(inputs)
