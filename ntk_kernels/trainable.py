@@ -117,6 +117,17 @@ class NTKPrefix(nn.Module):
         TypeError, ValueError: an argument does not fit; the message names it.
     """
 
+    # The parameters, None where the options leave them out.
+    z: nn.Parameter | None
+    z_a: nn.Parameter | None
+    z_b: nn.Parameter | None
+    raw_k: nn.Parameter | None
+    centers: nn.Parameter | None
+    log_scale: nn.Parameter | None
+    keys: nn.Parameter | None
+    values: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         num_heads: int,

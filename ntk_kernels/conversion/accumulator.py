@@ -56,7 +56,7 @@ class PrefixAccumulator:
         for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.check_int(name, size, minimum=1)
         self._feature_map = get_feature_map(feature_map)
-        self._lead = (num_heads,)
+        self._lead: tuple[int, ...] = (num_heads,)
         if num_states is not None:
             checks.check_int("num_states", num_states, minimum=1)
             self._lead = (num_states, num_heads)

@@ -162,7 +162,7 @@ def _fitted(
 ) -> tuple[PrefixState, ConversionReport]:  # fmt: skip
     heads, num_keys, head_dim = prefix_key.shape
     num_queries = query.numel() // (heads * head_dim)
-    too_large = []
+    too_large: list[Recipe] = []
     if options.error is not None:
         recipes, too_large = recipes_for_error(options.keep, num_keys, num_queries, head_dim, prefix_value.shape[2])
     elif options.budget is not None:

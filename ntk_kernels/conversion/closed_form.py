@@ -18,11 +18,11 @@ class ClusterRows(NamedTuple):
 
     keys: Tensor  # [..., R, D]
     values: Tensor  # [..., R, Dv]
-    count: Tensor  # [..., R], the number of prefix rows of each cluster
+    sizes: Tensor  # [..., R], the number of prefix rows of each cluster
 
     def state(self) -> PrefixState:
         """Returns the state of these rows, each with the weight of its cluster."""
-        return PrefixState(keys=self.keys, values=self.values, bias=self.count.log())
+        return PrefixState(keys=self.keys, values=self.values, bias=self.sizes.log())
 
 
 class ClosedForm(NamedTuple):
@@ -82,4 +82,4 @@ def merge_halved(features: PrefixState | None, rows: ClusterRows | None) -> Pref
     if rows is None:
         return features
     halved = replace(features, log_scale=features.log_scale - math.log(2))
-    return halved.merge(rows._replace(count=rows.count / 2).state())
+    return halved.merge(rows._replace(sizes=rows.sizes / 2).state())

@@ -20,7 +20,7 @@ are summed over chunks of the queries, so that memory grows with F², not with n
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,21 +59,22 @@ def fit_state(
     """
     heads, dtype = targets.query.shape[0], next(iter(state.tensors().values())).dtype
     value_dim = targets.of_prefix.shape[2]
-    z, k, parts = [], [], {}
+    z, k = [], []
+    parts: dict[str, Any] = {}
     if state.k is not None:
         z.append(state.z.double().reshape(heads, -1, value_dim))
         k.append(state.k.double().reshape(heads, -1))
     if rows is not None:
-        keys, values, count = (tensor.double() for tensor in rows)
+        keys, values, sizes = (tensor.double() for tensor in rows)
         # Beside features, which hold all of the prefix, rows start with no weight.
         z.append(values if state.k is None else torch.zeros_like(values))
-        k.append(torch.ones_like(count) if state.k is None else torch.zeros_like(count))
+        k.append(torch.ones_like(sizes) if state.k is None else torch.zeros_like(sizes))
     z, k = torch.cat(z, dim=1), torch.cat(k, dim=1)
     terms = Terms(
         state.feature_map, state.feature_scale, scale,
         None if state.centers is None else state.centers.double(),
         None if state.log_scale is None else state.log_scale.double().reshape(heads, -1),
-        None if rows is None else keys, None if rows is None else count.log(),
+        None if rows is None else keys, None if rows is None else sizes.log(),
     )  # fmt: skip
     best = [
         _fit_head(

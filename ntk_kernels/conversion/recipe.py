@@ -82,7 +82,8 @@ def recipes_for_error(
 
     They are 8, 16, 32, ... rows beside the kept ones, and at last the prefix itself.
     """
-    recipes, too_large = [], []
+    recipes: list[Recipe] = []
+    too_large: list[Recipe] = []
     num_rows = _MIN_ROWS
     while num_rows + keep < num_keys:
         recipe = Recipe(None, "mean", num_rows, keep)

@@ -20,8 +20,8 @@ class _BatchRows(NamedTuple):
     """The adapters of the rows of a batch."""
 
     used: list[str]  # adapters that this layer has
-    index: Tensor | None  # [count], which of them each row has, -1 for none; None if none is used
-    count: int
+    state_index: Tensor | None  # [num_rows], which of them each row has, -1 for none; None if none is used
+    num_rows: int
     copies: frozenset[int]  # numbers of copies that `generate` may make of each row
 
 
@@ -81,17 +81,17 @@ class NTKLayer(nn.Module, BaseTunerLayer):
 
     def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
         rows = self._rows
-        if batch not in {rows.count * copies for copies in rows.copies}:
+        if batch not in {rows.num_rows * copies for copies in rows.copies}:
             raise ValueError(
-                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.count}"
+                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.num_rows}"
             )
         if not rows.used:
             return None, None
         if torch.is_grad_enabled():
-            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.index
+            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.state_index
         if self._stack is None:  # kept for the next token of a generation
             self._stack = PrefixState.stack([self.ntk_states[name]() for name in rows.used])
-        return self._stack, rows.index
+        return self._stack, rows.state_index
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Does nothing: a prefix is made on the device of its module, and keeps its dtype."""
