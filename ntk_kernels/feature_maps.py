@@ -162,7 +162,7 @@ class FeatureMap:
 
     @property
     def is_polynomial(self) -> bool:
-        """Whether the features are monomials of x, of which the first is 1."""
+        """True if the features are monomials of x, of which the first is 1."""
         return self.order > 0
 
     def dim(self, head_dim: int) -> int:
@@ -236,7 +236,11 @@ def get_feature_map(name: str) -> FeatureMap:
 
 
 def feature_dim(feature_map: str, head_dim: int) -> int:
-    """Number r of features that `feature_map` has at head dimension D: D, 1 + D or 1 + D + D(D+1)/2."""
+    """Returns the number r of features of a map at head dimension D: D, 1 + D or 1 + D + D(D+1)/2.
+
+    Raises:
+        ValueError: if there is no map of this name, or D is less than 1.
+    """
     if head_dim < 1:
         raise ValueError(f"`head_dim` must be at least 1, got {head_dim}")
     return get_feature_map(feature_map).dim(head_dim)

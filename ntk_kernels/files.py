@@ -1,20 +1,23 @@
-"""Files of states and prefixes: safetensors, whose metadata say what they hold."""
+"""`Format`: safetensors files of states and prefixes, whose metadata say what they hold."""
 
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Format(NamedTuple):
-    """What a kind of file says of itself, and the function that writes it."""
+    """A kind of file."""
 
-    name: str
-    version: int
-    written_by: str
+    name: str  # in the metadata
+    version: int  # in the metadata
+    written_by: str  # name of the public function that writes it, for messages
 
-    def save(self, path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    def save(self, path: str | PathLike[str], tensors: dict[str, Tensor], **metadata: str) -> None:
+        """Writes tensors and metadata; raises FileNotFoundError if the folder does not exist."""
         _, save_file = safetensors()
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}")
@@ -24,8 +27,13 @@ class Format(NamedTuple):
         }
         save_file(copies, str(path), metadata={"format": self.name, "version": str(self.version), **metadata})
 
-    def load(self, path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors, on the CPU, and metadata."""
+    def load(self, path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Reads tensors, to the CPU, and metadata.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if it is of another kind or version.
+        """
         safe_open, _ = safetensors()
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -35,7 +43,7 @@ class Format(NamedTuple):
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own types for what isn't one of its files
+        except Exception as error:  # safetensors raises its own types for other files
             raise ValueError(f"`path` must be a safetensors file, got {str(path)!r}: {error}") from error
         for what, want in (("format", self.name), ("version", str(self.version))):
             if metadata.get(what) != want:
@@ -46,8 +54,8 @@ class Format(NamedTuple):
         return tensors, metadata
 
 
-def safetensors():
-    """The functions that open and save its files."""
+def safetensors() -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Returns `safe_open` and `save_file` of safetensors; raises ImportError with a hint if it is not installed."""
     try:
         from safetensors import safe_open
         from safetensors.torch import save_file

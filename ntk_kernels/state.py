@@ -1,7 +1,10 @@
-"""`PrefixState`: what is left of a prefix, however long it was."""
+"""`PrefixState`: a fixed-size stand-in for a prefix of any length."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,29 +22,29 @@ _TENSORS = ("z", "k", "z_a", "z_b", "centers", "log_scale", "keys", "values", "b
 class PrefixState:
     """A fixed-size stand-in for a prefix of any length, per head: a linear-attention term and a few exact rows.
 
-    For a query q it adds, to the numerator and the denominator of the softmax over the input tokens,
+    For a query q it adds N to the numerator and M to the denominator of the softmax over the input tokens:
 
         N = Σ_c w_c · φ(x)ᵀ Z_c  + Σ_j e^{scale·q·κ_j + bias_j} v_j       x   = feature_scale · q
         M = max(0, Σ_c w_c · φ(x)·k_c) + Σ_j e^{scale·q·κ_j + bias_j}     w_c = exp(scale·q·μ_c + β_c)
 
-    Every tensor may have a leading N: a stack of N states, of which `state_index` picks one per batch row. Hs is
-    the number of query heads or of key/value heads, r = `feature_dim(feature_map, D)`. With `centers` there is a
-    C in front of r, without them none. Tensors keep the dtype and the `requires_grad` they come with; float32 is
-    advised, also under a half-precision model.
+    Every tensor may have a leading N: a stack of N states, of which `state_index` picks one per batch row. Hs is the
+    number of query heads or of key/value heads, r = `feature_dim(feature_map, D)`. There is a C in front of r if and
+    only if there are `centers`. Tensors keep their dtype and `requires_grad`; float32 is recommended, also under a
+    half-precision model.
 
     Args:
-        z: [N?, Hs, C?, r, Dv], the sum of φ(key)·valueᵀ. Or give `z_a` and `z_b`.
+        z: [N?, Hs, C?, r, Dv], the sum of φ(key)·valueᵀ. Instead, `z_a` and `z_b` may be given.
         k: [N?, Hs, C?, r], the sum of φ(key).
-        feature_map: "elu", "taylor1" or "taylor2"; None only if the state has rows and nothing else.
+        feature_map: "elu", "taylor1" or "taylor2"; None only for a state that has rows only.
         feature_scale: factor on the query inside φ; None means sqrt(scale) of the call.
         z_a, z_b: [N?, Hs, C?, r, s] and [N?, Hs, C?, s, Dv], a low-rank pair with z = z_a @ z_b.
-        centers: [N?, Hs, C, D], the μ_c; several only with "taylor1". Default: one at the origin.
+        centers: [N?, Hs, C, D], the μ_c; more than one only with "taylor1". Default: one at the origin.
         log_scale: [N?, Hs, C?], the β_c; -inf switches a centre off. Default 0.
-        keys, values: [N?, Hs, R, D] and [N?, Hs, R, Dv], rows κ_j, v_j kept exactly, visible to every query.
+        keys, values: [N?, Hs, R, D] and [N?, Hs, R, Dv], exact rows κ_j, v_j, visible to every query.
         bias: [N?, Hs, R], log weight of each row; -inf switches a row off. Default 0.
 
     Raises:
-        TypeError, ValueError: naming the argument that doesn't fit the others.
+        TypeError, ValueError: an argument does not fit the others; the message names it.
 
     Source: "Towards Infinite-Long Prefix in Transformer", arXiv 2406.14036, Algorithm 2 (there without centres,
     log_scale and rows).
@@ -134,23 +137,23 @@ class PrefixState:
         if self.bias is not None:
             checks.check_shape("bias", self.bias, (*lead, rows), f"{names}R")
 
-    # What the state is -----------------------------------------------------------------------------------------
+    # Properties ------------------------------------------------------------------------------------------------------
 
     @property
     def is_stack(self) -> bool:
-        """Whether the tensors have a leading N."""
+        """True if the tensors have a leading N."""
         if self.k is not None:
             return self.k.dim() == (3 if self.centers is None else 4)
         return self.keys.dim() == 4
 
     @property
     def num_states(self) -> int:
-        """N, 1 for a state that is no stack."""
+        """N, 1 for a single state."""
         return self._any.shape[0] if self.is_stack else 1
 
     @property
     def num_heads(self) -> int:
-        """Hs."""
+        """Hs, of query heads or of key/value heads."""
         return self._any.shape[1 if self.is_stack else 0]
 
     @property
@@ -177,17 +180,17 @@ class PrefixState:
 
     @property
     def num_rows(self) -> int:
-        """R, the number of exact rows per head."""
+        """R, of exact rows per head."""
         return 0 if self.keys is None else self.keys.shape[-2]
 
     @property
     def rank(self) -> int | None:
-        """s of the pair `z_a`, `z_b`; None for a full `z`."""
+        """s, of the pair `z_a`, `z_b`; None for a full `z`."""
         return None if self.z_a is None else self.z_a.shape[-1]
 
     @property
     def full_z(self) -> Tensor | None:
-        """`z`, or the product of the low-rank pair (taken in float32 at least)."""
+        """`z`, or the product of the low-rank pair, computed in float32 at least; None without features."""
         if self.z_a is None:
             return self.z
         dtype = torch.promote_types(torch.promote_types(self.z_a.dtype, self.z_b.dtype), torch.float32)
@@ -196,19 +199,21 @@ class PrefixState:
 
     @property
     def device(self) -> torch.device:
+        """The device of all tensors."""
         return self._any.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Memory of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @property
     def _any(self) -> Tensor:
+        """One of the tensors."""
         return self.k if self.k is not None else self.keys
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the state has, by name."""
+        """Returns the tensors that the state has, by name."""
         return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
 
     def __repr__(self) -> str:
@@ -216,43 +221,45 @@ class PrefixState:
         kind = "" if self.k is None else f"feature_map={self.feature_map!r}, feature_scale={self.feature_scale}, "
         return f"PrefixState({kind}{tensors}, dtype={self._any.dtype}, device={str(self.device)!r})"
 
-    # Making others of it ---------------------------------------------------------------------------------------
+    # Other states ----------------------------------------------------------------------------------------------------
 
-    def _map(self, function) -> "PrefixState":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PrefixState":
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
-    def to(self, *args, **kwargs) -> "PrefixState":
-        """A state with every tensor moved or cast, as `torch.Tensor.to`."""
+    def to(self, *args: Any, **kwargs: Any) -> "PrefixState":
+        """Returns the state with every tensor moved or cast; arguments of `torch.Tensor.to`."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def detach(self) -> "PrefixState":
-        """A state with every tensor detached from autograd."""
+        """Returns the state with every tensor detached from autograd."""
         return self._map(Tensor.detach)
 
     def merge(self, other: "PrefixState") -> "PrefixState":
-        """The state of both prefixes together: N and M of the result are the sums of the two.
+        """Returns the state of both prefixes together: its N and M are the sums of those of the two.
 
-        Equal centres are added, different ones ("taylor1") put side by side, low-rank pairs and rows joined.
+        Features around the same centres are added; different centres ("taylor1"), low-rank pairs and rows are joined.
 
         Raises:
-            ValueError: if the feature map or scale, heads or head dimensions differ, or if centres differ that
-                this feature map cannot hold side by side.
+            TypeError: if `other` is not a PrefixState.
+            ValueError: if feature map or scale, heads or head dimensions differ, or if centres differ with a feature
+                map that cannot have several.
         """
         if not isinstance(other, PrefixState):
             raise TypeError(f"`other` must be a PrefixState, got {type(other).__name__}")
         names = ["num_heads", "head_dim", "value_dim", "is_stack", "num_states", "device"]
         if self.k is not None and other.k is not None:
             names += ["feature_map", "feature_scale"]
-        combine.check_alike([self, other], names, lambda i: "`other`" if i else "the state")
+        combine.check_alike([self, other], names, label=lambda i: "`other`" if i else "the state")
         return PrefixState(**combine.merged(self, other))
 
     @staticmethod
-    def stack(states) -> "PrefixState":
-        """Stacks single states [Hs, ...] to one [N, Hs, ...], for batches that mix tasks (`state_index`).
+    def stack(states: Iterable["PrefixState"]) -> "PrefixState":
+        """Returns the stack [N, Hs, ...] of single states [Hs, ...], for batches that mix tasks (`state_index`).
 
-        States may differ in their number of centres and rows: missing ones are filled up, switched off by -inf.
+        States may differ in their numbers of centres and rows: all get the largest, switched off by -inf where missing.
 
         Raises:
+            TypeError: if `states` has something other than PrefixStates.
             ValueError: if there is no state, one is a stack already, or feature maps, scales or sizes differ.
         """
         if isinstance(states, PrefixState):
@@ -266,24 +273,28 @@ class PrefixState:
             if state.is_stack:
                 raise ValueError(f"`states[{i}]` must be a single state, got a stack of {state.num_states}")
         names = ["num_heads", "head_dim", "value_dim", "feature_map", "feature_scale", "device"]
-        combine.check_alike(states, names, lambda i: f"`states[{i}]`")
+        combine.check_alike(states, names, label=lambda i: f"`states[{i}]`")
         return PrefixState(**combine.stacked(states))
 
-    # Files -----------------------------------------------------------------------------------------------------
+    # Files -----------------------------------------------------------------------------------------------------------
 
-    def save(self, path) -> None:
-        """Writes the state to `path` as a safetensors file (needs the `io` extra)."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the state to `path` as a safetensors file (needs the `io` extra).
+
+        Raises:
+            FileNotFoundError: if the folder does not exist.
+        """
         feature_scale = None if self.feature_scale is None else float(self.feature_scale)
         description = {"feature_map": self.feature_map, "feature_scale": feature_scale}
         _FILES.save(path, self.tensors(), state=json.dumps(description))
 
     @classmethod
-    def load(cls, path, *, device="cpu") -> "PrefixState":
+    def load(cls, path: str | PathLike[str], *, device: torch.device | str | int = "cpu") -> "PrefixState":
         """Reads a state that `save` wrote (needs the `io` extra).
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no such file, of another version, or its tensors don't fit each other.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if `save` of this version did not write the file, or its tensors do not fit each other.
         """
         try:
             device = torch.device(device)
@@ -300,19 +311,19 @@ class PrefixState:
         return state.to(device)
 
 
-def _flatten(state: PrefixState):
+def _flatten(state: PrefixState) -> tuple[list[Tensor], list[Any]]:
     tensors = state.tensors()
-    # A list, not a tuple: it has to be the same after a trip through JSON (torch.export.save).
+    # A list, not a tuple: torch.export.save writes the context as JSON, which has no tuples.
     return list(tensors.values()), [list(tensors), state.feature_map, state.feature_scale]
 
 
-def _flatten_with_keys(state: PrefixState):
+def _flatten_with_keys(state: PrefixState) -> tuple[list[tuple[Any, Tensor]], list[Any]]:
     leaves, context = _flatten(state)
     return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(context[0], leaves, strict=True)], context
 
 
-def _unflatten(leaves, context) -> PrefixState:
-    # Leaves may be anything while a graph is traced (placeholders, specifications), so nothing is checked.
+def _unflatten(leaves: Iterable[Any], context: list[Any]) -> PrefixState:
+    # While a graph is traced, leaves may be anything (placeholders, specifications), so nothing is checked.
     names, feature_map, feature_scale = context
     state = object.__new__(PrefixState)
     values = dict.fromkeys(item.name for item in fields(PrefixState)) | dict(zip(names, leaves, strict=True))

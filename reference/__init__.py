@@ -1,7 +1,7 @@
-"""NTK-Attention in plain PyTorch: the definition every backend is tested against.
+"""NTK-Attention in plain PyTorch: the definition that every backend is tested against.
 
-Nothing here is fast. It runs in the dtype of its inputs (float64 included), materialises every score and is
-differentiable by autograd, twice if need be. Install name: ``ntk_kernels.reference``.
+Nothing here is fast. It runs in the dtype of its inputs (float64 included), materialises every score and can be
+differentiated by autograd any number of times. It is installed as ``ntk_kernels.reference``.
 """
 
 from .attention import ntk_attention, ntk_attention_decode, ntk_attention_varlen, prefix_attention

@@ -26,6 +26,7 @@ dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,11 @@ from torch import Tensor
 from .feature_maps import feature_map
 
 
-def visible_keys(seq_q: int, seq_k: int, is_causal: bool, window, causal_offset: int | None, device) -> Tensor:
-    """[Lq, Lk] bool, True where row i sees key j: i + offset - left <= j <= i + offset + right."""
+def visible_keys(
+    seq_q: int, seq_k: int, is_causal: bool, window: tuple[int, int] | None, causal_offset: int | None,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Returns [Lq, Lk] bool, True where row i sees key j: i + offset - left <= j <= i + offset + right."""
     offset = seq_k - seq_q if causal_offset is None else causal_offset
     left, right = window or (-1, -1)
     diagonal = torch.arange(seq_q, device=device)[:, None] + offset
@@ -50,9 +54,11 @@ def visible_keys(seq_q: int, seq_k: int, is_causal: bool, window, causal_offset:
 
 
 def _scores(
-    query, key, scale, attn_mask, is_causal, window, softcap, causal_offset, key_start=None, key_stop=None
-) -> Tensor:
-    """[B, Hq, Lq, Lk] logits over the input's keys, -inf where a key is hidden."""
+    query: Tensor, key: Tensor, scale: float, attn_mask: Tensor | None, is_causal: bool,
+    window: tuple[int, int] | None, softcap: float | None, causal_offset: int | None,
+    key_start: Tensor | None = None, key_stop: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns the logits [B, Hq, Lq, Lk] over the input's keys, -inf where a key is hidden."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = scale * query @ key.mT
     if softcap is not None:
@@ -74,7 +80,7 @@ def ntk_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    state=None,
+    state: Any = None,  # a PrefixState
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -87,17 +93,17 @@ def ntk_attention(
     state_index: Tensor | None = None,
     return_lse: bool = False,
     compute_dtype: torch.dtype | None = None,
-):
-    """The formula above. Arguments, shapes and results as in `ntk_kernels.ntk_attention`.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes the formula above; arguments, shapes and results as in `ntk_kernels.ntk_attention`.
 
-    Every step is taken in `compute_dtype`, by default float64 for float64 inputs and float32 for all others (in
-    which it also returns `lse`); `out` has the dtype of `query`.
+    Every step is computed in `compute_dtype`, by default float64 for float64 inputs and float32 for all others. `lse`
+    is returned in this dtype, `out` in the dtype of `query`.
     """
     dtype = compute_dtype or (torch.float64 if query.dtype == torch.float64 else torch.float32)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     num_heads = query.shape[1]
 
-    def of_state(name):  # [N?, Hs, ...] -> [B or 1, Hq, ...]; None if the state has no such tensor
+    def of_state(name: str) -> Tensor | None:  # [N?, Hs, ...] -> [B or 1, Hq, ...]; None if the state has none
         tensor = getattr(state, name, None)
         if tensor is None:
             return None
@@ -107,7 +113,7 @@ def ntk_attention(
             tensor = tensor[state_index.long().clamp(min=0)].masked_fill(none, 0)
         return tensor.to(dtype).repeat_interleave(num_heads // tensor.shape[1], dim=1)
 
-    def absent(logits):  # batch rows with index -1 have no state
+    def masked_if_absent(logits: Tensor) -> Tensor:  # batch rows with index -1 have no state
         none = torch.zeros(1, device=query.device).bool() if state_index is None else state_index < 0
         return logits.masked_fill(none[:, None, None, None], -math.inf)
 
@@ -120,7 +126,7 @@ def ntk_attention(
         rows, row_bias = of_state("keys"), of_state("bias")
         if rows is not None:
             row_scores = scale * q @ rows.mT + (0 if row_bias is None else row_bias[:, :, None, :])
-            scores = torch.cat([absent(row_scores), scores], dim=-1)
+            scores = torch.cat([masked_if_absent(row_scores), scores], dim=-1)
             value = torch.cat([of_state("values").expand(*value.shape[:2], -1, -1), value], dim=-2)
 
         k = of_state("k")
@@ -130,7 +136,7 @@ def ntk_attention(
             if centers is None:  # one centre at the origin
                 z, k, centers = z[:, :, None], k[:, :, None], q.new_zeros(1, 1, 1, q.shape[3])
                 log_scale = None if log_scale is None else log_scale[:, :, None]
-            log_w = absent(scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :]))
+            log_w = masked_if_absent(scale * q @ centers.mT + (0 if log_scale is None else log_scale[:, :, None, :]))
             feature_scale = math.sqrt(scale) if state.feature_scale is None else state.feature_scale
             phi = feature_map(feature_scale * q, state.feature_map)
             masses = torch.einsum("bhir,bhcr->bhic", phi, k)  # of each centre, without its weight
@@ -163,13 +169,16 @@ def ntk_attention_varlen(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    state=None,
+    state: Any = None,  # a PrefixState
     *,
     state_index: Tensor | None = None,
     return_lse: bool = False,
-    **options,
-):
-    """`ntk_attention` of each packed sequence; arguments, shapes, results as in `ntk_kernels.ntk_attention_varlen`."""
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes `ntk_attention` of each packed sequence.
+
+    Arguments, shapes and results are those of `ntk_kernels.ntk_attention_varlen`.
+    """
     outs, lses = [], []
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):
@@ -192,17 +201,19 @@ def ntk_attention_decode(
     key_cache: Tensor,
     value_cache: Tensor,
     cache_seqlens: Tensor | None = None,
-    state=None,
+    state: Any = None,  # a PrefixState
     *,
     block_table: Tensor | None = None,
     key_start: Tensor | None = None,
     is_causal: bool = True,
     state_index: Tensor | None = None,
     return_lse: bool = False,
-    **options,
-):
-    """`ntk_attention` of each sequence over the keys that it has in the cache; arguments, shapes, results as in
-    `ntk_kernels.ntk_attention_decode`."""
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes `ntk_attention` of each sequence over its keys in the cache.
+
+    Arguments, shapes and results are those of `ntk_kernels.ntk_attention_decode`.
+    """
     outs, lses = [], []
     for b in range(query.shape[0]):
         row = slice(b, b + 1)
@@ -240,10 +251,10 @@ def prefix_attention(
     softcap: float | None = None,
     causal_offset: int | None = None,
 ) -> Tensor:
-    """Exact attention over a prefix that every row sees, and the input: softmax([Q·P_Kᵀ, Q·Kᵀ]·scale)·[P_V; V].
+    """Computes exact attention over a prefix that every row sees and the input: softmax([Q·P_Kᵀ, Q·Kᵀ]·scale)·[P_V; V].
 
-    `prefix_key` [Hkv, m, D] and `prefix_value` [Hkv, m, Dv], or one per batch row with a leading B; everything
-    else as in `ntk_attention`. Masks and softcap concern the input's keys only.
+    `prefix_key` is [Hkv, m, D] and `prefix_value` [Hkv, m, Dv], or with a leading B one for each batch row; everything
+    else is as in `ntk_attention`. Masks and softcap apply to the input's keys only.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     group = query.shape[1] // key.shape[1]

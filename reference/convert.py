@@ -25,10 +25,10 @@ def sum_features(
     centers: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z_c = Σ_j w_j φ(y_j) v_jᵀ [..., C, r, Dv], k_c = Σ_j w_j φ(y_j) [..., C, r] and n_c = Σ_j w_j [..., C].
+    """Returns z_c = Σ_j w_j φ(y_j) v_jᵀ [..., C, r, Dv], k_c = Σ_j w_j φ(y_j) [..., C, r] and n_c = Σ_j w_j [..., C].
 
     `keys` [..., m, D], `values` [..., m, Dv], `centers` [..., C, D] (None: one, the origin), `weights` [..., m] (None:
-    1). No gradient passes through which centre is the nearest.
+    1). No gradient passes through the choice of the nearest centre.
     """
     mu = keys.new_zeros(*keys.shape[:-2], 1, keys.shape[-1]) if centers is None else centers
     nearest = torch.cdist(keys, mu).argmin(-1)  # [..., m]
@@ -49,10 +49,10 @@ def prefix_to_state(
     scale: float | None = None,
     feature_scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """`prefix_key` [..., m, D], `prefix_value` [..., m, Dv], `centers` [..., C, D] or None (around 0).
+    """Converts `prefix_key` [..., m, D] and `prefix_value` [..., m, Dv] around `centers` [..., C, D] (None: around 0).
 
-    Returns `z` [..., C, r, Dv], `k` [..., C, r] and `log_scale` [..., C]; without centres there is no C. A
-    centre without rows has z = k = 0 and log_scale = -inf.
+    Returns `z` [..., C, r, Dv], `k` [..., C, r] and `log_scale` [..., C]; without centres there is no C. A centre
+    without rows has z = k = 0 and log_scale = -inf.
     """
     scale = 1 / math.sqrt(prefix_key.shape[-1]) if scale is None else scale
     feature_scale = math.sqrt(scale) if feature_scale is None else feature_scale

@@ -1,4 +1,4 @@
-"""The three feature maps φ: R^D -> R^r with φ(x)·φ(y) ≈ exp(x·y) (for `elu`: merely positive)."""
+"""The three feature maps φ: R^D -> R^r with φ(x)·φ(y) ≈ exp(x·y), except for `elu`, which is positive only."""
 
 import math
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def elu(x: Tensor) -> Tensor:
-    """φ(x) = elu(x) + 1, r = D: x + 1 for x > 0, e^x below (written so, nothing cancels).
+    """Returns φ(x) = elu(x) + 1, r = D: x + 1 for x > 0, e^x below (in this form nothing cancels).
 
-    The map of the authors' experiments; it does not approximate exp.
+    This is the map of the authors' experiments; it does not approximate exp.
     """
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def taylor1(x: Tensor) -> Tensor:
-    """φ(x) = [1, x], r = 1 + D, so that φ(x)·φ(y) = 1 + t with t = x·y."""
+    """Returns φ(x) = [1, x], r = 1 + D, so that φ(x)·φ(y) = 1 + t with t = x·y."""
     return torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
 
 
 def taylor2(x: Tensor) -> Tensor:
-    """φ(x) = [1, x, x_a·x_b for a < b, x_a²/√2], r = 1 + D + D(D+1)/2, so that φ(x)·φ(y) = 1 + t + t²/2.
+    """Returns φ(x) = [1, x, x_a·x_b for a < b, x_a²/√2], r = 1 + D + D(D+1)/2, so that φ(x)·φ(y) = 1 + t + t²/2.
 
     The pairs (a, b) are in row-major order of the strict upper triangle: (0,1), (0,2), …, (1,2), …; the D
     squares come last.

@@ -1,1 +1,1 @@
-"""How `prefix_to_state` finds a state: centres, closed form, least squares on queries, and the report."""
+"""Conversion of real prefixes to states: `prefix_to_state` (api.py), `PrefixAccumulator`, and the fits behind them."""

@@ -1,4 +1,4 @@
-"""States of prefixes that come in pieces: too long for memory, growing and shrinking, or spread over processes."""
+"""`PrefixAccumulator`: states of prefixes that come in pieces, grow and shrink, or are spread over processes."""
 
 import math
 
@@ -12,28 +12,29 @@ from ..feature_maps import get_feature_map
 from ..state import PrefixState
 from .closed_form import state_of_sums
 
-_ROUNDING = 1e-12  # of a sum of weights in float64, relative to the sum of what was added and taken away
+_ROUNDING = 1e-12  # of a sum of weights in float64, relative to the sum of all weights added and subtracted
 
 
 class PrefixAccumulator:
-    """Adds up what `prefix_to_state` makes of a prefix in closed form, chunk by chunk, in float64.
+    """Sums the closed form of `prefix_to_state` over a prefix chunk by chunk, in float64.
 
         accumulator = PrefixAccumulator(num_heads, head_dim, value_dim)
         for keys, values in chunks:  # of any size
             accumulator.update(keys, values)
         state = accumulator.state()
 
-    Whatever the chunks and their order, `state()` is that of all rows at once, to rounding. Not differentiable.
+    Up to rounding, `state()` is the state of all rows at once, for any chunks in any order. Not differentiable.
 
     Args:
         num_heads, head_dim, value_dim: Hs, D and Dv of the state.
         feature_map: "taylor1", "taylor2" or "elu".
         centers: where to expand. "mean": around the mean of all rows so far, which need not be known beforehand (sums
-            of polynomials can be moved; "elu" can not); a tensor [(N,) Hs, C, D], more than one centre with "taylor1"
-            only, for instance `prefix_to_state(some_keys, some_values, centers=64).centers`; None: around 0.
-        num_states: N, for a stack of states; None: one state, without that dimension.
+            of polynomials can be moved; not with "elu"). A tensor [(N,) Hs, C, D], for instance
+            `prefix_to_state(some_keys, some_values, centers=64).centers`; only "taylor1" may have more than one centre.
+            None: around 0.
+        num_states: number N of states of a stack; None for one state, without that dimension.
         scale, feature_scale: as in `prefix_to_state`.
-        device: of the sums and of what is added.
+        device: device of the sums and of the rows to be added.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -55,7 +56,7 @@ class PrefixAccumulator:
         for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.check_int(name, size, minimum=1)
         self._feature_map = get_feature_map(feature_map)
-        self._lead = (num_heads,)
+        self._lead: tuple[int, ...] = (num_heads,)
         if num_states is not None:
             checks.check_int("num_states", num_states, minimum=1)
             self._lead = (num_states, num_heads)
@@ -86,7 +87,7 @@ class PrefixAccumulator:
             self._feature_map.check_num_centers(num_centers)
         if centers is not None:
             dtype = torch.promote_types(centers.dtype, torch.float32)
-            centers = centers.detach().to(device, dtype, copy=True)  # the sums so far are around what they are now
+            centers = centers.detach().to(device, dtype, copy=True)  # the caller's may change, the sums' must not
         self._centers = centers
         num_features = self._feature_map.dim(head_dim)
         sizes = ((num_features, value_dim), (num_features,), ())
@@ -97,24 +98,25 @@ class PrefixAccumulator:
 
     @property
     def count(self) -> Tensor:
-        """[(N,) Hs, C] rows so far, or the sums of their weights, by centre."""
+        """The number of rows so far, or the sum of their weights, by centre: [(N,) Hs, C]."""
         return self._count.clone()
 
     def update(self, prefix_key: Tensor, prefix_value: Tensor, weights: Tensor | None = None) -> "PrefixAccumulator":
-        """Adds rows [(N,) Hs, m, D] with values [(N,) Hs, m, Dv], counted `weights` [(N,) Hs, m] times (None: once).
+        """Adds rows [(N,) Hs, m, D] with values [(N,) Hs, m, Dv], each `weights` [(N,) Hs, m] times (None: once).
 
-        A row that is not finite is refused, and then nothing is added.
+        Raises:
+            TypeError, ValueError: an argument does not fit or a row is not finite. Then nothing is added.
         """
         self._add(prefix_key, prefix_value, weights, 1)
         return self
 
     def subtract(self, prefix_key: Tensor, prefix_value: Tensor, weights: Tensor | None = None) -> "PrefixAccumulator":
-        """Takes rows away that were added before."""
+        """Subtracts rows that were added before; arguments as in `update`."""
         self._add(prefix_key, prefix_value, weights, -1)
         return self
 
     @torch.no_grad()
-    def _add(self, prefix_key, prefix_value, weights, sign: int) -> None:
+    def _add(self, prefix_key: Tensor, prefix_value: Tensor, weights: Tensor | None, sign: int) -> None:
         letters = "Hs m" if len(self._lead) == 1 else "N Hs m"
         checks.check_floating("prefix_key", prefix_key)
         checks.check_floating("prefix_value", prefix_value)
@@ -150,7 +152,7 @@ class PrefixAccumulator:
         )  # fmt: skip
         turnover = keys.new_full((len(keys),), rows, dtype=torch.float64)
         if weights is not None:
-            # The op's sums of weights are rounded to float32: too coarse to see that all has been taken away again.
+            # The op rounds sums of weights to float32, too coarsely to tell when all rows have been subtracted again.
             weights, turnover = weights.double(), weights.double().abs().sum(-1)
             heads = torch.arange(len(keys), device=keys.device)[:, None].expand(-1, rows)
             nearest = nearest_centers(keys, centers) if count.shape[1] > 1 else torch.zeros_like(heads)
@@ -161,7 +163,11 @@ class PrefixAccumulator:
 
     @torch.no_grad()
     def merge(self, other: "PrefixAccumulator") -> "PrefixAccumulator":
-        """Adds the rows of another accumulator, made with the same arguments."""
+        """Adds the rows of another accumulator, which was made with the same arguments.
+
+        Raises:
+            TypeError, ValueError: if it was not.
+        """
         if not isinstance(other, PrefixAccumulator):
             raise TypeError(f"`other` must be a PrefixAccumulator, got {type(other).__name__}")
         if other._arguments() != self._arguments():
@@ -173,17 +179,20 @@ class PrefixAccumulator:
             raise ValueError("`other` must have the centers of this accumulator, got other ones")
         if self._follows_mean and not self._count.any():
             self._move_to(other._centers)
-        of_other = (*other._around(self._centers), *other._totals()[2:])
-        for total, part in zip(self._totals(), of_other, strict=True):
+        theirs = (*other._around(self._centers), *other._totals()[2:])
+        for total, part in zip(self._totals(), theirs, strict=True):
             total += part
         return self
 
     @torch.no_grad()
-    def all_reduce(self, group=None) -> "PrefixAccumulator":
-        """Adds up the accumulators of all processes of a `torch.distributed` group: each then has the whole prefix.
+    def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> "PrefixAccumulator":
+        """Sums the accumulators of all processes of a `torch.distributed` group: each then has the whole prefix.
 
-        Every process of the group has to call it, also one that has no rows. Called once: a second call would count
-        the rows of each process as often as there are processes.
+        Every process of the group has to call it, even one without rows, and only once: a second call would count the
+        rows of each process as often as there are processes.
+
+        Raises:
+            ValueError: if the processes have different centres.
         """
         from torch import distributed
 
@@ -204,12 +213,16 @@ class PrefixAccumulator:
 
     @torch.no_grad()
     def state(self, dtype: torch.dtype = torch.float32) -> PrefixState:
-        """The state of all rows so far, as `prefix_to_state` gives it in closed form."""
+        """Returns the state of all rows so far in `dtype`, as `prefix_to_state` converts them in closed form.
+
+        Raises:
+            ValueError: if more was subtracted than added.
+        """
         if (self._count < -_ROUNDING * self._turnover).any():
             raise ValueError(f"`subtract` must take away what was added, got {self._count.min():g} rows of a centre")
         count = self._count.where(self._count > _ROUNDING * self._turnover, 0)
         centers = self._centers
-        if self._follows_mean:  # rounded before the sums are moved there
+        if self._follows_mean:  # rounded to `dtype` before the sums are moved to them
             centers = _mean_key(self._sum_of_keys(), count, self._turnover)
         centers = None if centers is None else centers.to(dtype)
         z, k = self._around(centers)
@@ -219,7 +232,7 @@ class PrefixAccumulator:
             centers = centers.double()
         return state_of_sums(z, k, count, centers, self._feature_map.name, self._feature_scale).to(dtype)
 
-    def _arguments(self) -> dict:
+    def _arguments(self) -> dict[str, object]:
         return {
             "num_heads": self._lead[-1], "head_dim": self._head_dim, "value_dim": self._value_dim,
             "feature_map": self._feature_map.name, "num_states": self._lead[0] if len(self._lead) == 2 else None,
@@ -229,20 +242,20 @@ class PrefixAccumulator:
         }  # fmt: skip
 
     def _sum_of_keys(self) -> Tensor:
-        """[..., 1, D]; the linear features are sums of key_scale · (key - centre)."""
-        linear = self._k[..., 1 : 1 + self._head_dim]  # as in every polynomial map
+        """Returns the sum of the keys [..., 1, D]."""
+        linear = self._k[..., 1 : 1 + self._head_dim]  # in every polynomial map the sum of key_scale · (key - centre)
         return linear / self._key_scale + self._count.unsqueeze(-1) * self._centers
 
     def _totals(self) -> tuple[Tensor, ...]:
         return self._z, self._k, self._count, self._turnover
 
     def _move_to(self, centers: Tensor) -> None:
-        """Sums around the mean so far become sums around these centres."""
+        """Moves the sums from the mean so far to `centers`."""
         self._z, self._k = self._around(centers)
         self._centers = centers
 
     def _around(self, centers: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and k as they would be had all been added around these centres."""
+        """Returns z and k around `centers`, as if all rows had been added around them."""
         if not self._follows_mean:
             return self._z, self._k
         move = (centers.double() - self._centers.double()).squeeze(-2) * self._key_scale
@@ -252,5 +265,5 @@ class PrefixAccumulator:
 
 
 def _mean_key(sum_of_keys: Tensor, count: Tensor, turnover: Tensor) -> Tensor:
-    """[..., 1, D]; 0 where no rows are left."""
+    """Returns the mean key [..., 1, D], 0 where no rows are left."""
     return (sum_of_keys / count.unsqueeze(-1)).where((count > _ROUNDING * turnover).unsqueeze(-1), 0)

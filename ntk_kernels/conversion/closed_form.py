@@ -13,19 +13,20 @@ from ..state import PrefixState
 from .centers import cluster_means, find_centers
 
 
-class Rows(NamedTuple):
-    """Rows that stand for a prefix: keys [..., R, D], values [..., R, Dv] and for how many of its rows [..., R]."""
+class ClusterRows(NamedTuple):
+    """Rows in the place of clusters of prefix rows."""
 
-    keys: Tensor
-    values: Tensor
-    count: Tensor
+    keys: Tensor  # [..., R, D]
+    values: Tensor  # [..., R, Dv]
+    sizes: Tensor  # [..., R], the number of prefix rows of each cluster
 
     def state(self) -> PrefixState:
-        return PrefixState(keys=self.keys, values=self.values, bias=self.count.log())
+        """Returns the state of these rows, each with the weight of its cluster."""
+        return PrefixState(keys=self.keys, values=self.values, bias=self.sizes.log())
 
 
 class ClosedForm(NamedTuple):
-    """Makes states of `dtype`, for attention with `scale` and `feature_scale`, from sums and means over a prefix."""
+    """Makes states of a dtype from sums and means over a prefix, for attention with these scales."""
 
     scale: float
     feature_scale: float
@@ -35,7 +36,10 @@ class ClosedForm(NamedTuple):
     def features(
         self, prefix_key: Tensor, prefix_value: Tensor, feature_map: str, centers: str | int | Tensor | None
     ) -> PrefixState:
-        """Sums of features over the rows nearest to each centre, divided by their number."""
+        """Returns the state of a prefix [..., m, D], [..., m, Dv] expanded around `centers`.
+
+        Features are summed over the rows nearest to each centre and divided by their number.
+        """
         lead = prefix_key.shape[:-2]
         centers = find_centers(centers, prefix_key, self.dtype, self.seed)
         flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
@@ -52,12 +56,18 @@ class ClosedForm(NamedTuple):
             centers, feature_map, self.feature_scale,
         )  # fmt: skip
 
-    def rows(self, prefix_key: Tensor, prefix_value: Tensor, num_rows: int) -> Rows:
-        return Rows(*cluster_means(prefix_key, prefix_value, num_rows, self.dtype, self.seed))
+    def rows(self, prefix_key: Tensor, prefix_value: Tensor, num_rows: int) -> ClusterRows:
+        """Returns the mean rows of R clusters of the keys of a prefix."""
+        return ClusterRows(*cluster_means(prefix_key, prefix_value, num_rows, self.dtype, self.seed))
 
 
-def state_of_sums(z, k, count, centers, feature_map, feature_scale) -> PrefixState:
-    """Of sums [..., (C,) r, Dv], [..., (C,) r] and numbers of rows [..., (C)], which go into `log_scale`."""
+def state_of_sums(
+    z: Tensor, k: Tensor, count: Tensor, centers: Tensor | None, feature_map: str, feature_scale: float
+) -> PrefixState:
+    """Returns the state of sums z [..., C?, r, Dv] and k [..., C?, r] over `count` [..., C?] rows.
+
+    The sums are divided by the number of rows, whose logarithm becomes `log_scale`.
+    """
     rows = count.where(count > 0, 1).unsqueeze(-1)
     return PrefixState(
         z / rows.unsqueeze(-1), k / rows, feature_map, feature_scale=feature_scale, centers=centers,
@@ -65,9 +75,11 @@ def state_of_sums(z, k, count, centers, feature_map, feature_scale) -> PrefixSta
     )  # fmt: skip
 
 
-def together(features: PrefixState | None, rows: Rows | None) -> PrefixState:
-    """Both hold all of the prefix: each gets half the weight."""
-    if features is None or rows is None:
-        return rows.state() if features is None else features
+def merge_halved(features: PrefixState | None, rows: ClusterRows | None) -> PrefixState:
+    """Returns the state of features and rows that each hold the whole prefix: if both are given, at half the weight."""
+    if features is None:
+        return rows.state()
+    if rows is None:
+        return features
     halved = replace(features, log_scale=features.log_scale - math.log(2))
-    return halved.merge(rows._replace(count=rows.count / 2).state())
+    return halved.merge(rows._replace(sizes=rows.sizes / 2).state())

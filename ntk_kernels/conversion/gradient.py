@@ -1,10 +1,10 @@
-"""States fitted by gradient descent through attention itself: all that a state has moves, the keys of its rows as well.
+"""`descend`: states fitted by gradient descent through attention itself, the keys of their rows included.
 
-The loss of a head is its relative error on a sample of the calibration queries. Adam with a rate that falls as a
-cosine, in units of each tensor's spread: logarithms of weights in units of 1, keys, values and centres in units of the
-standard deviation of the prefix's. A few times on the way the state is judged on queries that are held out; each head
-keeps the best that it had, the start included. Least squares (`least_squares.py`) knows the best Z, k, weights and
-values at once, but leaves keys where they are: on real prefixes twice the error, for longer.
+The loss of a head is its relative error on a sample of the calibration queries. Adam takes steps whose size falls as a
+cosine, in units of each tensor's spread: 1 for logarithms of weights, the standard deviation of the prefix's keys or
+values for keys, values and centres. Now and then the state is judged on the held-out queries; each head keeps the best
+state that it had, the start included. Least squares (`least_squares.py`) finds the best Z, k, weights and values
+directly, but cannot move keys: on real prefixes its error is twice as large, and it takes longer.
 """
 
 import torch
@@ -15,23 +15,25 @@ from ..state import PrefixState
 from .targets import TINY, Targets, held_out_errors
 
 _STEPS = 600
-_JUDGED_EVERY = 50
-_BATCH = 2048  # queries of a head that a step looks at
+_STEPS_PER_JUDGEMENT = 50
+_BATCH = 2048  # queries of a head in a step
 _RATE = 0.1
 _BETAS = (0.9, 0.99)
 
 
 def descend(state: PrefixState, spread: dict[str, Tensor], targets: Targets, scale: float, seed: int) -> PrefixState:
-    """The best state on a way downhill from `state`, head by head.
+    """Returns the best state, head by head, that a descent from `state` passes.
 
-    `spread`: standard deviations [Hs] of the prefix's "keys" and "values".
+    Args:
+        spread: standard deviations [Hs] of the prefix's "keys" and "values".
+        seed: of the samples of queries.
     """
     start = state.tensors()
     units = {name: _unit(name, tensor, spread) for name, tensor in start.items()}
     moves = {name: torch.zeros_like(tensor, requires_grad=True) for name, tensor in start.items()}
     adam = torch.optim.Adam(moves.values(), lr=_RATE, betas=_BETAS)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, _STEPS)
-    fitted = _Batches(targets, state.k if state.keys is None else state.keys, seed)
+    batches = _Batches(targets, state.k if state.keys is None else state.keys, seed)
 
     def moved() -> PrefixState:
         return PrefixState(
@@ -39,38 +41,38 @@ def descend(state: PrefixState, spread: dict[str, Tensor], targets: Targets, sca
             feature_map=state.feature_map, feature_scale=state.feature_scale,
         )  # fmt: skip
 
-    best, least = state, held_out_errors(state, targets, scale)
+    best, min_errors = state, held_out_errors(state, targets, scale)
     for step in range(1, _STEPS + 1):
         with torch.enable_grad():
-            loss = fitted.next_loss(moved(), scale)
+            loss = batches.next_loss(moved(), scale)
             adam.zero_grad()
             loss.sum().backward()
         adam.step()
         cosine.step()
-        if step % _JUDGED_EVERY == 0:
+        if step % _STEPS_PER_JUDGEMENT == 0:
             with torch.no_grad():
                 now = moved()
             errors = held_out_errors(now, targets, scale)
-            better = (errors < least) | least.isnan()
-            best = _by_head(better, now, best)
-            least = torch.where(better, errors, least)
+            better = (errors < min_errors) | min_errors.isnan()
+            best = _choose_by_head(better, now, best)
+            min_errors = torch.where(better, errors, min_errors)
     return best
 
 
 class _Batches:
-    """Samples of the queries that the fit sees, and the losses on them."""
+    """Random samples of the queries that the fit sees, in the dtype of `like`."""
 
     def __init__(self, targets: Targets, like: Tensor, seed: int):
-        seen = targets.first(targets.num_fitted)
-        of_input = seen.of_input / seen.rest.clamp(min=TINY)[..., None]
-        mean_square = seen.out.square().sum(-1).mean(-1).clamp(min=TINY)
-        tensors = (seen.query, seen.lse, of_input, seen.log_rest, seen.out)
+        fitted = targets.fitted
+        of_input = fitted.of_input / fitted.rest.clamp(min=TINY)[..., None]
+        mean_square = fitted.out.square().sum(-1).mean(-1).clamp(min=TINY)
+        tensors = (fitted.query, fitted.lse, of_input, fitted.log_rest, fitted.out)
         self._tensors = [tensor.to(like.dtype) for tensor in tensors]
         self._mean_square = mean_square.to(like.dtype)
         self._generator = torch.Generator().manual_seed(seed)
 
     def next_loss(self, state: PrefixState, scale: float) -> Tensor:
-        """Relative errors [Hs] on the next sample."""
+        """Returns the relative errors [Hs] of a state on the next sample."""
         num_queries = self._tensors[0].shape[1]
         sample = torch.randint(num_queries, (min(_BATCH, num_queries),), generator=self._generator)
         query, lse, of_input, log_rest, exact = (t[:, sample.to(t.device)] for t in self._tensors)
@@ -80,14 +82,14 @@ class _Batches:
         return (mean_square / self._mean_square + torch.finfo(out.dtype).tiny).sqrt()
 
 
-def _unit(name: str, tensor: Tensor, spread: dict[str, Tensor]):
-    """How far a step of size 1 goes."""
+def _unit(name: str, tensor: Tensor, spread: dict[str, Tensor]) -> float | Tensor:
+    """Returns the length of a step of size 1 of a state's tensor, per head."""
     of = {"keys": "keys", "centers": "keys", "values": "values", "z": "values"}.get(name)
     return 1.0 if of is None else spread[of].to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
 
 
-def _by_head(choose: Tensor, a: PrefixState, b: PrefixState) -> PrefixState:
-    """Heads of `a` where `choose` [Hs], else of `b`."""
+def _choose_by_head(choose: Tensor, a: PrefixState, b: PrefixState) -> PrefixState:
+    """Returns the state with the heads of `a` where `choose` [Hs] is True, else of `b`."""
     tensors = {
         name: torch.where(choose.reshape(-1, *[1] * (tensor.dim() - 1)), tensor, getattr(b, name))
         for name, tensor in a.tensors().items()

@@ -1,33 +1,33 @@
-"""What a conversion has achieved, on queries that it was not fitted to."""
+"""`ConversionReport`: how well a state does what its prefix does, on queries that the fit has not seen."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-_FAILED = 0.5  # of a relative error: above it a head is named as one that does not compress
+_MAX_ERROR = 0.5  # relative error of a head that counts as compressed
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Relative errors ‖out − exact‖ / ‖exact‖ of attention with the state, head by head, on the held-out queries.
+    """Relative errors ‖out − exact‖ / ‖exact‖ of attention with the state, per head, on the held-out queries.
 
-    The held-out queries also chose among a few states of each head (ridges, or steps of a descent), and with `budget`
-    what they are made of, so the error on other text can be larger. `str()` gives all of it as text.
+    The held-out queries also choose among a few states of each head (ridges, or steps of a descent) and, with `budget`,
+    among recipes, so the error on other text can be larger. `str()` prints the whole report.
 
     Attributes:
         error: [Hs], with the state.
-        closed_form_error: [Hs], with the state as it was before it was fitted.
-        no_prefix_error: [Hs], of leaving the prefix out.
-        prefix_share: [Hs], the share of the attention that the exact prefix has, ρ, mean over the queries.
+        closed_form_error: [Hs], with the state that the fit started from.
+        no_prefix_error: [Hs], without the prefix.
+        prefix_share: [Hs], share ρ of the attention that goes to the exact prefix, mean over the queries.
         method: "closed_form", "least_squares" or "gradient".
-        ridge: of each head by least squares, None where the closed form was best; None by other methods.
-        held_out_queries: how many queries of a state head the errors are measured on.
-        rows_per_head: r·C + R: rows of the state's Z and its own rows.
-        kept_rows: of these, rows of the prefix that were kept exactly.
-        state_bytes, prefix_bytes: what is to be kept instead of what.
-        break_even: rows of an exact prefix that cost as much arithmetic as the state, r·C / 2 + R.
-        tried: by what they were made of, the errors of all states that were fitted, mean over the heads (of those that
-            are not NaN). The state is the best of them.
+        ridge: ridge of each head by least squares, None where the closed form was best; None for other methods.
+        held_out_queries: number of queries of a state head on which errors are measured.
+        rows_per_head: C·r + R, rows of Z and exact rows.
+        kept_rows: number of those rows that are exact rows of the prefix.
+        state_bytes, prefix_bytes: memory of the state and of the prefix that it replaces.
+        break_even: number of rows of an exact prefix that cost as much arithmetic as the state, C·r / 2 + R.
+        tried: error of every state that was fitted, by what it is made of; mean over the heads whose error is not NaN.
+            The state is the best of them.
     """
 
     error: Tensor
@@ -46,8 +46,8 @@ class ConversionReport:
 
     @property
     def incompressible_heads(self) -> list[int]:
-        """Heads whose error stays above 0.5: they attend to single rows that no small state can hold."""
-        return [head for head, error in enumerate(self.error.tolist()) if not error <= _FAILED]
+        """Heads with an error above 0.5: they attend to single rows, which no small state can hold."""
+        return [head for head, error in enumerate(self.error.tolist()) if _failed(error)]
 
     def __str__(self) -> str:
         worst = int(self.error.argmax())
@@ -62,8 +62,13 @@ class ConversionReport:
             f"as much arithmetic as an exact prefix of about {self.break_even:,.0f} rows",
         ]
         if len(self.tried) > 1:
-            lines.append("tried: " + ", ".join(f"{made_of}: {error:.3f}" for made_of, error in self.tried.items()))
+            lines.append("tried: " + ", ".join(f"{recipe}: {error:.3f}" for recipe, error in self.tried.items()))
         if self.incompressible_heads:
             named = ", ".join(f"{head} ({self.error[head]:.2f})" for head in self.incompressible_heads)
             lines.append(f"heads that do not compress: {named}")
         return "\n".join(lines)
+
+
+def _failed(error: float) -> bool:
+    """Returns whether a relative error is above the limit, or NaN."""
+    return not error <= _MAX_ERROR

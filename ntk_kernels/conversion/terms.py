@@ -1,4 +1,4 @@
-"""What a state adds to the attention of queries, as something linear in its Z, k, weights and values."""
+"""`Terms`: what a state adds to the attention of a query, as a function linear in Z, k, row weights and row values."""
 
 from typing import NamedTuple
 
@@ -10,23 +10,24 @@ from ..state import PrefixState
 
 
 class Terms(NamedTuple):
-    """Features around centres [..., C, D] or the origin, and rows [..., R, D].
+    """The terms of a state: features around each centre, and rows.
 
-    `log_weight` [..., C or 1] and `row_bias` [..., R] are added to their logits. With F = C·r + R terms a state has the
-    numerator ψ·Z and the mass ψ·k, where Z [..., F, Dv] holds weights times values of the rows, and k [..., F] weights.
+    With F = C·r + R terms whose weights for a query are ψ [F], the state has the numerator ψ·Z and the mass ψ·k. Z
+    [..., F, Dv] holds the Z of the features and the weighted values of the rows, k [..., F] the k of the features and
+    the weights of the rows.
     """
 
     feature_map: str | None
-    feature_scale: float
+    feature_scale: float | None  # None without features
     scale: float
-    centers: Tensor | None
-    log_weight: Tensor | None
-    rows: Tensor | None
-    row_bias: Tensor | None
+    centers: Tensor | None  # [..., C, D]; None: the origin
+    log_weight: Tensor | None  # [..., C], added to the logits of the centres; None without features
+    rows: Tensor | None  # [..., R, D]
+    row_bias: Tensor | None  # [..., R], added to the logits of the rows
 
     @staticmethod
     def of_state(state: PrefixState, scale: float) -> tuple["Terms", Tensor, Tensor]:
-        """A state's terms, Z [Hs, F, Dv] and k [Hs, F], in float64."""
+        """Returns the terms of a state, Z [Hs, F, Dv] and k [Hs, F], in float64."""
         tensors = {name: tensor.double() for name, tensor in state.tensors().items()}
         z, k, log_weight = [], [], tensors.get("log_scale")
         if state.k is not None:
@@ -44,14 +45,16 @@ class Terms(NamedTuple):
         return terms, torch.cat(z, dim=1), torch.cat(k, dim=1)
 
     def of_head(self, head: int) -> "Terms":
+        """Returns the terms of one head, without the dimension of heads."""
         return Terms(*self[:3], *(None if tensor is None else tensor[head] for tensor in self[3:]))
 
     @property
     def num_rows(self) -> int:
+        """R, 0 without rows."""
         return 0 if self.rows is None else self.rows.shape[-2]
 
     def logits(self, query: Tensor) -> Tensor:
-        """Of queries [..., n, D], [..., n, C + R]."""
+        """Returns the logits [..., n, C + R] of centres and rows for queries [..., n, D]."""
         parts = []
         if self.feature_map is not None:
             of_centers = 0 if self.centers is None else self.scale * query @ self.centers.mT
@@ -61,7 +64,7 @@ class Terms(NamedTuple):
         return torch.cat(parts, dim=-1)
 
     def weights(self, query: Tensor, logits: Tensor) -> Tensor:
-        """ψ [..., n, F] from logits [..., n, C + R], less what the caller measures them from."""
+        """Returns ψ [..., n, F] from logits [..., n, C + R], from which the caller may have subtracted a shift."""
         weights = logits.exp()
         if self.feature_map is None:
             return weights
@@ -70,7 +73,7 @@ class Terms(NamedTuple):
         return torch.cat([(of_centers[..., None] * phi[..., None, :]).flatten(-2), of_rows], dim=-1)
 
     def mass(self, weights: Tensor, k: Tensor) -> Tensor:
-        """ψ·k; that of the features is cut off at 0 before that of the rows is added, as the op does."""
+        """Returns ψ·k. As in the op, the mass of the features is clamped at 0 before that of the rows is added."""
         num_features = k.shape[-1] - self.num_rows
         of_features, of_rows = (
             k[..., part] @ weights[..., part].mT for part in (slice(num_features), slice(num_features, None))

@@ -1,1 +1,1 @@
-"""The prefix inside other libraries' models; each module needs the library that it is named after."""
+"""Prefixes in models of other libraries; each package needs the library that it is named after."""

@@ -172,7 +172,7 @@ def test_ridge_regression_by_another_way(monkeypatch):
     assert report.ridge == [1e-3, 1e-3]
     exact = targets_of(
         sample.query, sample.prefix_key, sample.prefix_value, sample.attention, DIM**-0.5
-    ).first(384)  # fmt: skip
+    ).fitted  # fmt: skip
     for head in range(HEADS):
         center, x = closed.centers[head, 0], exact.query[head]
         weight = (DIM**-0.5 * x @ center + math.log(400) - exact.lse[head]).exp()
@@ -202,10 +202,10 @@ def test_ridge_regression_by_another_way(monkeypatch):
 def test_candidates_are_judged_where_they_are_worst():
     """Of the closed form and three more: one that fails for a query of the fit, the best, one for queries held out."""
     held_out, fitted = [0.4, 0.2, 0.3, 0.5], [0.5, 0.9, 0.3, 0.1]
-    judged = least_squares._judged(held_out, fitted, held_out[0])
+    judged = least_squares._larger_errors(held_out, fitted, held_out[0])
     assert judged[:3] == [0.5, 0.9, 0.3]
     assert math.isnan(judged[3])
-    assert least_squares._least(judged) == 2
+    assert least_squares._index_of_min(judged) == 2
 
 
 def test_bounds_hold():

@@ -8,7 +8,7 @@ from fit_cases import DIM, STATES, VALUE_DIM, Sample
 
 from ntk_kernels import prefix_to_state
 from ntk_kernels.conversion import gradient, targets
-from ntk_kernels.conversion.recipe import Layout
+from ntk_kernels.conversion.recipe import Recipe
 
 
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
@@ -17,12 +17,12 @@ def test_numbers_of_queries(args, options, monkeypatch):
     sample = Sample()
     monkeypatch.setattr(gradient, "_STEPS", 1)
     state = sample.convert(*args, **options | {"keep": 0}, return_report=False)
-    layout = Layout(args[0], options.get("centers", "mean"), options.get("num_rows", 0), options.get("keep", 0))
+    recipe = Recipe(args[0], options.get("centers", "mean"), options.get("num_rows", 0), options.get("keep", 0))
     unknowns = sum(tensor[0].numel() for tensor in state.tensors().values())
-    assert layout.needed_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
+    assert recipe.min_queries("gradient", DIM, VALUE_DIM) == math.ceil(unknowns / VALUE_DIM)
     terms = state.num_rows + (0 if state.k is None else state.k[0].numel())
-    assert layout.needed_queries("least_squares", DIM, VALUE_DIM) == terms
-    assert layout.needed_queries("closed_form", DIM, VALUE_DIM) == 0
+    assert recipe.min_queries("least_squares", DIM, VALUE_DIM) == terms
+    assert recipe.min_queries("closed_form", DIM, VALUE_DIM) == 0
 
 
 def test_too_few_queries_are_refused_at_once(monkeypatch):

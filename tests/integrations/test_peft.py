@@ -184,7 +184,7 @@ def test_states_that_are_refused():
     assert snapshot(model) == before
     with pytest.raises(TypeError, match="`state` must be a PrefixState, got dict"):
         NTKConfig.of_state(states)
-    with pytest.raises(ValueError, match="`state` must be one state, got a stack of 2"):
+    with pytest.raises(ValueError, match="`state` must be a single state, got a stack of 2"):
         NTKConfig.of_state(PrefixState.stack([states[names[0]]] * 2))
 
 

@@ -1,12 +1,13 @@
-"""What a prefix state adds to attention, in plain tensor operations on a chunk of query rows, forward and backward.
+"""The terms that a prefix state adds to attention, in plain tensor operations on chunks of query rows.
 
-Tensors of rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by side.
-Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term keeps its weights relative to the largest
+Tensors of query rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by
+side. Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term has weights relative to the largest
 centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more
 value column: `zk` = [z | k] gives both in one product, forward and backward.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,45 +16,66 @@ from torch import Tensor
 from ...feature_maps import get_feature_map
 from ..results import empty_grad
 
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: fill the cache, not the memory
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: as many as the cache holds
 _MIN_CHUNK_ROWS = 64
-_MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which nothing else bounds (see the reference)
+_MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which is not bounded otherwise (see the reference)
 
 
 def normaliser(lse: Tensor) -> Tensor:
-    """`lse` with +inf for -inf: e^{x - normaliser} is 0 for a row that sees nothing, whatever x."""
+    """Returns `lse` with +inf for -inf, so that e^{x - normaliser} is 0 for a row without visible keys, whatever x."""
     return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 class LinearTerm(NamedTuple):
     """The parts of the linear-attention term on a chunk of rows."""
 
-    x: Tensor  # [B, Hs, G, rows, D]
+    x: Tensor  # [B, Hs, G, rows, D]; the feature map may have overwritten it
     phi: Tensor  # [B, Hs, G, rows, r]
     weight: Tensor | None  # [B, Hs, G, rows, C], e^{log w - top}; None for a single centre, whose weight is 1
     features: Tensor  # [B, Hs, G, rows, C·r], weight ⊗ phi
     top: Tensor  # [B or 1, Hs or 1, G or 1, rows or 1]
 
     def weight_in(self, normaliser: Tensor, mass: Tensor) -> Tensor:
-        """e^{top - normaliser}: what the term is multiplied by in the output. `mass` is relative to e^top.
+        """Returns e^{top - normaliser}, the factor of the term in the output. `mass` is relative to e^top.
 
-        With mass the weight is at most 1 / mass anyway; a mass rounded to the other side of 0 must not set it free.
+        With mass the weight is at most 1 / mass anyway. A mass that rounding has moved to the other side of 0 must not
+        lift that bound.
         """
         bound = (1 - mass.log()).nan_to_num_(_MAX_EXPONENT, posinf=_MAX_EXPONENT).clamp_(min=_MAX_EXPONENT)
         return torch.minimum(self.top - normaliser, bound).exp_()
 
 
 class Prefix:
-    """The state of each batch row, in the dtype of the accumulation."""
+    """The state of each batch row, in the dtype of the accumulation.
 
-    def __init__(self, query, z, k, centers, log_scale, row_keys, row_values, row_bias, state_index, dtype, options):
+    Args:
+        query: [B, Hq, L, D], of the call.
+        z, k, centers, log_scale, row_keys, row_values, row_bias, state_index: as in `inputs.py`, None if absent.
+        dtype: of the accumulation.
+        options: feature map, feature scale and scale.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        z: Tensor | None,
+        k: Tensor | None,
+        centers: Tensor | None,
+        log_scale: Tensor | None,
+        row_keys: Tensor | None,
+        row_values: Tensor | None,
+        row_bias: Tensor | None,
+        state_index: Tensor | None,
+        dtype: torch.dtype,
+        options: tuple[str | None, float, float],
+    ):
         feature_map, self.feature_scale, self.scale = options
         self.feature_map = None if k is None else get_feature_map(feature_map)
         self.state_index = state_index
         self.num_heads = (row_keys if k is None else k).shape[1]
         absent = None if state_index is None else state_index < 0
         if absent is not None and absent.device.type == "cpu" and not absent.any():
-            absent = None  # saves copies of the states; elsewhere finding out would wait for the device
+            absent = None  # saves copies of the states; on other devices the check would have to wait for them
         if absent is not None:
             if k is not None and log_scale is None:
                 log_scale = k.new_zeros(k.shape[:3])
@@ -78,7 +100,7 @@ class Prefix:
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
             if self.num_centers > 1:
-                # A centre without mass must not outshine the others as `top`; if all are so, none does.
+                # A centre without mass must not be `top`, unless no centre has mass.
                 has_mass = self.zk[..., -1].unflatten(-1, (self.num_centers, -1)).ne(0).any(-1).unsqueeze(3)
                 self.is_massless = ~has_mass & has_mass.any(-1, keepdim=True)  # [., Hs, 1, 1, C]
         if row_keys is not None:
@@ -91,19 +113,21 @@ class Prefix:
         self._chunk_rows = max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS[query.device.type] // max(per_row, 1))
 
     def group_heads(self, tensor: Tensor) -> Tensor:
-        """[B, Hq, L, ...] -> [B, Hs, G, L, ...], a view."""
+        """Returns the view [B, Hs, G, L, ...] of a tensor [B, Hq, L, ...]."""
         return tensor.unflatten(1, (self.num_heads, -1))
 
-    def chunks(self, num_rows: int):
+    def chunks(self, num_rows: int) -> Iterator[slice]:
+        """Yields slices of the query rows."""
         for start in range(0, num_rows, self._chunk_rows):
             yield slice(start, min(start + self._chunk_rows, num_rows))
 
     def row_scores(self, q: Tensor) -> Tensor:
-        """[B, Hs, G, rows, R], logits of the state's own rows."""
+        """Returns the logits [B, Hs, G, rows, R] of the state's own rows."""
         scores = (q @ self.row_keys.mT).mul_(self.scale)
         return scores if self.row_bias is None else scores.add_(self.row_bias)
 
     def linear_term(self, q: Tensor) -> LinearTerm:
+        """Computes the linear-attention term of queries [B, Hs, G, rows, D]."""
         x = q * self.feature_scale
         phi = self.feature_map(x)
         if self.centers is None:
@@ -120,7 +144,7 @@ class Prefix:
 
 
 def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Adds the prefix to `out` [B, Hq, L, Dv] and `lse` [B, Hq, L] of attention over other keys, in place."""
+    """Adds the prefix in place to `out` [B, Hq, L, Dv] and `lse` [B, Hq, L] of attention over other keys."""
     query, out, all_lse = (prefix.group_heads(tensor) for tensor in (query, out, lse))
     for rows in prefix.chunks(query.shape[3]):
         q, out_rows, lse = query[..., rows, :].to(all_lse.dtype), out[..., rows, :], all_lse[..., rows]
@@ -147,11 +171,26 @@ def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> Non
             out_rows.copy_(merged)
 
 
-def prefix_backward(prefix: Prefix, grad_out, query, lse, delta, state, needs_grad) -> list[Tensor]:
-    """Gradients of query [B, Hq, L, D] and of the state's tensors (as in `inputs.py`: [N, Hs, ...]) through the prefix.
+def prefix_backward(
+    prefix: Prefix,
+    grad_out: Tensor,
+    query: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    state: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """Computes the gradients of the query and of the state's tensors through the prefix.
 
-    `lse` and `delta` = rowsum(dO∘out) - dlse, both [B, Hq, L], belong to the whole softmax. `state` has the state's
-    tensors; where it is None or no gradient is asked for, so is the result's entry.
+    Args:
+        grad_out: [B, Hq, L, Dv].
+        query: [B, Hq, L, D].
+        lse, delta: [B, Hq, L], of the whole softmax; delta = rowsum(dO∘out) - dlse.
+        state: z, k, centers, log_scale, row_keys, row_values and row_bias as in `inputs.py`, [N, Hs, ...].
+        needs_grad: for the query and each of these tensors.
+
+    Returns:
+        A gradient for the query and each of these tensors, None where it is absent or not needed.
     """
     need_query, *need_state = needs_grad
     grad_query = empty_grad(query, lse.dtype) if need_query else None
@@ -171,7 +210,11 @@ def prefix_backward(prefix: Prefix, grad_out, query, lse, delta, state, needs_gr
     return [grad_query, *sums.result()]
 
 
-def _rows_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
+def _rows_backward(
+    prefix: Prefix, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor, grad_q: Tensor | None,
+    sums: "_StateSums",
+) -> None:  # fmt: skip
+    """Adds the gradients through the state's own rows to `grad_q` and `sums`."""
     p = prefix.row_scores(q).sub_(normaliser.unsqueeze(-1)).exp_()
     grad_scores = (grad @ prefix.row_values.mT).sub_(delta.unsqueeze(-1)).mul_(p)
     if sums.needs("row_values"):
@@ -184,7 +227,11 @@ def _rows_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
         grad_q.add_(grad_scores @ prefix.row_keys, alpha=prefix.scale)
 
 
-def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
+def _linear_backward(
+    prefix: Prefix, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor, grad_q: Tensor | None,
+    sums: "_StateSums",
+) -> None:  # fmt: skip
+    """Adds the gradients through the linear-attention term to `grad_q` and `sums`."""
     term = prefix.linear_term(q)
     mass = (prefix.zk[..., -1:].mT @ term.features.mT).squeeze(-2)  # 5x as fast as a matrix times a column
     weight = term.weight_in(normaliser, mass)
@@ -221,11 +268,13 @@ def _linear_backward(prefix, q, grad, normaliser, delta, grad_q, sums) -> None:
 
 
 class _StateSums:
-    """Sums of the state's gradients over the chunks, the heads that share a state and the batch, in a fixed order."""
+    """Sums of the state's gradients over chunks, heads that share a state and the batch, in a fixed order."""
 
     _NAMES = ("z", "k", "centers", "log_scale", "row_keys", "row_values", "row_bias")
 
-    def __init__(self, prefix: Prefix, state, need_state, dtype):
+    def __init__(
+        self, prefix: Prefix, state: Sequence[Tensor | None], need_state: Sequence[bool], dtype: torch.dtype
+    ):  # fmt: skip
         self._prefix = prefix
         self._like = {
             name: tensor for name, tensor, needed in zip(self._NAMES, state, need_state, strict=True) if needed
@@ -234,10 +283,11 @@ class _StateSums:
         self._sums: dict[str, Tensor] = {}
 
     def needs(self, *names: str) -> bool:
+        """Returns whether any of these gradients is needed."""
         return any(name in self._like for name in names)
 
     def add(self, name: str, grad: Tensor) -> None:
-        """Adds [B, Hs, G, ...], unless nobody wants it."""
+        """Adds a gradient [B, Hs, G, ...] if it is needed."""
         if name not in self._like:
             return
         per_batch = grad.sum(2)
@@ -249,6 +299,7 @@ class _StateSums:
             self._sums[name] = per_batch
 
     def result(self) -> list[Tensor | None]:
+        """Returns the gradients of the state's tensors, None where they are not needed."""
         return [self._of_states(name) if name in self._like else None for name in self._NAMES]
 
     def _of_states(self, name: str) -> Tensor:
@@ -258,7 +309,7 @@ class _StateSums:
             grads = self._sums[name].reshape(self._sums[name].shape[0], *like.shape[1:])
             if index is None:
                 total.add_(grads)
-            else:  # one batch row at a time: index_add_ of several rows into one state has no fixed order on a GPU
+            else:  # one batch row at a time: on a GPU, index_add_ of several rows into one state has no fixed order
                 absent = (index < 0).reshape(-1, *(1,) * (grads.dim() - 1))
                 grads = grads.masked_fill(absent, 0)
                 for row in range(index.shape[0]):

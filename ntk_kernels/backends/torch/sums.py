@@ -2,12 +2,12 @@
 
     z_c = Σ_j w_j φ(y_j) v_jᵀ    k_c = Σ_j w_j φ(y_j)    count_c = Σ_j w_j    y_j = key_scale · (k_j - μ_c)
 
-over the rows j of centre c. With one centre rows are taken as they lie, a few heads at a time. With several they are
-sorted by centre and gathered, head by head, in tiles of which each has rows of one centre; a tile that is not full
-repeats its last row, with weight 0. Tiles are summed in the dtype of the accumulation, their sums in float64.
+over the rows j of centre c. With one centre, tiles are slices of the rows of a few heads. With several, the rows of a
+head are sorted by centre and gathered in tiles that have rows of one centre each; a tile that is not full repeats its
+last row, with weight 0. Tiles are summed in the dtype of the accumulation, and their sums in float64.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,39 +17,40 @@ from ...feature_maps import LINEAR, get_feature_map
 from ...inputs import SumInputs
 from ..results import empty_sum_grads, empty_sums, lse_dtype
 
-_CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}  # features at a time: fill the cache, not the memory
-_TILE_ROWS = 2048  # at most: more would lose digits
+_CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}  # features held at a time: as many as the cache holds
+_MAX_TILE_ROWS = 2048  # more would lose digits
 _MIN_TILE_ROWS = 16
 
 
 class _Tiles(NamedTuple):
-    """B tiles of T rows."""
+    """B tiles of T rows each."""
 
-    heads: slice  # as many as tiles; one if rows are gathered
+    heads: slice  # B heads, or a single one if rows are gathered
     rows: slice | Tensor  # [B, T]
-    centers: Tensor | None  # [B], of each tile; None if there is one centre
+    centers: Tensor | None  # [B], the centre of each tile; None if there is only one
     exists: Tensor | None  # [B, T, 1], False where a tile repeats its last row
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """[H, m, d] -> [B, T, d]."""
+        """Returns the rows of the tiles, [H, m, d] -> [B, T, d]."""
         if self.centers is None:
             return tensor[self.heads, self.rows]
         return tensor[self.heads.start].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
 
     def set_rows(self, tensor: Tensor, tiles: Tensor) -> None:
+        """Writes the rows of the tiles [B, T, d] into a tensor [H, m, d]."""
         if self.centers is None:
             tensor[self.heads, self.rows] = tiles
         else:
             tensor[self.heads.start].index_copy_(0, self.rows.flatten(), tiles.flatten(0, 1).to(tensor.dtype))
 
     def centers_of(self, tensor: Tensor) -> Tensor:
-        """[H, C, ...] -> [B, ...]."""
+        """Returns the part of each tile's centre, [H, C, ...] -> [B, ...]."""
         if self.centers is None:
             return tensor[self.heads, 0]
         return tensor[self.heads.start].index_select(0, self.centers)
 
     def add_to(self, sums: Tensor, tiles: Tensor) -> None:
-        """Adds [B, ...] to [H, C, ...], in a fixed order."""
+        """Adds tiles [B, ...] to the sums [H, C, ...] of their centres, in a fixed order."""
         if self.centers is None:
             sums[self.heads, 0] += tiles
         elif sums.device.type == "cpu":
@@ -59,11 +60,11 @@ class _Tiles(NamedTuple):
 
 
 def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
+    """Computes z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
     results = empty_sums(inputs)
     z, k, count = (torch.zeros_like(result, dtype=torch.float64) for result in results)
     phi_of = get_feature_map(inputs.feature_map)
-    constant = 1 if phi_of.sections == (LINEAR,) else 0  # features that are 1, which need no product
+    constant = 1 if phi_of.sections == (LINEAR,) else 0  # features that are 1 and need no product
     for tiles in _tiles(inputs):
         w = _weights_of(tiles, inputs)
         v = tiles.rows_of(inputs.values).to(results[0].dtype)
@@ -85,8 +86,10 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(result.copy_(sums) for result, sums in zip(results, (z, k, count), strict=True))
 
 
-def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tuple[Tensor, ...]:
-    """Gradients of keys, values and centres; those that `needs_grad` does not ask for have no elements."""
+def sum_features_backward(
+    grad_z: Tensor, grad_k: Tensor, inputs: SumInputs, needs_grad: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Computes the gradients of keys, values and centres; those that `needs_grad` excludes have no elements."""
     grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
     phi_of, of_centers = get_feature_map(inputs.feature_map), torch.zeros_like(grad_centers, dtype=torch.float64)
     for tiles in _tiles(inputs):
@@ -114,16 +117,21 @@ def sum_features_backward(grad_z, grad_k, inputs: SumInputs, needs_grad) -> tupl
 
 
 def rows_by_center(keys: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """`order` [H, m], the rows sorted by their nearest centre, and `offsets` [H, C + 1], where each centre's begin."""
+    """Sorts the rows by their nearest centre.
+
+    Returns:
+        The numbers [H, m] of the rows in this order, and the offsets [H, C + 1] at which the rows of each centre begin.
+    """
     nearest, order = nearest_centers(keys, centers).sort(dim=-1, stable=True)
     bounds = torch.arange(centers.shape[1] + 1, device=keys.device).expand(len(keys), -1).contiguous()
     return order, torch.searchsorted(nearest, bounds)
 
 
 def nearest_centers(keys: Tensor, centers: Tensor) -> Tensor:
-    """[H, m], of keys [H, m, D] the number of the nearest of the centres [H, C, D]; of equal ones the first."""
+    """Returns the number [H, m] of the centre [H, C, D] nearest to each key [H, m, D], the first if several are."""
     (heads, num_rows, head_dim), num_centers = keys.shape, centers.shape[1]
-    # |k - μ|² without the |k|² that all centres share, both taken from the centres' mean: keys share a large one
+    # |k - μ|² less |k|², which is the same for all centres; both relative to the mean of the centres, as real keys
+    # share a large mean.
     dtype = lse_dtype(keys)
     centers = centers.detach().to(dtype)
     origin = centers.mean(1, keepdim=True)
@@ -143,33 +151,33 @@ def _elements_at_a_time(tensor: Tensor) -> int:
 
 
 def _tiles(inputs: SumInputs) -> Iterator[_Tiles]:
-    """So many at a time that their features fill the cache."""
+    """Yields tiles, as many at a time as have `_CHUNK_ELEMENTS` features."""
     heads, num_rows, _ = inputs.keys.shape
     if num_rows == 0:
         return
-    most = _elements_at_a_time(inputs.keys) // inputs.num_features
+    max_rows = _elements_at_a_time(inputs.keys) // inputs.num_features
     if inputs.num_centers > 1:
         order, offsets = rows_by_center(inputs.keys, inputs.centers)
         for head in range(heads):
-            yield from _gathered_tiles(head, order[head], offsets[head], most, inputs.values.shape[2])
+            yield from _gathered_tiles(head, order[head], offsets[head], max_rows, inputs.values.shape[2])
         return
-    num_tile_rows = max(_MIN_TILE_ROWS, min(_TILE_ROWS, num_rows, most))
-    step = max(1, most // num_tile_rows)
+    num_tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, num_rows, max_rows))
+    step = max(1, max_rows // num_tile_rows)
     for head in range(0, heads, step):
         for row in range(0, num_rows, num_tile_rows):
             yield _Tiles(slice(head, head + step), slice(row, row + num_tile_rows), None, None)
 
 
-def _gathered_tiles(head: int, order: Tensor, offsets: Tensor, most: int, value_dim: int) -> Iterator[_Tiles]:
-    """Those of one head; `most` rows at a time, or as many rows of partial sums."""
+def _gathered_tiles(head: int, order: Tensor, offsets: Tensor, max_rows: int, value_dim: int) -> Iterator[_Tiles]:
+    """Yields the tiles of one head, so many at a time that neither their rows nor their sums exceed `max_rows` rows."""
     num_rows, num_centers = order.shape[0], offsets.shape[0] - 1
-    num_tile_rows = max(_MIN_TILE_ROWS, min(_TILE_ROWS, num_rows // (4 * num_centers), most))
+    num_tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, num_rows // (4 * num_centers), max_rows))
     starts, stops = offsets[:-1], offsets[1:]
     num_tiles = (stops - starts + num_tile_rows - 1) // num_tile_rows
     all_centers = torch.repeat_interleave(num_tiles)
     numbers = torch.arange(all_centers.shape[0], device=order.device) - (num_tiles.cumsum(0) - num_tiles)[all_centers]
     columns = torch.arange(num_tile_rows, device=order.device)
-    step = max(1, most // max(num_tile_rows, value_dim))
+    step = max(1, max_rows // max(num_tile_rows, value_dim))
     for centers, number in zip(all_centers.split(step), numbers.split(step), strict=True):
         positions = (starts[centers] + number * num_tile_rows).unsqueeze(1) + columns
         last = stops[centers].unsqueeze(1) - 1
@@ -178,7 +186,7 @@ def _gathered_tiles(head: int, order: Tensor, offsets: Tensor, most: int, value_
 
 
 def _weights_of(tiles: _Tiles, inputs: SumInputs, *, once: bool = True) -> Tensor | None:
-    """[B, T, 1], with `once` 0 where a row is repeated; None: all 1."""
+    """Returns the weights [B, T, 1] of the rows, with `once` 0 for repeated ones; None if all are 1."""
     dtype = lse_dtype(inputs.keys)
     w = None if inputs.weights is None else tiles.rows_of(inputs.weights.unsqueeze(-1)).to(dtype)
     if tiles.exists is None or not once:
@@ -187,7 +195,7 @@ def _weights_of(tiles: _Tiles, inputs: SumInputs, *, once: bool = True) -> Tenso
 
 
 def _centred_keys(tiles: _Tiles, inputs: SumInputs) -> Tensor:
-    """k - μ [B, T, D], a tensor of its own."""
+    """Returns k - μ [B, T, D] as a new tensor."""
     dtype = lse_dtype(inputs.keys)
     keys = tiles.rows_of(inputs.keys)
     if inputs.centers is None:

@@ -1,6 +1,6 @@
 """NTK-Attention as a method of PEFT, laid out as PEFT's own tuners are: config, layer, model.
 
-Importing this module registers the method "NTK" with PEFT, whose functions then take it as any other:
+Importing this module registers the method "NTK" with PEFT, whose functions then work with it as with any other:
 
     from peft import PeftModel, get_peft_model
 
@@ -10,7 +10,7 @@ Importing this module registers the method "NTK" with PEFT, whose functions then
     model.save_pretrained("adapter")
     model = PeftModel.from_pretrained(base_model, "adapter")
 
-Every process that loads such an adapter has to import this module; in one that has not, PEFT raises KeyError: 'NTK'.
+Every process that loads such an adapter has to import this module, otherwise PEFT raises KeyError: 'NTK'.
 """
 
 try:

@@ -1,8 +1,11 @@
-"""`NTKConfig`: what an adapter is, and what adapter_config.json says of it."""
+"""`NTKConfig`: the configuration of an adapter, as adapter_config.json holds it."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -10,21 +13,19 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ... import checks
 from ...files import safetensors
 from ...state import PrefixState
-from ...trainable import NTKPrefix
+from ...trainable import NTKPrefix, PrefixOptions, options_of_state
 from ..transformers.attention_interface import CHILD
-from ..transformers.attention_modules import some
+from ..transformers.attention_modules import list_names
 
-# In which an `NTKLayer` keeps the prefixes of its adapters. PEFT takes parameters with this in their names to be ours,
-# and overlooks layers with this in theirs, so it must not be a part of `CHILD`.
+# Attribute of an `NTKLayer` with the prefixes of its adapters. PEFT takes parameters with this in their names to be
+# ours, and skips layers with this in their names, so it must not be a part of `CHILD`.
 STATES = "ntk_states"
 _VERSION = 1
-_OF_PREFIX = (
-    "feature_map", "rank", "centers", "num_rows", "positive", "scale_by_k", "log_scale", "feature_scale", "init_mass",
-)  # fmt: skip
+_T = TypeVar("_T")
 
 
 def _add_peft_type(name: str) -> None:
-    """One more member of `PeftType`: PEFT registers no method that is not among them, and has no other way in."""
+    """Adds a member to `PeftType`: PEFT registers only methods that are among them, and has no function to add one."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_names_.append(name)
@@ -37,37 +38,28 @@ if "NTK" not in PeftType.__members__:
 
 
 @dataclass
-class NTKConfig(PeftConfig):
-    """The prefixes of one adapter: one in each attention module, all made with the same options of `NTKPrefix`.
+class NTKConfig(PrefixOptions, PeftConfig):
+    """The configuration of one adapter: a prefix in each attention module, all with the same options of `NTKPrefix`.
 
     Args:
         target_modules: names of attention modules, or the ends of names (["self_attn"]), or one regular expression that
             matches whole names (r".*layers\\.[0-7]\\.self_attn"). Default: all that dispatch their attention through
             transformers' `AttentionInterface`; `attention_shapes` in `ntk_kernels.integrations.transformers` lists
             them.
-        layers_to_transform: of these, only the ones in layers of these numbers, or this number.
-        feature_map, rank, centers, num_rows, positive, scale_by_k, log_scale, feature_scale, init_mass: as `NTKPrefix`
-            has them; `centers` is a number.
+        layers_to_transform: number or numbers of the layers to which the target modules are restricted.
+        feature_map, rank, centers, num_rows, positive, scale_by_k, log_scale, feature_scale, init_mass: as in
+            `NTKPrefix`; `centers` is a number.
         modules_to_save: other modules of the model to be trained and saved as a whole, such as a classifier's head.
-        shapes: filled in when the adapter meets a model, and saved: [Hkv, D, Dv] by the names of its modules. A model
-            that has others is refused.
-        format_version: of the files.
+        shapes: [Hkv, D, Dv] by the names of the adapter's modules, filled in when it meets a model, and saved. A model
+            with other shapes is refused.
+        format_version: version of the files.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
-    feature_map: str | None = "elu"
-    rank: int | None = None
-    centers: int | None = None
-    num_rows: int = 0
-    positive: str | None = "softplus"
-    scale_by_k: bool = True
-    log_scale: bool = False
-    feature_scale: float | None = None
-    init_mass: float = 1e-6
     modules_to_save: list[str] | None = None
     shapes: dict[str, list[int]] | None = None
     format_version: int = _VERSION
@@ -94,43 +86,36 @@ class NTKConfig(PeftConfig):
             self.layers_to_transform = _list_of("layers_to_transform", self.layers_to_transform, int, "numbers")
         if self.centers is not None:
             checks.check_int("centers", self.centers, minimum=1)
-        # Refuses what does not fit; on the meta device, which takes neither memory nor random numbers.
+        # To refuse options that do not fit; the meta device takes neither memory nor random numbers.
         NTKPrefix(1, 1, **self.prefix_options, device="meta")
 
     @property
-    def prefix_options(self) -> dict:
-        """The options of `NTKPrefix`."""
-        return {name: getattr(self, name) for name in _OF_PREFIX}
+    def prefix_options(self) -> dict[str, Any]:
+        """Options of `NTKPrefix`."""
+        return {field.name: getattr(self, field.name) for field in fields(PrefixOptions)}
 
     @classmethod
-    def of_state(cls, state: PrefixState, **options) -> "NTKConfig":
-        """The configuration of an adapter that may start as this state and others of its form.
+    def of_state(cls, state: PrefixState, **options: Any) -> "NTKConfig":
+        """Returns the configuration of an adapter that can start as this state and others of its form.
 
         Args:
-            state: of any of the modules; `NTKModel.init_from_states` takes them all.
-            options: all that the state does not tell.
-        """
-        if not isinstance(state, PrefixState):
-            raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}")
-        if state.is_stack:
-            raise ValueError(f"`state` must be one state, got a stack of {state.num_states}")
-        return cls(
-            feature_map=state.feature_map,
-            rank=state.rank,
-            centers=None if state.centers is None else state.num_centers,
-            num_rows=state.num_rows,
-            log_scale=state.log_scale is not None,
-            feature_scale=state.feature_scale,
-            **options,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> PeftConfig:
-        """Reads adapter_config.json, and checks the weights that lie beside it before they meet a model.
+            state: the state of any module; `NTKModel.init_from_states` takes those of all modules.
+            options: all options that the state does not determine.
 
         Raises:
-            TypeError, ValueError: if there is no such file, it is of another version, or the weights are not those that
-                it tells of.
+            TypeError, ValueError: if `state` is not a single PrefixState, or an option does not fit.
+        """
+        return cls(**options_of_state(state), **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Reads adapter_config.json, and checks the weights beside it before they meet a model.
+
+        Raises:
+            TypeError, ValueError: if the file does not exist or is of another version, or if the weights do not have
+                the names and shapes that it implies.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -152,7 +137,7 @@ class NTKConfig(PeftConfig):
         if missing := [key for key in expected if key not in found]:
             raise ValueError(
                 f"{path} must hold the weights that adapter_config.json tells of, `{missing[0]}` among them, got "
-                f"{some(found) or 'nothing'}"
+                f"{list_names(found) or 'nothing'}"
             )
         for key, shape in expected.items():
             if found[key] != shape:
@@ -161,11 +146,12 @@ class NTKConfig(PeftConfig):
                 )
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _list_of(name: str, values, kind: type, what: str) -> list:
+def _list_of(name: str, values: Iterable[_T], kind: type[_T], what: str) -> list[_T]:
+    """Returns `values` as a list, sorted if it is a set; raises TypeError unless all are of a type."""
     fits = isinstance(values, list | tuple | set) and len(values) > 0
     if not fits or not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
         raise TypeError(f"`{name}` must be a list of {what}, got {values!r}")

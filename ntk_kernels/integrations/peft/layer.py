@@ -1,9 +1,9 @@
-"""`NTKLayer`: the prefixes that the adapters of a model have in one attention module."""
+"""`NTKLayer`: the prefixes of all adapters of a model in one attention module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,20 +16,20 @@ from .config import STATES, NTKConfig
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
-class _Rows(NamedTuple):
-    """The adapters in use in this layer, which of them each row of a batch has, and what may become of the batch."""
+class _BatchRows(NamedTuple):
+    """The adapters of the rows of a batch."""
 
-    used: list[str]
-    index: Tensor | None
-    count: int
-    copies: frozenset[int]
+    used: list[str]  # adapters that this layer has
+    state_index: Tensor | None  # [num_rows], which of them each row has, -1 for none; None if none is used
+    num_rows: int
+    copies: frozenset[int]  # numbers of copies that `generate` may make of each row
 
 
 class NTKLayer(nn.Module, BaseTunerLayer):
-    """The child `ntk_prefix` of an attention module; it wraps nothing, so the weights of the model keep their names.
+    """The child `ntk_prefix` of an attention module. It wraps nothing, so that weights of the model keep their names.
 
-    The attention implementation "ntk" asks it in each forward for the state to be used: that of the active adapter,
-    the sum of the states of several, or a stack of states for a batch whose rows have different ones.
+    The attention implementation "ntk" asks it in each forward for the state to use: that of the active adapter, the sum
+    of the states of several, or a stack of states for a batch whose rows have different adapters.
     """
 
     adapter_layer_names = (STATES,)
@@ -37,23 +37,23 @@ class NTKLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self):
         super().__init__()
-        self.ntk_states = nn.ModuleDict({})  # of an NTKPrefix for each adapter
+        self.ntk_states = nn.ModuleDict({})  # an NTKPrefix for each adapter
         self._disable_adapters = False
         self.merged_adapters = []
-        self._rows: _Rows | None = None  # while rows have adapters of their own
-        self._stack: PrefixState | None = None
+        self._rows: _BatchRows | None = None  # while rows have adapters of their own
+        self._stack: PrefixState | None = None  # of the adapters in use, if it can be kept
 
-    def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement) -> None:
+    def update_layer(self, adapter_name: str, config: NTKConfig, shape: Sequence[int], **placement: Any) -> None:
         """Adds an adapter: a prefix of `shape` [Hkv, D, Dv]; `placement` is its device and dtype."""
         num_heads, head_dim, value_dim = shape
         prefix = NTKPrefix(num_heads, head_dim, value_dim=value_dim, **config.prefix_options, **placement)
         self.ntk_states[adapter_name] = prefix
 
     def state_and_index(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
-        """The state for a batch, and which state of a stack each row uses: [rows] int, -1 for none; else None.
+        """Returns the state for a batch, and which state of a stack each row uses, as `PrefixSource` says.
 
         Raises:
-            ValueError: if the adapters of the rows are known, but not those of `batch` rows.
+            ValueError: if the adapters of rows are given, but not of `batch` rows.
         """
         if self.disable_adapters:
             return None, None
@@ -63,17 +63,17 @@ class NTKLayer(nn.Module, BaseTunerLayer):
         return (reduce(PrefixState.merge, states) if states else None), None
 
     @contextmanager
-    def rows_of(self, adapter_names: Sequence[str], copies: frozenset[int]):
-        """Within it, row i of a batch has the adapter `adapter_names[i]`.
+    def rows_of(self, adapter_names: Sequence[str], copies: frozenset[int]) -> Iterator[None]:
+        """Gives row i of a batch the adapter `adapter_names[i]` within a `with` block.
 
-        Where each row has become several (beams), side by side, as many as one of `copies`, all of them have it.
+        If each row has become several rows side by side (beams), as many as one of `copies`, all of them have it.
         """
-        # Made here, and in the order of the layer: so a compiled model may be given other rows of the same adapters.
+        # Made outside forward and in the order of the layer: other rows with the same adapters recompile nothing.
         used = [name for name in self.ntk_states if name in adapter_names]
         numbers = [used.index(name) if name in used else -1 for name in adapter_names]
         index = torch.tensor(numbers, device=next(self.parameters()).device) if used else None
         before = self._rows, self._stack
-        self._rows, self._stack = _Rows(used, index, len(numbers), copies), None
+        self._rows, self._stack = _BatchRows(used, index, len(numbers), copies), None
         try:
             yield
         finally:
@@ -81,20 +81,20 @@ class NTKLayer(nn.Module, BaseTunerLayer):
 
     def _state_of_rows(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
         rows = self._rows
-        if batch not in {rows.count * copies for copies in rows.copies}:
+        if batch not in {rows.num_rows * copies for copies in rows.copies}:
             raise ValueError(
-                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.count}"
+                f"`adapter_names` must have a name for each of the {batch} rows of the batch, got {rows.num_rows}"
             )
         if not rows.used:
             return None, None
         if torch.is_grad_enabled():
-            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.index
-        if self._stack is None:  # in generation, the next token finds it made
+            return PrefixState.stack([self.ntk_states[name]() for name in rows.used]), rows.state_index
+        if self._stack is None:  # kept for the next token of a generation
             self._stack = PrefixState.stack([self.ntk_states[name]() for name in rows.used])
-        return self._stack, rows.index
+        return self._stack, rows.state_index
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to be done: a prefix is made on the device of its module, and keeps its dtype."""
+        """Does nothing: a prefix is made on the device of its module, and keeps its dtype."""
 
     def __repr__(self) -> str:
         return "ntk." + super().__repr__()

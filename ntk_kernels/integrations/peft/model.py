@@ -1,11 +1,12 @@
-"""`NTKModel`: puts the prefixes into a model, and tells each of them which adapters are in use."""
+"""`NTKModel`: puts the prefixes of adapters into a model and tells each of them which adapters are in use."""
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -18,40 +19,47 @@ from ...state import PrefixState
 from ...trainable import NTKPrefix
 from ..transformers.attach import check_bare, use_ntk
 from ..transformers.attention_interface import CHILD
-from ..transformers.attention_modules import attention_modules, find_shape, placement, some
-from ..transformers.switch import add_child, remove_child, settle_flash
+from ..transformers.attention_modules import attention_modules, find_shape, list_names, placement
+from ..transformers.switch import add_child, remove_child, sync_flash_support
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer
 
-_SWITCHES = "_ntk_peft_switches"  # on the base model: one for each time that adapters were added
+_SWITCHES = "_ntk_peft_switches"  # attribute of the base model: a switch for each adapter that was added
 
 
 class NTKModel(BaseTuner):
     """A transformers model whose attention modules have prefixes as adapters; `peft.get_peft_model` makes it.
 
-    Differences from most tuners: layers are children of attention modules and wrap nothing; nothing can be merged into
-    the weights; rows of a batch may have different adapters in training too, with the model's own gradient
+    Differences from most tuners: layers are children of attention modules and wrap nothing; adapters cannot be merged
+    into the weights; rows of a batch may have different adapters in training too, with the model's own gradient
     checkpointing.
 
     Args:
         model: a transformers model that dispatches its attention through `AttentionInterface`.
-        peft_config: an `NTKConfig`, or one by the name of the adapter.
-        adapter_name: of the first adapter.
-        low_cpu_mem_usage: make parameters on the meta device, to be replaced by loaded ones.
+        peft_config: an `NTKConfig`, or a dictionary with one under the name of the adapter.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: whether to make parameters on the meta device, to be replaced by loaded ones.
 
     Raises:
-        TypeError, ValueError: if the model is none of these, has an adapter of that name or prefixes of
+        TypeError, ValueError: if the model is not of this kind, has an adapter of that name or prefixes of
             `attach_prefix`, no module is matched, or sizes differ from those that the adapter is for. Then nothing of
             the model has changed.
     """
 
     prefix = STATES
     tuner_layer_cls = NTKLayer
-    target_module_mapping: dict = {}  # noqa: RUF012  # all attention modules, in whatever model
+    target_module_mapping: dict = {}  # noqa: RUF012  # empty: all attention modules of any model
 
-    def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: NTKConfig | dict[str, NTKConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ):
         check_bare(model)
-        others = getattr(model, "peft_config", {})  # LoRA's, say; PEFT adds ours to them, over one of the same name
+        others = getattr(model, "peft_config", {})  # of LoRA, for instance; PEFT would overwrite one of the same name
         if adapter_name in others:
             raise ValueError(
                 f"`adapter_name` must be none of those that the model has, {sorted(others)}, got {adapter_name!r}"
@@ -64,8 +72,8 @@ class NTKModel(BaseTuner):
 
     # Adding ----------------------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Makes the prefixes of an adapter: those of all its modules, or, if anything goes wrong, none."""
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Makes the prefixes of an adapter in all its modules, or in none if anything fails."""
         if kwargs.get("state_dict") is not None:
             raise ValueError("`state_dict` must be None: an adapter's modules are those of its configuration")
         modules, config = _resolve(model, self.peft_config[adapter_name])
@@ -86,9 +94,9 @@ class NTKModel(BaseTuner):
             switch.turn_off()
             raise
         setattr(model, _SWITCHES, [*getattr(model, _SWITCHES, []), switch])
-        settle_flash(model)
+        sync_flash_support(model)
 
-    def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict) -> NTKConfig:
+    def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict[str, Any]) -> NTKConfig:
         return peft_config
 
     @staticmethod
@@ -97,7 +105,7 @@ class NTKModel(BaseTuner):
 
     def _create_and_replace(
         self, peft_config: NTKConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **optional_kwargs,
+        current_key: str, **optional_kwargs: Any,
     ) -> None:  # fmt: skip
         if not hasattr(target, CHILD):
             add_child(target, NTKLayer())
@@ -107,14 +115,14 @@ class NTKModel(BaseTuner):
             layer.ntk_states[adapter_name].requires_grad_(False)
 
     def init_from_states(self, states: Mapping[str, PrefixState], adapter_name: str = "default") -> None:
-        """Lets an adapter start from states, such as are converted from the keys and values of real text.
+        """Makes an adapter start from states, for instance converted from the keys and values of real text.
 
         Args:
             states: one for each module of the adapter, by the names of the modules in the base model, with the
                 key/value heads of the module. `NTKConfig.of_state` makes the configuration that goes with them.
 
         Raises:
-            TypeError, ValueError: if they are not of the adapter's modules and form. Then nothing has changed.
+            TypeError, ValueError: if their names or forms are not those of the adapter. Then nothing has changed.
         """
         self._check_names("adapter_name", [adapter_name])
         config = self.peft_config[adapter_name]
@@ -123,7 +131,7 @@ class NTKModel(BaseTuner):
         if different := config.shapes.keys() ^ states.keys():
             name = min(different, key=str)
             raise ValueError(
-                f"`states` must be for the modules of the adapter, {some(config.shapes)}, got "
+                f"`states` must be for the modules of the adapter, {list_names(config.shapes)}, got "
                 f"{'one' if name in states else 'none'} for `{name}`"
             )
         starts = {}
@@ -142,10 +150,10 @@ class NTKModel(BaseTuner):
     # Using -----------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter active, or several, whose prefixes then act together, as if one stood after the other.
+        """Makes an adapter active, or several, whose prefixes then act together, as if one followed the other.
 
         Raises:
-            ValueError: if there is no such adapter, or the states of several cannot be added.
+            ValueError: if an adapter does not exist, or the states of several cannot be added.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_names("adapter_name", names)
@@ -155,23 +163,23 @@ class NTKModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
-        """Takes all adapters out of use: the model is the base model, its own attention implementation included.
+        """Disables all adapters: the model is the base model again, its own attention implementation included.
 
-        (Unless another model, which uses its adapters, was built from the same configuration object.)
+        The implementation stays "ntk" if another model, whose adapters are enabled, shares the configuration object.
         """
         super().disable_adapter_layers()
         for switch in getattr(self.model, _SWITCHES, []):
             switch.turn_off()
 
     def enable_adapter_layers(self) -> None:
-        """Puts the active adapters to use again."""
+        """Enables the active adapters again."""
         super().enable_adapter_layers()
         for switch in getattr(self.model, _SWITCHES, []):
             switch.turn_on()
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT enters it around each forward and generate, with their arguments."""
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Applies `adapter_names` within a `with` block; PEFT enters it around forward and generate."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -197,7 +205,7 @@ class NTKModel(BaseTuner):
                 )
 
     def _ntk_adapters(self) -> list[str]:
-        """Without those of other methods, LoRA's, say."""
+        """Returns the names of the adapters, without those of other methods such as LoRA."""
         configs = getattr(self, "peft_config", {})
         return [name for name, config in configs.items() if isinstance(config, NTKConfig)]
 
@@ -210,7 +218,7 @@ class NTKModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter. If no other is active, the first of those that are left becomes so."""
+        """Deletes an adapter. If no other is active, the first remaining adapter becomes active, with a warning."""
         if adapter_name in self.peft_config and adapter_name in self.active_adapters:
             others = [name for name in self.active_adapters if name != adapter_name]
             left = [name for name in self._ntk_adapters() if name != adapter_name]
@@ -218,11 +226,11 @@ class NTKModel(BaseTuner):
                 warnings.warn(
                     f"the active adapter {adapter_name!r} is deleted, {left[0]!r} is active now", stacklevel=3
                 )
-            if others or left:  # Now: afterwards, each layer would choose among those that it has itself.
+            if others or left:  # before the deletion, after which each layer would choose among its own adapters
                 self.set_adapter(others or left[0])
         super().delete_adapter(adapter_name)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         for module in self.model.modules():
@@ -235,11 +243,11 @@ class NTKModel(BaseTuner):
             self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
         for switch in self.model.__dict__.pop(_SWITCHES, []):
             switch.turn_off()
-        settle_flash(self.model)
+        sync_flash_support(self.model)
         return self.model
 
     def _unload_beside_others(self) -> None:
-        """What else there is of our adapters; PEFT would take away the layers of LoRA as well."""
+        """Removes the rest of our adapters. PEFT's own function would remove the layers of LoRA as well."""
         ours = self._ntk_adapters()
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, AuxiliaryTrainingWrapper) or module._adapters.isdisjoint(ours):
@@ -250,7 +258,7 @@ class NTKModel(BaseTuner):
                 for adapter in module._adapters.intersection(ours):
                     module.delete_adapter(adapter, module.active_adapters)
             else:
-                # PEFT 0.18 knows of no wrapper without an active adapter.
+                # PEFT 0.18 cannot unload a wrapper without an active adapter.
                 kept = module.original_module
                 if module.active_adapters:
                     kept = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
@@ -260,20 +268,22 @@ class NTKModel(BaseTuner):
             del self.peft_config[name]
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """Without the weights of LoRA beside it, which PEFT takes for a part of ours."""
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Returns our weights only, without those of LoRA that PEFT takes for ours."""
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in tensors.items() if f".{STATES}." in name}
 
 
 def _resolve(model: PreTrainedModel, config: NTKConfig) -> tuple[dict[str, nn.Module], NTKConfig]:
-    """The modules that an adapter is for, and its configuration with their shapes."""
+    """Returns the modules that an adapter is for, by name, and its configuration with their shapes."""
     found = attention_modules(model, None)
     names = _matching(found, config) if config.shapes is None else config.shapes
     shapes = {}
     for name in names:
         if name not in found:
-            raise ValueError(f"the adapter must be for attention modules of the model, {some(found)}, got `{name}`")
+            raise ValueError(
+                f"the adapter must be for attention modules of the model, {list_names(found)}, got `{name}`"
+            )
         shape = find_shape(found[name])
         if shape is None:
             raise ValueError(
@@ -290,18 +300,19 @@ def _resolve(model: PreTrainedModel, config: NTKConfig) -> tuple[dict[str, nn.Mo
 
 
 def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
+    """Returns the names of the modules that a configuration targets."""
     wanted, names = config.target_modules, list(found)
     if isinstance(wanted, str):
         names = [name for name in found if re.fullmatch(wanted, name)]
         if not names:
             raise ValueError(
-                f"`target_modules` must be a regular expression for the whole of a name of {some(found)}, or a list of "
-                f"their ends, got {wanted!r}"
+                f"`target_modules` must be a regular expression for the whole of a name of {list_names(found)}, or a "
+                f"list of their ends, got {wanted!r}"
             )
     elif wanted is not None:
         for end in wanted:
             if not any(f".{name}".endswith(f".{end}") for name in found):
-                raise ValueError(f"`target_modules` must be names of {some(found)}, or their ends, got {end!r}")
+                raise ValueError(f"`target_modules` must be names of {list_names(found)}, or their ends, got {end!r}")
         names = [name for name in found if any(f".{name}".endswith(f".{end}") for end in wanted)]
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform
@@ -317,12 +328,12 @@ def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
     return names
 
 
-def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
-    """Two adapters can be added, or stacked."""
+def _check_together(configs: Mapping[str, NTKConfig], a: str, b: str, *, is_sum: bool) -> None:
+    """Raises ValueError unless the states of two adapters can be added or, without `is_sum`, stacked."""
     ours, theirs = configs[a], configs[b]
     what = "to be active together" if is_sum else "to be in one batch"
     if is_sum and None in (ours.feature_map, theirs.feature_map):
-        return  # rows are joined, whatever else there is
+        return  # rows can be joined with anything
     for name in ("feature_map", "feature_scale"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
@@ -339,8 +350,8 @@ def _check_together(configs: dict, a: str, b: str, *, is_sum: bool) -> None:
 
 
 def _check_rows(model: PreTrainedModel, adapter_name: str, config: NTKConfig) -> None:
-    """The rows of all modules of an adapter are those of the batch."""
-    if hasattr(model.config, "encoder"):  # two models with a row of the one for each row of the other
+    """Raises ValueError unless the rows in all modules of an adapter are those of the batch."""
+    if hasattr(model.config, "encoder"):  # two models with equally many rows
         return
     text = model.config.get_text_config(decoder=True)
     for name in config.shapes:
@@ -352,22 +363,22 @@ def _check_rows(model: PreTrainedModel, adapter_name: str, config: NTKConfig) ->
             )
 
 
-def _copies(model: PreTrainedModel, kwargs: dict) -> frozenset[int]:
-    """How many rows `generate`, called with `kwargs`, may make of each: beams, and what it returns of them."""
+def _copies(model: PreTrainedModel, kwargs: dict[str, Any]) -> frozenset[int]:
+    """Returns the numbers of rows that `generate`, called with `kwargs`, may make of each: beams and returned ones."""
     configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
-    default = GenerationConfig()  # what the first has in common with it, transformers takes from the second
+    default = GenerationConfig()  # transformers takes values from the second where the first has the default
 
     def option(name: str) -> int:
         values = [getattr(config, name, None) for config in configs]
         return kwargs.get(name) or next((value for value in values if value not in (None, getattr(default, name))), 1)
 
     beams, sequences = option("num_beams"), option("num_return_sequences")
-    return frozenset({1, beams, sequences, beams * sequences})  # encoders have none or, in Whisper, one per sequence
+    return frozenset({1, beams, sequences, beams * sequences})  # encoders: 1 or, in Whisper, one per sequence
 
 
 @contextmanager
-def _rows_of(model: nn.Module, names: Sequence[str], copies: frozenset[int]):
-    """Within it, every layer in `model` takes row i's adapter to be `names[i]`, and so do the `modules_to_save`."""
+def _rows_of(model: nn.Module, names: Sequence[str], copies: frozenset[int]) -> Iterator[None]:
+    """Gives row i the adapter `names[i]` in every layer and in the `modules_to_save`, within a `with` block."""
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, NTKLayer):
@@ -378,18 +389,26 @@ def _rows_of(model: nn.Module, names: Sequence[str], copies: frozenset[int]):
         yield
 
 
-def _give_names(module: nn.Module, args: tuple, kwargs: dict, names: Sequence[str]) -> tuple[tuple, dict]:
+def _give_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Adds `adapter_names` to the arguments of a module, repeated for rows that have become several."""
     copies = max(1, args[0].shape[0] // len(names)) if args else 1
     return args, kwargs | {"adapter_names": [name for name in names for _ in range(copies)]}
 
 
 @contextmanager
-def _in_checkpoints(model: nn.Module, rows):
-    """Blocks under gradient checkpointing are computed again in backward, long after forward: they keep their rows."""
+def _in_checkpoints(
+    model: nn.Module, rows: Callable[[nn.Module], AbstractContextManager[None]]
+) -> Iterator[None]:  # fmt: skip
+    """Makes blocks under gradient checkpointing enter `rows` themselves, within a `with` block.
 
-    def keeping_rows(module, checkpoint):
-        def checkpointed(function, *args, **kwargs):
-            def block(*args, **kwargs):
+    Backward computes them again, long after `rows` of the forward was left.
+    """
+
+    def keeping_rows(module: nn.Module, checkpoint: Callable) -> Callable:
+        def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
+            def block(*args: Any, **kwargs: Any) -> Any:
                 with rows(module):
                     return function(*args, **kwargs)
 

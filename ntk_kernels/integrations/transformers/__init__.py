@@ -11,14 +11,12 @@ children:
 
 `prompt_to_states` converts a long prompt to states that `attach_prefix(model, prefixes=states)` takes.
 
-Any child will do that has a method `state_and_index(batch)`. It gives a `PrefixState`, or None for no prefix; and None
-or, with a stack of states, which of them each batch row uses: [batch] int, -1 for none, or shorter, if each row became
-several (beams), which lie side by side. It is asked in each forward, so that the answer may depend on the task at hand.
+Any child that is a `PrefixSource` will do. It is asked in each forward, so its answer may depend on the task at hand.
 """
 
 try:
     from .attach import attach_prefix, attached_prefixes, detach_prefix
-    from .attention_interface import ntk_attention_forward
+    from .attention_interface import PrefixSource, ntk_attention_forward
     from .attention_modules import AttentionShape, attention_shapes
     from .prefix_files import load_prefix, save_prefix
     from .prompt import prompt_to_states
@@ -30,6 +28,7 @@ except ImportError as error:
 
 __all__ = [
     "AttentionShape",
+    "PrefixSource",
     "attach_prefix",
     "attached_prefixes",
     "attention_shapes",

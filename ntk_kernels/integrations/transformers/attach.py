@@ -1,24 +1,33 @@
-"""Gives a model prefixes, and takes them away again."""
+"""`attach_prefix` and `detach_prefix`: give prefixes to a model and take them away again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ... import checks
 from ...state import PrefixState
-from ...trainable import NTKPrefix
+from ...trainable import NTKPrefix, PrefixOptions
 from .attention_interface import CHILD, IMPLEMENTATION
-from .attention_modules import AttentionShape, attention_modules, configs_of, find_shape, placement, shape_of, some
-from .switch import Switch, add_child, remove_child, settle_flash
+from .attention_modules import (
+    AttentionShape,
+    attention_modules,
+    configs_of,
+    find_shape,
+    list_names,
+    placement,
+    shape_of,
+)
+from .switch import Switch, add_child, remove_child, sync_flash_support
 
 _RECORD = "_ntk_attachment"
 
 
 @dataclass
 class _Attachment:
-    """What `detach_prefix` gives back to the model."""
+    """The changes of a model that `detach_prefix` reverts."""
 
     names: list[str]
     switch: Switch
@@ -32,35 +41,35 @@ def attach_prefix(
     modules: str | None = None,
     prefixes: Mapping[str, NTKPrefix | PrefixState] | None = None,
     freeze: bool = True,
-    **options,
+    **options: Any,
 ) -> dict[str, NTKPrefix]:
     """Gives attention modules of a model a trainable prefix each, as their child `ntk_prefix`.
 
-    The model then computes its attention by the implementation "ntk". Its weights keep their names and values. If an
-    argument is refused, nothing of the model has changed.
+    The model then uses the attention implementation "ntk". Its weights keep their names and values. If an argument is
+    refused, nothing of the model has changed.
+
+    A converted state is as accurate as its conversion if `scale` of the conversion was that of the model (1/sqrt(D) in
+    most), and keys and queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper),
+    before that scaling.
 
     Args:
-        model: any model that dispatches its attention through transformers' `AttentionInterface`, and says that it
-            supports sdpa or attention backends. Until `detach_prefix`, forward under another implementation raises
-            RuntimeError.
+        model: any model that dispatches its attention through transformers' `AttentionInterface` and supports sdpa or
+            attention backends. Until `detach_prefix`, forward under another implementation raises RuntimeError.
         feature_map, options: of `NTKPrefix`, the same for every module. A prefix has the key/value heads of its module
             and is float32 (float64 in a float64 model) on its device.
         modules: a regular expression that is searched for in the names of the modules: r"decoder.*self_attn",
-            r"layers\\.[0-7]\\.". None for all: cross-attention and the encoders of images too.
-        prefixes: instead, what to attach to which module, by its name: an `NTKPrefix`, or a `PrefixState`, converted
-            from a real prefix, say, from which one is made; they have the query heads or the key/value heads of the
-            module. `attention_shapes(model)` tells names and sizes.
-        freeze: let only the prefixes be trained, until `detach_prefix`.
+            r"layers\\.[0-7]\\.". None for all, cross-attention and encoders of images included.
+        prefixes: instead of these, the prefixes to attach, by the names of their modules: each an `NTKPrefix`, or a
+            `PrefixState` (converted, for instance) that one starts from, with the query heads or the key/value heads of
+            the module. `attention_shapes(model)` returns names and sizes.
+        freeze: whether only the prefixes are trained, until `detach_prefix`.
 
     Returns:
         The prefixes by the names of their modules.
 
     Raises:
-        TypeError, ValueError: if the model is none of these, has prefixes already, no name matches, a prefix has other
+        TypeError, ValueError: if the model is unsupported or has prefixes already, no name matches, a prefix has other
             sizes than its module, or an option does not fit.
-
-    A converted state is exact if `scale` of the conversion was the one of the model (1/sqrt(D) in most) and keys and
-    queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper), before that.
     """
     found = attention_modules(model, modules)
     check_bare(model)
@@ -75,7 +84,8 @@ def attach_prefix(
             for name, shape in shapes.items()
         }  # fmt: skip
     else:
-        given = {"feature_map": feature_map != "elu", "modules": modules is not None} | dict.fromkeys(options, True)
+        has_map = feature_map != PrefixOptions.feature_map  # the default, which cannot be told from no argument
+        given = {"feature_map": has_map, "modules": modules is not None} | dict.fromkeys(options, True)
         for name, is_given in given.items():
             if is_given:
                 raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
@@ -85,7 +95,7 @@ def attach_prefix(
 
 
 def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
-    """Takes the prefixes away again: the model is what it was before `attach_prefix`.
+    """Takes the prefixes away again and restores the model as it was before `attach_prefix`.
 
     Returns:
         The prefixes by the names of their modules; `attach_prefix(model, prefixes=...)` attaches them again.
@@ -95,7 +105,7 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     for name in record.names:
         remove_child(model.get_submodule(name))
     record.switch.turn_off()
-    settle_flash(model)
+    sync_flash_support(model)
     for parameter in record.frozen:
         parameter.requires_grad_(True)
     delattr(model, _RECORD)
@@ -103,7 +113,7 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
 
 
 def attached_prefixes(model: PreTrainedModel) -> dict[str, NTKPrefix]:
-    """The prefixes that `attach_prefix` or `load_prefix` gave to the model, by the names of their modules.
+    """Returns the prefixes that `attach_prefix` or `load_prefix` gave to the model, by the names of their modules.
 
     Raises:
         ValueError: if there are none.
@@ -115,6 +125,7 @@ def attached_prefixes(model: PreTrainedModel) -> dict[str, NTKPrefix]:
 
 
 def check_bare(model: PreTrainedModel) -> None:
+    """Raises ValueError if the model has attached prefixes."""
     if hasattr(model, _RECORD):
         raise ValueError(
             f"`model` must have no prefixes yet, got one with {len(getattr(model, _RECORD).names)}; detach_prefix "
@@ -122,16 +133,20 @@ def check_bare(model: PreTrainedModel) -> None:
         )
 
 
-def _given_children(model: PreTrainedModel, found: dict[str, nn.Module], prefixes: Mapping) -> dict[str, NTKPrefix]:
+def _given_children(
+    model: PreTrainedModel, found: dict[str, nn.Module], prefixes: Mapping[str, NTKPrefix | PrefixState]
+) -> dict[str, NTKPrefix]:
     if not isinstance(prefixes, Mapping) or not prefixes:
         raise TypeError(f"`prefixes` must be a mapping from names of modules to prefixes, got {prefixes!r:.80}")
     children = {}
     for name, prefix in prefixes.items():
         if name not in found:
-            raise ValueError(f"`prefixes` must be for attention modules of the model, {some(found)}, got {name!r}")
+            raise ValueError(
+                f"`prefixes` must be for attention modules of the model, {list_names(found)}, got {name!r}"
+            )
         if not isinstance(prefix, NTKPrefix | PrefixState):
             raise TypeError(f"`prefixes[{name!r}]` must be an NTKPrefix or a PrefixState, got {type(prefix).__name__}")
-        if (shape := find_shape(found[name])) is not None:  # else the first call finds out
+        if (shape := find_shape(found[name])) is not None:  # else the first forward checks
             _check_fits(name, prefix, shape)
         prefix = NTKPrefix.from_state(prefix) if isinstance(prefix, PrefixState) else prefix
         children[name] = prefix.to(placement(found[name], model)["device"])
@@ -155,8 +170,10 @@ def _check_fits(name: str, prefix: NTKPrefix | PrefixState, shape: AttentionShap
             )
 
 
-def attach_children(model: PreTrainedModel, found: dict, children: dict[str, NTKPrefix], freeze: bool) -> None:
-    """All or nothing."""
+def attach_children(
+    model: PreTrainedModel, found: dict[str, nn.Module], children: Mapping[str, nn.Module], freeze: bool
+) -> None:  # fmt: skip
+    """Adds each of `children`, all `PrefixSource`s, to the module of its name in `found`; none of them if one fails."""
     taken = [name for name in children if hasattr(found[name], CHILD)]
     if taken:
         raise ValueError(f"`{taken[0]}` must have no attribute {CHILD!r} yet, got one that has")
@@ -173,12 +190,12 @@ def attach_children(model: PreTrainedModel, found: dict, children: dict[str, NTK
         raise
     for parameter in frozen:
         parameter.requires_grad_(False)
-    settle_flash(model)
+    sync_flash_support(model)
     setattr(model, _RECORD, _Attachment(list(children), switch, frozen))
 
 
 def use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Switch:
-    """Makes modules of a model compute attention by "ntk", until the switch is turned off."""
+    """Makes modules of a model use the implementation "ntk" until the returned switch is turned off."""
     configs = {id(config): config for name in modules for config in configs_of(model, name)}
     switch = Switch(configs.values())
     for name, module in modules.items():

@@ -1,12 +1,13 @@
-"""The attention implementation "ntk": what transformers calls instead of its own attention functions."""
+"""The attention implementation "ntk": the function that transformers calls instead of its own attention functions."""
 
 import math
 import warnings
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from ...attention import ntk_attention
@@ -16,9 +17,21 @@ from .observer import Observer
 
 IMPLEMENTATION = "ntk"  # no part of it may be a word that transformers looks for ("flash", "sdpa", "paged|", ...)
 CHILD = "ntk_prefix"
-# What some models hand to an attention function because the keys that it may look at, or the result, depend on it.
+# Arguments of some models that change which keys are visible, or the result.
 _UNSUPPORTED = ("cache", "indices", "block_indices", "sinks", "head_mask")
 _warned: set[str] = set()
+
+
+class PrefixSource(Protocol):
+    """The interface of the child `ntk_prefix` of an attention module."""
+
+    def state_and_index(self, batch: int) -> tuple[PrefixState | None, Tensor | None]:
+        """Returns the state for a batch of `batch` rows, and which state of a stack each row uses.
+
+        The state is None for no prefix. The index is None for a single state, else int [batch] with -1 for no state, or
+        shorter if each row of the batch has become several rows side by side (beams).
+        """
+        ...
 
 
 def ntk_attention_forward(
@@ -33,23 +46,27 @@ def ntk_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with the prefix that `module` has, as transformers' `AttentionInterface` calls it.
+    """Computes attention with the prefix of `module`, called by transformers' `AttentionInterface`.
 
     Args:
         query, key, value: [B or 1, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv], rotated, the cache included.
         attention_mask: [B or 1, Hq or 1, Lq, Lk], bool (True = visible) or added to the scores; sliding windows are
             part of it. None: all keys, or, if the module is causal and Lq > 1, row i sees keys 0 to i (the first rows
             of a cache with room for more).
+        dropout: not applied; a warning says so.
         s_aux: [Hq], a logit per head that takes its share of the softmax and adds no value (attention sinks).
         position_bias: [B or 1, Hq, Lq, Lk], added to the scores.
 
     Returns:
-        out [B, Lq, Hq, Dv], and None for the attention weights. A row that sees nothing gives 0.
+        out [B, Lq, Hq, Dv], 0 for a query that sees neither key nor prefix, and None for the attention weights.
+
+    Raises:
+        NotImplementedError: the model passes an argument that changes attention in a way unknown here.
     """
     _check_call(module, dropout, kwargs)
-    if query.shape[0] != key.shape[0]:  # learned queries, which all rows share
+    if query.shape[0] != key.shape[0]:  # learned queries, shared by all rows
         query = query.expand(key.shape[0], -1, -1, -1)
     seq_q, head_dim = query.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
@@ -59,7 +76,7 @@ def ntk_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and seq_q > 1
-    if is_causal and key.shape[2] > seq_q:  # a static cache, of which nothing but these tokens is filled
+    if is_causal and key.shape[2] > seq_q:  # a static cache, filled with these tokens only
         key, value = key[:, :, :seq_q], value[:, :, :seq_q]
     mask = _mask(attention_mask, position_bias, key.shape[2])
     if isinstance(child, Observer):
@@ -77,7 +94,7 @@ def ntk_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check_call(module: nn.Module, dropout: float, kwargs: dict) -> None:
+def _check_call(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -100,13 +117,14 @@ def _warn(what: str) -> None:
 
 
 def _query_scale(module: nn.Module, scale: float, head_dim: int) -> float:
-    """What the query has been multiplied by before it comes here: 1/sqrt(D) in OPT and Whisper, 1 in others."""
+    """Returns the factor that the model has put on the query already: 1/sqrt(D) in OPT and Whisper, 1 in others."""
     own = getattr(module, "scaling", None)
     comes_scaled = scale == 1.0 and isinstance(own, float) and math.isclose(own, 1 / math.sqrt(head_dim))
     return own if comes_scaled else 1.0
 
 
-def _prefix_of(child: nn.Module, batch: int, query_scale: float) -> tuple[PrefixState | None, Tensor | None]:
+def _prefix_of(child: PrefixSource, batch: int, query_scale: float) -> tuple[PrefixState | None, Tensor | None]:
+    """Returns state and index of `child` for a batch of queries that have been multiplied by `query_scale`."""
     state, index = child.state_and_index(batch)
     if state is None:
         return None, None
@@ -117,14 +135,14 @@ def _prefix_of(child: nn.Module, batch: int, query_scale: float) -> tuple[Prefix
                 f"{list(index.shape)}"
             )
         index = index.repeat_interleave(batch // index.shape[0])  # the beams of a row lie side by side
-    if state.k is not None and query_scale != 1.0:  # φ is to see the query that it was before
+    if state.k is not None and query_scale != 1.0:  # φ takes the query without that factor
         feature_scale = math.sqrt(query_scale) if state.feature_scale is None else state.feature_scale
         state = replace(state, feature_scale=feature_scale / query_scale)
     return state, index
 
 
 def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, seq_k: int) -> Tensor | None:
-    """Both together, for the keys that there are."""
+    """Returns both masks as one, cut to the `seq_k` keys that exist."""
     if attention_mask is not None:
         attention_mask = attention_mask[..., :seq_k]
     if position_bias is None:
@@ -137,9 +155,14 @@ def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, seq_k: in
     return position_bias + attention_mask
 
 
-def _ntk_mask(*args, config=None, allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
-    """The masks of SDPA. Models that share keys between layers (Gemma 4) cut them, and guard against None by the name
-    "sdpa" only: they always get one."""
+def _ntk_mask(
+    *args: Any, config: PretrainedConfig | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
+) -> Tensor | None:
+    """Returns the mask of SDPA.
+
+    Models that share keys between layers (Gemma 4) slice it, and guard against None for "sdpa" only, by name. They
+    always get one.
+    """
     if getattr(config, "num_kv_shared_layers", None):
         allow_is_causal_skip = False
     return sdpa_mask(*args, config=config, allow_is_causal_skip=allow_is_causal_skip, **kwargs)

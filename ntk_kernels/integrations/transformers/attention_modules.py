@@ -1,9 +1,10 @@
-"""Which modules of a model can have a prefix, their heads and head dimensions, and where a prefix for them belongs."""
+"""The attention modules of a model that can have a prefix: names, heads, head dimensions, device and dtype."""
 
 import inspect
 import re
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -11,16 +12,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class AttentionShape(NamedTuple):
-    """Query heads Hq, key/value heads Hkv, and head dimensions D and Dv of an attention module."""
+    """Numbers of heads and head dimensions of an attention module."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
+    num_heads: int  # Hq
+    num_kv_heads: int  # Hkv
+    head_dim: int  # D
+    value_dim: int  # Dv
+
+
+class Placement(TypedDict):
+    """Device and dtype of a prefix."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict[str, AttentionShape]:
-    """The attention modules of a model that can have a prefix, by name, with their heads and head dimensions.
+    """Returns heads and head dimensions of the attention modules that can have a prefix, by name.
 
     Args:
         modules: a regular expression that is searched for in the names; None for all modules.
@@ -33,6 +41,7 @@ def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict
 
 
 def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, nn.Module]:
+    """Returns the attention modules that can have a prefix, by name; arguments and errors as in `attention_shapes`."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
     found = {
@@ -40,8 +49,8 @@ def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, 
         for name, module in model.named_modules()
         if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(type(module))
     }
-    # Such a model may dispatch its attention, but counts on the masks of "eager", or dispatches only a part.
-    other = [
+    # Models without this support may dispatch attention, but rely on the masks of "eager" or dispatch only a part.
+    unsupported = [
         module.config
         for module in model.modules()
         if isinstance(module, PreTrainedModel) and not (module._supports_sdpa or module._supports_attention_backend)
@@ -49,7 +58,7 @@ def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, 
     found = {
         name: module
         for name, module in found.items()
-        if not any(config is theirs for config in configs_of(model, name) for theirs in other)
+        if not any(config is other for config in configs_of(model, name) for other in unsupported)
     }
     if not found:
         raise ValueError(
@@ -65,13 +74,15 @@ def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, 
     except re.error as error:
         raise ValueError(f"`modules` must be a regular expression, got {pattern!r}: {error}") from error
     if not matching:
-        raise ValueError(f"`modules` must match a name of {some(found)}, got {pattern!r}")
+        raise ValueError(f"`modules` must match a name of {list_names(found)}, got {pattern!r}")
     return matching
 
 
 def configs_of(model: PreTrainedModel, name: str) -> list[PretrainedConfig]:
-    """What tells an attention module its implementation: its own configuration, and, perhaps others, those of the
-    models around it, which make the masks."""
+    """Returns the configurations that tell an attention module and the masks for it which implementation to use.
+
+    They are its own and those of the models around it, which may be others.
+    """
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     return [model.get_submodule(name).config, *(part.config for part in around if isinstance(part, PreTrainedModel))]
@@ -79,14 +90,15 @@ def configs_of(model: PreTrainedModel, name: str) -> list[PretrainedConfig]:
 
 @lru_cache
 def _dispatches(cls: type) -> bool:
-    """Whether modules of a class ask the interface for their attention function: nothing but the code tells."""
+    """Returns whether modules of a class ask the interface for their attention function, as their code shows."""
     try:
         return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(cls.forward)
-    except (OSError, TypeError, AttributeError):  # no source at hand
+    except (OSError, TypeError, AttributeError):  # no source
         return False
 
 
 def shape_of(name: str, module: nn.Module) -> AttentionShape:
+    """Returns heads and head dimensions of an attention module; raises ValueError if they are not found."""
     shape = find_shape(module)
     if shape is None:
         raise ValueError(
@@ -97,9 +109,9 @@ def shape_of(name: str, module: nn.Module) -> AttentionShape:
 
 
 def find_shape(module: nn.Module) -> AttentionShape | None:
-    """Heads and head dimensions under the names that models have for them."""
+    """Returns heads and head dimensions, looked for under the names that models use; None if they are not found."""
 
-    def size(of_module: tuple, of_config: tuple, default: int | None = None) -> int | None:
+    def size(of_module: tuple[str, ...], of_config: tuple[str, ...], default: int | None = None) -> int | None:
         for owner, names in ((module, of_module), (module.config, of_config)):
             for name in names:
                 if isinstance(value := getattr(owner, name, None), int) and value > 0:
@@ -120,9 +132,9 @@ def find_shape(module: nn.Module) -> AttentionShape | None:
     return AttentionShape(heads, kv_heads, head_dim, size(("v_head_dim",), (), head_dim))
 
 
-def placement(module: nn.Module, model: PreTrainedModel) -> dict:
-    """Device and dtype of a prefix for a module: where it computes; float32, in float64 models that."""
-    weights = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]  # buffers: quantized
+def placement(module: nn.Module, model: PreTrainedModel) -> Placement:
+    """Returns the device of a prefix, where its module computes, and its dtype: float32, float64 in float64 models."""
+    weights = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]  # buffers of quantized modules
     is_wide = any(weight.dtype == torch.float64 for weight in weights)
     # accelerate keeps weights that are offloaded on the meta device until they are used.
     hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
@@ -131,6 +143,7 @@ def placement(module: nn.Module, model: PreTrainedModel) -> dict:
     return {"device": device, "dtype": torch.float64 if is_wide else torch.float32}
 
 
-def some(names) -> str:
+def list_names(names: Iterable[str]) -> str:
+    """Returns names for a message, the first four and the number of them all if there are more."""
     names = [f"`{name}`" for name in names]
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")

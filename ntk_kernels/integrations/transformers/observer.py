@@ -1,6 +1,6 @@
-"""What an attention module is given while a decoder reads a prompt and texts after it."""
+"""`Observer`: records keys, queries and attention of a module while a decoder reads a prompt and texts after it."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +10,60 @@ from ...state import PrefixState
 
 
 class Observed(NamedTuple):
-    """As `prefix_to_state` takes it; the texts one after the other in a single row of the batch."""
+    """Arguments of `prefix_to_state`, with all texts one after the other in a single batch row."""
 
-    prefix_key: Tensor
-    prefix_value: Tensor
-    query: Tensor
-    attention: tuple[Tensor, Tensor]
+    prefix_key: Tensor  # [Hkv, m, D]
+    prefix_value: Tensor  # [Hkv, m, Dv]
+    query: Tensor  # [1, Hq, L, D]
+    attention: tuple[Tensor, Tensor]  # out [1, Hq, L, Dv] and lse [1, Hq, L]
     scale: float
 
 
 class Observer(nn.Module):
-    """In the place of a prefix, of which it plays three parts, one after the other (`part`).
+    """A stand-in for a prefix with three parts to play, one at a time (`part`).
 
-    "none": it adds nothing. "observe": it adds nothing and keeps what attention is given, or in `trouble` why no state
-    can stand in for the prompt here. "replay": all rows of the prompt.
+    "none": no prefix. "observe": no prefix, but what attention is called with is recorded; `trouble` becomes the reason
+    if no state can replace the prompt here. "replay": all rows of the prompt are the prefix.
     """
 
     def __init__(self, prompt_length: int):
         super().__init__()
-        self.part, self.prompt_length = "none", prompt_length
+        self.part: Literal["none", "observe", "replay"] = "none"
+        self.prompt_length = prompt_length
         self.trouble: str | None = None
         self.prompt: PrefixState | None = None
         self.scale = 1.0
-        self.queries, self.outs, self.lses = [], [], []
+        self.queries: list[Tensor] = []
+        self.outs: list[Tensor] = []
+        self.lses: list[Tensor] = []
 
     def state_and_index(self, batch: int) -> tuple[PrefixState | None, None]:
+        """Returns the rows of the prompt while they are replayed, else no prefix."""
         return (self.prompt if self.part == "replay" else None), None
 
-    def observe(self, query, key, value, mask, *, scale, query_scale, softcap, sink) -> None:
-        """Takes the queries of a text, [1, Hq, L, D], and keys and values of the prompt and the text."""
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        query_scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
+    ) -> None:
+        """Records a call of attention, if that is the part to play.
+
+        Args:
+            query: [1, Hq, L, D], of a text.
+            key, value: [1, Hkv, m + L, D] and [1, Hkv, m + L, Dv], of the prompt and the text.
+            mask: [1, Hq or 1, L, m + L], bool or additive.
+            scale: factor on the scores.
+            query_scale: factor that the query has already.
+            softcap: cap of the scores.
+            sink: [Hq], a logit that adds no value.
+        """
         if self.part != "observe" or self.trouble is not None:
             return
         length = query.shape[2]
@@ -53,7 +78,7 @@ class Observer(nn.Module):
         out, lse = ntk_attention(
             query, key[:, :, own], value[:, :, own], attn_mask=mask, scale=scale, return_lse=True
         )  # fmt: skip
-        if sink is not None:  # a term of the denominator, and of no numerator
+        if sink is not None:  # part of the denominator, not of the numerator
             whole = torch.logaddexp(lse, sink.reshape(1, -1, 1).to(lse.dtype))
             out, lse = (out * torch.exp(lse - whole).unsqueeze(-1)).to(out.dtype), whole
         if self.prompt is None:
@@ -64,5 +89,6 @@ class Observer(nn.Module):
         self.lses.append(lse)
 
     def observed(self) -> Observed:
+        """Returns all that was recorded."""
         attention = torch.cat(self.outs, dim=2), torch.cat(self.lses, dim=2)
         return Observed(self.prompt.keys, self.prompt.values, torch.cat(self.queries, dim=2), attention, self.scale)

@@ -1,6 +1,7 @@
-"""Files with the prefixes of a model, and nothing else of it."""
+"""`save_prefix` and `load_prefix`: files that hold the prefixes of a model and nothing else of it."""
 
 import json
+from os import PathLike
 
 import torch
 from transformers import PreTrainedModel
@@ -14,12 +15,12 @@ from .attention_modules import attention_modules
 _FILES = Format("ntk-kernels prefixes of a model", 1, "save_prefix")
 
 
-def save_prefix(model: PreTrainedModel, path) -> None:
+def save_prefix(model: PreTrainedModel, path: str | PathLike[str]) -> None:
     """Writes the prefixes of a model, and nothing else of it, to `path`, a safetensors file.
 
     Raises:
-        ValueError: if the model has none.
-        FileNotFoundError: if there is no such folder.
+        ValueError: if the model has no prefixes.
+        FileNotFoundError: if the folder does not exist.
     """
     children = attached_prefixes(model)
     tensors = {
@@ -31,13 +32,15 @@ def save_prefix(model: PreTrainedModel, path) -> None:
     _FILES.save(path, tensors, model=type(model).__name__, prefixes=json.dumps(options))
 
 
-def load_prefix(model: PreTrainedModel, path, *, freeze: bool = True) -> dict[str, NTKPrefix]:
+def load_prefix(
+    model: PreTrainedModel, path: str | PathLike[str], *, freeze: bool = True
+) -> dict[str, NTKPrefix]:  # fmt: skip
     """Attaches the prefixes that `save_prefix` wrote; arguments and result as in `attach_prefix`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError, ValueError: if the model is one that `attach_prefix` refuses, or the file no such file, of another
-            version, or its prefixes don't fit the model. Then nothing of the model has changed.
+        FileNotFoundError: if the file does not exist.
+        TypeError, ValueError: if `attach_prefix` refuses the model, the file was not written by `save_prefix` of this
+            version, or its prefixes do not fit the model. Then nothing of the model has changed.
     """
     attention_modules(model, None)
     check_bare(model)

@@ -1,23 +1,39 @@
-"""States in the place of a long prompt, in every layer of a decoder."""
+"""`prompt_to_states`: converts a long prompt to a state for each attention module of a decoder."""
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ... import checks
-from ...conversion.api import prefix_to_state, settle
+from ...conversion.api import prefix_to_state
+from ...conversion.options import FitOptions
 from ...conversion.report import ConversionReport
 from ...state import PrefixState
 from .attach import attach_children, check_bare, detach_prefix
-from .attention_modules import attention_modules, placement, some
+from .attention_modules import attention_modules, list_names, placement
 from .observer import Observer
 
-_OPTIONS = [name for name, kind in inspect.signature(settle).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
+
+@overload
+def prompt_to_states(
+    model: PreTrainedModel, prompt: Tensor, texts: Tensor | Sequence[Tensor], *, text_position: int = 0,
+    modules: str | None = None, progress: bool = True, return_report: Literal[False] = False, **options: Any,
+) -> dict[str, PrefixState]: ...  # fmt: skip
+
+
+@overload
+def prompt_to_states(
+    model: PreTrainedModel, prompt: Tensor, texts: Tensor | Sequence[Tensor], *, text_position: int = 0,
+    modules: str | None = None, progress: bool = True, return_report: Literal[True], **options: Any,
+) -> tuple[dict[str, PrefixState], dict[str, ConversionReport]]: ...  # fmt: skip
 
 
 def prompt_to_states(
@@ -29,52 +45,53 @@ def prompt_to_states(
     modules: str | None = None,
     progress: bool = True,
     return_report: bool = False,
-    **options,
+    **options: Any,
 ) -> dict[str, PrefixState] | tuple[dict[str, PrefixState], dict[str, ConversionReport]]:
-    """Converts what a decoder makes of a prompt to a state for each of its attention modules.
+    """Converts the keys and values that a decoder computes for a prompt to a state for each attention module.
 
-    `attach_prefix(model, prefixes=states)` then does with a few rows per head what the prompt does with its whole
-    length. The model reads the prompt, and each text as what follows it; `prefix_to_state` fits each module's state to
-    the queries of these texts.
+    After `attach_prefix(model, prefixes=states)` a few rows per head do what the prompt does with its whole length. The
+    model reads the prompt and then each text as its continuation; `prefix_to_state` fits each module's state to the
+    queries of these texts.
 
     Args:
-        model: a decoder without prefixes, all of whose layers pass on a prompt by attention and nothing else, and let
-            each token see all of it: no sliding window that is shorter than prompt and text, no recurrence; no softcap.
+        model: a decoder without prefixes, all of whose layers pass on a prompt by attention only and let each token see
+            all of it: no sliding window shorter than prompt and text, no recurrence, no softcap.
         prompt: [m] or [1, m] token ids.
         texts: [N, L] token ids, or N tensors [L] or [1, L] of any lengths: texts like those that will follow the
             prompt, without padding. The last quarter of their tokens is held out. The model may have written them
             itself (`model.generate(prompt, do_sample=True, ...)`, less the prompt). Until a module is fitted,
             N·L·Hq·(D + Dv + 1) numbers are kept for it on its device.
-        text_position: of the first token after the prompt. 0, the default: the prompt has the positions -m to -1, so
-            that later inputs need no `position_ids`. Rotary embeddings know such positions, unless their frequencies
-            depend on the length (dynamic, longrope). m: positions as they are with the prompt, and later inputs need
-            `position_ids` from m on, also for `generate`; the only way with tables of positions (GPT-2, OPT).
+        text_position: position of the first token after the prompt. 0, the default: the prompt has the positions -m to
+            -1, so that later inputs need no `position_ids`. Rotary embeddings can do this, unless their frequencies
+            depend on the length (dynamic, longrope). m: positions stay as they are with the prompt, and later inputs,
+            also to `generate`, need `position_ids` from m on; the only way for tables of positions (GPT-2, OPT).
         modules: a regular expression that is searched for in the names of the attention modules, as in `attach_prefix`;
-            None for all. What is left out has nothing of the prompt afterwards.
-        progress: show bars (tqdm).
-        return_report: also a `ConversionReport` for each module.
-        options: of `prefix_to_state`: `num_rows` (128 if nothing else is said), `error` or `budget`, `keep`,
-            `feature_map`, ... By `error` and `budget` each module may get another size or make.
+            None for all. Other modules get nothing of the prompt.
+        progress: whether to show progress bars (tqdm).
+        return_report: whether to return a `ConversionReport` for each module too.
+        options: of `prefix_to_state`: `num_rows` (default 128), `error` or `budget`, `keep`, `feature_map`, ... With
+            `error` or `budget`, size and recipe can differ from module to module.
 
     Returns:
-        States, and reports, by the names of the modules; of those only that tokens reach (not of an encoder of images).
+        States, and reports, by the names of the modules; only modules that tokens reach (none of an encoder of images).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, and the message names it; or the model is another than said
-            above. For all modules that is seen by trying: with all rows of the prompt as states the first text has to
-            give what it gives after the prompt. The model is what it was before, in any case.
+        TypeError, ValueError: an argument does not fit, and the message names it; or the model is not as above. If
+            `modules` is None this is tested: with all rows of the prompt as states, the first text has to give what it
+            gives after the prompt. The model is restored in any case.
     """
     found = attention_modules(model, modules)
     check_bare(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` must be a decoder, got {type(model).__name__}, which has an encoder too")
+    known = [field.name for field in fields(FitOptions)]
     for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"`{name}` must not be given, only options of prefix_to_state, which are {_OPTIONS}")
+        if name not in known:
+            raise TypeError(f"`{name}` must not be given, only options of prefix_to_state, which are {known}")
     checks.check_bool("progress", progress)
     checks.check_bool("return_report", return_report)
     prompt, texts = _prompt_and_texts(model, prompt, texts)
-    settle(len(prompt), True, **options)
+    FitOptions(**options).resolve(len(prompt), has_query=True)  # refuses them before the model reads
     _check_positions(model, text_position, len(prompt), max(len(text) for text in texts))
     observers = {name: Observer(len(prompt)) for name in found}
     with _observed(model, found, observers), torch.no_grad():
@@ -95,7 +112,7 @@ def prompt_to_states(
 
 
 class _Reader:
-    """A model that has read a prompt, and reads texts as what follows it."""
+    """A model that has read a prompt and reads texts as its continuation."""
 
     def __init__(self, model: PreTrainedModel, observers: dict[str, Observer], prompt: Tensor, text_position: int):
         self.model, self.observers, self.prompt, self.text_position = model, observers, prompt, text_position
@@ -104,13 +121,14 @@ class _Reader:
             raise ValueError(f"`model` must be a decoder with a cache, got {type(model).__name__}, which has none")
 
     def read(self, text: Tensor) -> None:
-        self._let("observe")
+        """Reads a text while the observers record."""
+        self._set_part("observe")
         # A copy, since not every cache can be cut back.
         self._forward(text, self.text_position, past_key_values=copy.deepcopy(self.cache), use_cache=True)
-        self._let("none")
+        self._set_part("none")
 
     def check(self, text: Tensor, modules: str | None) -> None:
-        """After the first text: whether states can stand in for the prompt."""
+        """Raises ValueError if states cannot replace the prompt; `text` is the only one that was read."""
         reached = {name: o for name, o in self.observers.items() if o.queries or o.trouble is not None}
         if not reached:
             raise ValueError(f"`modules` must match an attention module that tokens reach, got {modules!r}")
@@ -123,18 +141,21 @@ class _Reader:
                 raise ValueError(f"`model` must have attention that states can take part in, got {name}, where {why}")
             fit = [module for module in reached if module not in troubles]
             raise ValueError(
-                f"`modules` must match none of {some(troubles)}, where {why}, got {modules!r}; of {some(fit)} it may "
-                "match all. What is left out has nothing of the prompt afterwards"
+                f"`modules` must match none of {list_names(troubles)}, where {why}, got {modules!r}; of "
+                f"{list_names(fit)} it may match all. What is left out has nothing of the prompt afterwards"
             )
         if modules is None:
             self._check_as_states(text)
 
     def _check_as_states(self, text: Tensor) -> None:
-        """Median over the tokens, so that a few that go to other experts by rounding do not count."""
+        """Compares the hidden states of a text after the prompt and after all its rows as states.
+
+        The median over the tokens decides, since rounding may send a few tokens to other experts.
+        """
         expected = self._forward(torch.cat([self.prompt, text]))[0][0, len(self.prompt) :].float()
-        self._let("replay")
+        self._set_part("replay")
         got = self._forward(text, self.text_position)[0][0].float()
-        self._let("none")
+        self._set_part("none")
         if not expected.isfinite().all():
             raise ValueError(
                 f"`model` must give finite hidden states, got {type(self.model).__name__} in {self.model.dtype}, which "
@@ -151,25 +172,27 @@ class _Reader:
                 "modules get states all the same"
             )
 
-    def _forward(self, tokens: Tensor, first: int | None = None, **options):
-        """Of the model without its head, as nobody asked for logits; at these positions, or those it takes itself."""
+    def _forward(self, tokens: Tensor, first: int | None = None, **options: Any) -> ModelOutput:
+        """Runs the model without its head, at the positions from `first` on, or those that it chooses itself."""
         if first is not None:
             options["position_ids"] = torch.arange(first, first + len(tokens), device=tokens.device)[None]
         return self.model.base_model(input_ids=tokens[None], return_dict=True, **{"use_cache": False} | options)
 
-    def _let(self, part: str) -> None:
+    def _set_part(self, part: Literal["none", "observe", "replay"]) -> None:
         for observer in self.observers.values():
             observer.part = part
 
 
-def _prompt_and_texts(model: PreTrainedModel, prompt, texts) -> tuple[Tensor, list[Tensor]]:
-    """[m], and N times [L], where the model takes its tokens."""
+def _prompt_and_texts(
+    model: PreTrainedModel, prompt: Tensor, texts: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Checks prompt and texts; returns them as [m] and N times [L] on the device where the model takes tokens."""
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is None:
         raise ValueError(f"`model` must take token ids, got {type(model).__name__}")
     device = placement(model.get_input_embeddings(), model)["device"]
 
-    def flat(name: str, tokens) -> Tensor:
+    def flat(name: str, tokens: Tensor) -> Tensor:
         checks.check_tensor(name, tokens)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"`{name}` must be token ids, int64 or int32, got {tokens.dtype}")
@@ -193,7 +216,7 @@ def _prompt_and_texts(model: PreTrainedModel, prompt, texts) -> tuple[Tensor, li
     return prompt, texts
 
 
-def _check_positions(model: PreTrainedModel, text_position: int, prompt_length: int, longest: int) -> None:
+def _check_positions(model: PreTrainedModel, text_position: int, prompt_length: int, max_length: int) -> None:
     checks.check_int("text_position", text_position, minimum=0)
     decoder = model.base_model
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
@@ -204,16 +227,18 @@ def _check_positions(model: PreTrainedModel, text_position: int, prompt_length: 
     if text_position < prompt_length:
         raise ValueError(f"`text_position` must be at least m={prompt_length} in {kind}, got {text_position}")
     known = getattr(model.config, "max_position_embeddings", None)
-    if known is not None and text_position + longest > known:
+    if known is not None and text_position + max_length > known:
         raise ValueError(
-            f"`text_position` must leave room for the {longest} tokens of a text in the {known} positions of {kind}, "
-            f"got {text_position}"
+            f"`text_position` must leave room for the {max_length} tokens of a text in the {known} positions of "
+            f"{kind}, got {text_position}"
         )
 
 
 @contextmanager
-def _observed(model: PreTrainedModel, found: dict, observers: dict[str, Observer]) -> Iterator[None]:
-    """Has the modules observed; the model is as if in use, not in training."""
+def _observed(
+    model: PreTrainedModel, found: dict[str, nn.Module], observers: dict[str, Observer]
+) -> Iterator[None]:  # fmt: skip
+    """Attaches the observers to their modules and puts the model into evaluation mode."""
     trained = [module for module in model.modules() if module.training]
     attach_children(model, found, observers, freeze=False)
     model.eval()
@@ -225,7 +250,7 @@ def _observed(model: PreTrainedModel, found: dict, observers: dict[str, Observer
             module.training = True
 
 
-def _bar(items: list, what: str, progress: bool):
+def _bar(items: list[Any], description: str, progress: bool) -> Iterable[Any]:
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=what, disable=not progress)
+    return tqdm(items, desc=description, disable=not progress)

@@ -1,7 +1,7 @@
-"""Puts the attention implementation "ntk" into use in a model and out of use again, and sees that it stays in use."""
+"""Switches the attention implementation of a model to "ntk" and back, and guards it while there is a prefix."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from torch import nn
@@ -13,14 +13,18 @@ _HOOK = "_ntk_hook"
 
 
 class Switch:
-    """On, it has configurations say "ntk"; off, what they said before.
+    """Makes configurations name the implementation "ntk" while it is on, and the one from before while it is off.
 
-    Models may share a configuration: it says "ntk" for as long as one of its switches is on.
+    Models may share a configuration: it names "ntk" as long as one of its switches is on.
     """
 
-    _all: ClassVar[WeakSet] = WeakSet()
+    _all: ClassVar["WeakSet[Switch]"] = WeakSet()
 
-    def __new__(cls, *args):  # the way of copies and of unpickled switches too
+    configs: list[PretrainedConfig]
+    before: list[str | None]
+    is_on: bool
+
+    def __new__(cls, *args: Any) -> "Switch":  # copies and unpickled switches come this way too
         switch = super().__new__(cls)
         switch.configs, switch.before, switch.is_on = [], [], False
         cls._all.add(switch)
@@ -31,41 +35,45 @@ class Switch:
         self.turn_on()
 
     def turn_on(self) -> None:
+        """Makes the configurations name "ntk"."""
         self.before = [self._own_of(config) for config in self.configs]
         self.is_on = True
         for config in self.configs:
             config._attn_implementation_internal = IMPLEMENTATION
 
     def turn_off(self) -> None:
+        """Gives back their implementation to the configurations for which no other switch is on."""
         self.is_on = False
         for config, before in zip(self.configs, self.before, strict=True):
             if not self._on_for(config):
                 config._attn_implementation_internal = before
 
     def _own_of(self, config: PretrainedConfig) -> str | None:
-        """What a configuration says when all of its switches are off."""
+        """Returns the implementation that a configuration names when all its switches are off."""
         for switch in self._on_for(config):
             return next(own for c, own in zip(switch.configs, switch.before, strict=True) if c is config)
         return config._attn_implementation
 
     def _on_for(self, config: PretrainedConfig) -> list["Switch"]:
+        """Returns the switches of a configuration that are on."""
         return [switch for switch in self._all if switch.is_on and any(c is config for c in switch.configs)]
 
 
 def add_child(module: nn.Module, child: nn.Module) -> None:
-    """Gives an attention module its prefix, and from then on lets nobody leave it out unnoticed."""
+    """Gives an attention module its prefix; forward then raises if another implementation would leave it out."""
     module.add_module(CHILD, child)
     setattr(module, _HOOK, module.register_forward_pre_hook(_check_implementation))
 
 
 def remove_child(module: nn.Module) -> None:
+    """Takes the prefix away from an attention module."""
     delattr(module, CHILD)
     module.__dict__.pop(_HOOK).remove()
 
 
-def _check_implementation(module: nn.Module, args: tuple) -> None:
+def _check_implementation(module: nn.Module, args: tuple[Any, ...]) -> None:
     implementation = module.config._attn_implementation
-    # With its adapters disabled, a module of PEFT has the implementation that it had before.
+    # With disabled adapters, a module of PEFT has its own implementation again.
     if implementation != IMPLEMENTATION and not getattr(getattr(module, CHILD), "disable_adapters", False):
         raise RuntimeError(
             f"the attention implementation must be {IMPLEMENTATION!r} while {type(module).__name__} has a prefix, got "
@@ -74,11 +82,11 @@ def _check_implementation(module: nn.Module, args: tuple) -> None:
         )
 
 
-def settle_flash(model: PreTrainedModel) -> None:
-    """Models with prefixes say that they do not support flash attention, others what their classes say.
+def sync_flash_support(model: PreTrainedModel) -> None:
+    """Marks models with prefixes as not supporting flash attention, and removes the mark from others.
 
-    Continuous batching would take it where it is installed, and report the error of `_check_implementation` nowhere
-    but in a log.
+    Continuous batching would otherwise use flash attention where it is installed, and only log the error of
+    `_check_implementation`.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
