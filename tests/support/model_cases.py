@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from oracle import F64
+from oracle import F64, assert_within_roundings
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -198,24 +198,53 @@ def visible_logits(model, given):
     return logits[given["attention_mask"].bool()] if "attention_mask" in given else logits
 
 
-def exact(family, prefixes=None, given=None):
-    """The model in float64, its attention computed by the definition."""
-    model = build(family, "definition64", F64)
-    for name, prefix in (prefixes or {}).items():
-        model.get_submodule(name).ntk_prefix = copy.deepcopy(prefix).double()
-    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
-    return visible_logits(model, given)
-
-
-def exact_of(model, family, given):
-    """The same weights, as they are after rounding, in float64."""
-    model = copy.deepcopy(model).double()
+def by_definition(model, dtype):
+    """A copy of a model in `dtype`, whose attention, prefixes included, is computed by the definition."""
+    model = copy.deepcopy(model).to(dtype)
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation = "definition64"
-    for module in model.modules():  # the definition takes prefixes as well
-        if "_ntk_hook" in vars(module):
+        config._attn_implementation = "definition64" if dtype == F64 else "definition32"
+    for module in model.modules():
+        if "_ntk_hook" in vars(module):  # refuses other implementations than "ntk"
             module._ntk_hook.remove()
-    return visible_logits(model, given)
+    return model
+
+
+def in_float64(given):
+    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in given.items()}
+
+
+def roundings(model, given, dtype, count=16):
+    """Yields the logits of runs by the definition, each with all parameters changed by up to half an eps of `dtype`.
+
+    The logits differ as those of equivalent computations do: on other processors, in another order of their sums.
+    """
+    model = by_definition(model, next(model.parameters()).dtype)
+    generator = torch.Generator().manual_seed(7)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(count):
+        with torch.no_grad():
+            for parameter, values in zip(model.parameters(), start, strict=True):
+                change = torch.rand(values.shape, generator=generator) - 0.5
+                parameter.copy_(values * (1 + torch.finfo(dtype).eps * change))
+        yield visible_logits(model, given)
+
+
+def check_logits(model, given, dtype=torch.float32, **logits):
+    """Asserts that each of `logits` is what the definition gives for a model, but for roundings of `dtype`.
+
+    The model has to give the same in float64 too, where no rounding is amplified to the size of a mistake.
+    """
+    expected = visible_logits(by_definition(model, F64), in_float64(given))
+    close(visible_logits(copy.deepcopy(model).double(), in_float64(given)), expected)
+    samples = [*roundings(model, given, dtype)]
+    for name, ours in logits.items():
+        assert_within_roundings(name, ours, samples, expected, dtype)
+
+
+def close(ours, expected):
+    """Asserts that two computations in float64 agree, whatever a stack of layers makes of their roundings."""
+    assert ours.dtype == expected.dtype == F64
+    assert (ours - expected).norm() < 1e-10 * expected.norm()
 
 
 def generated(model, given, **options):
