@@ -7,9 +7,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, IMAGE, build, inputs, llava, visible_logits, with_labels
+from model_cases import BATCH, IMAGE, build, close, inputs, llava, visible_logits, with_labels
+from oracle import F64
 from peft import get_peft_model
-from peft_cases import LLAMA, adapted, all_families, by_adapter, close, config_of, prefixes_of, quiet, randomise, some
+from peft_cases import LLAMA, adapted, all_families, by_adapter, config_of, prefixes_of, quiet, randomise, some
 from torch._dynamo.testing import CompileCounter
 
 from ntk_kernels import NTKPrefix
@@ -22,7 +23,7 @@ pytestmark = quiet
 @pytest.mark.parametrize("names", [["b", "a"], ["a", "__base__"], ["a", "a"], ["__base__", "__base__"]], ids="-".join)
 @all_families
 def test_a_mixed_batch_gives_each_row_its_adapter(family, names):
-    model, given = adapted(family), inputs(family)
+    model, given = adapted(family, dtype=F64), inputs(family, F64)
     expected = by_adapter(model, names, lambda: model(**given).logits)
     ours = model(**given, adapter_names=names).logits
     for row, other in zip(ours, expected, strict=True):
@@ -82,11 +83,11 @@ def test_beams_of_the_models_own_generation_config():
 def test_rows_of_images_are_not_rows_of_prompts():
     """Two images in the first prompt, none in the second."""
     prompts = torch.tensor([[*IMAGE, 5, *IMAGE, 6], [*range(3, 13)]])
-    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=F64)
 
     def adapted_llava(pattern):
         config = NTKConfig(target_modules=pattern, rank=3, init_mass=0.1)
-        model = get_peft_model(llava(), config, adapter_name="a")
+        model = get_peft_model(llava().to(F64), config, adapter_name="a")
         model.add_adapter("b", config)
         return randomise(randomise(model, "a", 0), "b", 1).eval()
 
@@ -118,7 +119,8 @@ DIFFERENT = [
 
 @pytest.mark.parametrize("pair", DIFFERENT, ids=str)
 def test_adapters_of_different_shapes_in_one_batch(pair):
-    model = adapted(LLAMA, {name: config_of(LLAMA, **options) for name, options in zip("ab", pair, strict=True)})
+    configs = {name: config_of(LLAMA, **options) for name, options in zip("ab", pair, strict=True)}
+    model = adapted(LLAMA, configs, dtype=F64)
     given = inputs(LLAMA)
     expected = by_adapter(model, ["b", "a"], lambda: model(**given).logits)
     for row, other in zip(model(**given, adapter_names=["b", "a"]).logits, expected, strict=True):
@@ -127,7 +129,7 @@ def test_adapters_of_different_shapes_in_one_batch(pair):
 
 def test_adapters_of_different_layers_in_one_batch():
     configs = {"a": config_of(LLAMA, layers_to_transform=0), "b": config_of(LLAMA, layers_to_transform=[1])}
-    model, given = adapted(LLAMA, configs), inputs(LLAMA)
+    model, given = adapted(LLAMA, configs, dtype=F64), inputs(LLAMA)
     expected = by_adapter(model, ["b", "a"], lambda: model(**given).logits)
     for row, other in zip(model(**given, adapter_names=["b", "a"]).logits, expected, strict=True):
         close(row, other)
@@ -137,7 +139,7 @@ def test_adapters_of_different_layers_in_one_batch():
 @some("llama", "gpt2", "bert")
 def test_training_on_mixed_batches(family, reentrant):
     """Each adapter gets the gradient of its rows, also where blocks are computed again, after other forwards."""
-    model, given = adapted(family), inputs(family)
+    model, given = adapted(family, dtype=F64), inputs(family)
     batches = [["a", "b"], ["b", "b"], ["__base__", "a"]]
 
     def loss(row):
@@ -165,10 +167,10 @@ def test_training_on_mixed_batches(family, reentrant):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_with_one_adapter(reentrant):
-    model, given = adapted(LLAMA), with_labels(LLAMA, inputs(LLAMA))
+    model, given = adapted(LLAMA, dtype=F64), with_labels(LLAMA, inputs(LLAMA))
     model(**given).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model = build(LLAMA)
+    model = build(LLAMA, dtype=F64)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model = randomise(get_peft_model(model, config_of(LLAMA), adapter_name="a"), "a", 0)
     model.train()
@@ -179,7 +181,7 @@ def test_checkpointing_with_one_adapter(reentrant):
 
 def test_compiled_with_mixed_batches():
     """In one graph, which serves other rows of the same adapters."""
-    model, given = adapted(LLAMA), inputs(LLAMA) | {"use_cache": False}
+    model, given = adapted(LLAMA, dtype=F64), inputs(LLAMA) | {"use_cache": False}
     batches = [["b", "a"], ["a", "b"], ["a", "a"]]
     with torch.no_grad():
         expected = [model(**given, adapter_names=names).logits for names in batches]
@@ -241,11 +243,12 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_active_adapters_act_as_one_prefix_after_the_other(pair):
-    model = adapted(LLAMA, {name: config_of(LLAMA, **options) for name, options in zip("ab", pair, strict=True)})
+    configs = {name: config_of(LLAMA, **options) for name, options in zip("ab", pair, strict=True)}
+    model = adapted(LLAMA, configs, dtype=F64)
     model.base_model.set_adapter(["a", "b"])
     prefixes = [prefixes_of(model, name) for name in "ab"]
     both = {name: prefix().merge(prefixes[1][name]()) for name, prefix in prefixes[0].items()}
-    other = build(LLAMA)
+    other = build(LLAMA, dtype=F64)
     attach_prefix(other, prefixes=both)
     given = inputs(LLAMA)
     close(visible_logits(model, given), visible_logits(other, given))
@@ -256,12 +259,12 @@ def test_active_adapters_act_as_one_prefix_after_the_other(pair):
 def test_rows_of_active_adapters_are_the_tokens_of_two_prefixes():
     """By the definition: softmax attention over the rows of both, and the tokens."""
     rows = {"feature_map": None, "rank": None, "num_rows": 2}
-    model = adapted(LLAMA, {"a": config_of(LLAMA, **rows), "b": config_of(LLAMA, **rows)})
+    model = adapted(LLAMA, {"a": config_of(LLAMA, **rows), "b": config_of(LLAMA, **rows)}, dtype=F64)
     model.base_model.set_adapter(["a", "b"])
-    own = build(LLAMA, "definition32")
+    own = build(LLAMA, "definition64", F64)
     prefixes = [prefixes_of(model, name) for name in "ab"]
     for name, prefix in prefixes[0].items():
-        joined = NTKPrefix(2, 8, None, num_rows=4)
+        joined = NTKPrefix(2, 8, None, num_rows=4, dtype=F64)
         with torch.no_grad():
             for key, parameter in joined.named_parameters():
                 parameter.copy_(torch.cat([getattr(prefix, key), getattr(prefixes[1][name], key)], dim=1))

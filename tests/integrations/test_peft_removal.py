@@ -7,13 +7,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import build, inputs, visible_logits
+from model_cases import build, close, inputs, visible_logits
+from oracle import F64
 from peft import PeftModel, get_peft_model
 from peft_cases import (
     LLAMA,
     adapted,
     all_families,
-    close,
     config_of,
     lora,
     quiet,
@@ -103,7 +103,7 @@ def test_unload_gives_the_base_model_back(family):
 
 
 def test_deleting_adapters():
-    model, given = adapted(LLAMA), inputs(LLAMA)
+    model, given = adapted(LLAMA, dtype=F64), inputs(LLAMA)
     model.set_adapter("b")
     expected = visible_logits(model, given)
     model.delete_adapter("a")
@@ -118,7 +118,7 @@ def test_deleting_adapters():
     model(**given, adapter_names=["a", "b"])
     model.delete_adapter("a")
     model.delete_adapter("b")
-    close(visible_logits(model.base_model.model, given), visible_logits(build(LLAMA), given))
+    close(visible_logits(model.base_model.model, given), visible_logits(build(LLAMA, dtype=F64), given))
 
 
 def test_deleting_the_active_adapter_of_adapters_in_different_layers():
@@ -155,7 +155,7 @@ def test_unload_leaves_lora_beside_it(first):
     given = inputs(LLAMA)
     configs = {"lora": lora(), "ntk": config_of(LLAMA, modules_to_save=["lm_head", "model.norm"])}
     configs["lora"].modules_to_save = ["lm_head"]
-    alone, models, base = build(LLAMA), {}, build(LLAMA)
+    alone, models, base = build(LLAMA, dtype=F64), {}, build(LLAMA, dtype=F64)
     torch.manual_seed(0)
     expected = visible_logits(get_peft_model(alone, lora(), adapter_name="lora").eval(), given)
     for name in (first, "ntk" if first == "lora" else "lora"):
@@ -170,4 +170,4 @@ def test_unload_leaves_lora_beside_it(first):
     assert base.config._attn_implementation == "sdpa"
     assert list(base.lm_head.modules_to_save) == base.lm_head.active_adapters == ["lora"]
     assert type(base.model.norm).__name__ == "LlamaRMSNorm"
-    close(visible_logits(models["lora"].unload(), given), visible_logits(build(LLAMA), given))
+    close(visible_logits(models["lora"].unload(), given), visible_logits(build(LLAMA, dtype=F64), given))

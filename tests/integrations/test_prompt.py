@@ -1,12 +1,14 @@
 """`prompt_to_states`: states in the place of a prompt, in models of many families."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 import transformers
-from model_cases import BY_NAME, DECODER, VOCABULARY, build, llava, sharpened
+from model_cases import BY_NAME, DECODER, VOCABULARY, build, check_logits, llava, sharpened, visible_logits
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -41,16 +43,20 @@ def positions(start, length):
     return torch.arange(start, start + length)[None]
 
 
+def with_prompt(text, start=0, prompt=None):
+    """Arguments of a model: the prompt in front of each row from position `start` on, no cache."""
+    prompt = tokens(M) if prompt is None else prompt
+    whole = torch.cat([prompt.expand(len(text), -1), text], dim=1)
+    return {"input_ids": whole, "position_ids": positions(start, whole.shape[1]), "use_cache": False}
+
+
 def logits_after_prompt(model, text, start=0):
-    """The prompt in front of each row, no cache."""
-    with torch.no_grad():
-        whole = torch.cat([tokens(M).expand(len(text), -1), text], dim=1)
-        return model(whole, position_ids=positions(start, whole.shape[1]), use_cache=False).logits[:, M:]
+    return visible_logits(model, with_prompt(text, start))[:, M:]
 
 
 def logits_at(model, text, start):
-    with torch.no_grad():
-        return model(text, position_ids=positions(start, text.shape[1]), use_cache=False).logits
+    position_ids = positions(start, text.shape[1])
+    return visible_logits(model, {"input_ids": text, "position_ids": position_ids, "use_cache": False})
 
 
 @pytest.mark.parametrize("name, options, position", CASES, ids=lambda case: case if isinstance(case, str) else None)
@@ -59,9 +65,10 @@ def test_all_rows_are_the_prompt(name, options, position):
     states = convert(model, num_rows=M, text_position=position)
     assert [*states] == [*attention_shapes(model)]
     assert all(state.num_rows == M for state in states.values())
-    expected = logits_after_prompt(model, text, position - M if name not in ("opt", "gpt2") else 0)
+    own = copy.deepcopy(model)
     attach_prefix(model, prefixes=states)
-    torch.testing.assert_close(logits_at(model, text, position), expected, rtol=1e-4, atol=1e-4)
+    given = with_prompt(text, position - M if name not in ("opt", "gpt2") else 0)
+    check_logits(own, given, first=M, ours=logits_at(model, text, position))
 
 
 def in_a_row(rows):
@@ -156,10 +163,9 @@ def test_text_for_a_model_of_images():
     model = llava()
     states = prompt_to_states(model, tokens(M), tokens(4, LENGTH, seed=1), num_rows=M, progress=False)
     assert len(states) == 2 and all("language_model" in name for name in states)
-    expected = logits_after_prompt(model, tokens(2, LENGTH, seed=2), -M)
+    own, text = copy.deepcopy(model), tokens(2, LENGTH, seed=2)
     attach_prefix(model, prefixes=states)
-    got = logits_at(model, tokens(2, LENGTH, seed=2), 0)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    check_logits(own, with_prompt(text, -M), first=M, ours=logits_at(model, text, 0))
 
 
 def test_the_model_is_what_it_was(monkeypatch):
@@ -309,18 +315,13 @@ def test_two_prompts_in_one_batch():
     peft = pytest.importorskip("peft")
     from ntk_kernels.integrations.peft import NTKConfig
 
-    model, text, prompts = (
-        build(BY_NAME["llama"]),
-        tokens(1, LENGTH, seed=2),
-        {"one": tokens(M), "two": tokens(M, seed=5)},
-    )
+    model, text = build(BY_NAME["llama"]), tokens(1, LENGTH, seed=2)
+    prompts = {"one": tokens(M), "two": tokens(M, seed=5)}
     texts = tokens(8, LENGTH, seed=1)
     states = {
         name: prompt_to_states(model, prompt, texts, num_rows=M, progress=False) for name, prompt in prompts.items()
     }
-    with torch.no_grad():
-        expected = [model(torch.cat([prompt[None], text], dim=1)).logits[:, M:] for prompt in prompts.values()]
-        expected.append(model(text).logits)
+    own = copy.deepcopy(model)
     config = {name: NTKConfig.of_state(of_module["model.layers.0.self_attn"]) for name, of_module in states.items()}
     model = peft.get_peft_model(model, config["one"], adapter_name="one")
     model.add_adapter("two", config["two"])
@@ -329,4 +330,6 @@ def test_two_prompts_in_one_batch():
     model.eval()
     with torch.no_grad():
         logits = model(text.expand(3, -1), adapter_names=["one", "two", "__base__"]).logits
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    for row, first in zip(logits.split(1), prompts.values(), strict=False):
+        check_logits(own, with_prompt(text, prompt=first), first=M, ours=row)
+    check_logits(own, {"input_ids": text}, ours=logits[2:])

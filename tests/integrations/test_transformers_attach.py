@@ -16,6 +16,7 @@ from model_cases import (
     all_families,
     attach,
     build,
+    close,
     generated,
     inputs,
     randomise,
@@ -24,6 +25,7 @@ from model_cases import (
     visible_logits,
     with_labels,
 )
+from oracle import F64
 
 from ntk_kernels import prefix_to_state
 from ntk_kernels.integrations.transformers import (
@@ -219,7 +221,7 @@ def test_checkpointing_gives_the_same_gradients(family, reentrant):
 
 def test_a_converted_prefix_does_what_the_prefix_did():
     """Keys and values of a prefix, all of its rows kept, instead of the prefix in the cache."""
-    model = build(BY_NAME["llama"])
+    model = build(BY_NAME["llama"], dtype=F64)
     ids = torch.cat([inputs(BY_NAME["llama"])["input_ids"]] * 2, dim=1)[:1]
     prefix, rest = ids[:, :8], ids[:, 8:]
     with torch.no_grad():
@@ -232,7 +234,7 @@ def test_a_converted_prefix_does_what_the_prefix_did():
         attach_prefix(model, prefixes=states)
         position_ids = torch.arange(8, ids.shape[1])[None]
         logits = model(rest, position_ids=position_ids).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    close(logits, expected)
 
 
 def test_shapes():
@@ -249,12 +251,12 @@ def test_shapes():
 
 def test_compiles_in_one_graph():
     family = BY_NAME["llama"]
-    model = build(family)
+    model = build(family, dtype=F64)
     randomise(attach_prefix(model))
     given = inputs(family)
     expected = visible_logits(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(visible_logits(compiled, given), expected)
+    close(visible_logits(compiled, given), expected)
     model.set_attn_implementation("sdpa")  # what that raises, a graph cannot hold
     with pytest.raises(RuntimeError, match="Observed exception"):
         compiled(**given)

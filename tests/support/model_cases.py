@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from oracle import F64
+from oracle import F64, assert_within_roundings
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -117,7 +117,8 @@ def some(*names):
 def build(family, implementation=None, dtype=torch.float32, **options):
     """The same random weights for a family every time, large enough that attention is far from uniform."""
     config = getattr(transformers, family.config)(**family.options | options)
-    config._attn_implementation = implementation or family.own
+    own = "definition64" if family.own == "eager" and dtype == F64 else family.own  # eager takes softmax in float32
+    config._attn_implementation = implementation or own
     config._experts_implementation = "eager"  # others take no float64
     torch.manual_seed(0)
     return sharpened(getattr(transformers, family.model)(config)).to(dtype).eval()
@@ -198,24 +199,60 @@ def visible_logits(model, given):
     return logits[given["attention_mask"].bool()] if "attention_mask" in given else logits
 
 
-def exact(family, prefixes=None, given=None):
-    """The model in float64, its attention computed by the definition."""
-    model = build(family, "definition64", F64)
-    for name, prefix in (prefixes or {}).items():
-        model.get_submodule(name).ntk_prefix = copy.deepcopy(prefix).double()
-    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
-    return visible_logits(model, given)
-
-
-def exact_of(model, family, given):
-    """The same weights, as they are after rounding, in float64."""
-    model = copy.deepcopy(model).double()
+def by_definition(model, dtype):
+    """A copy of a model in `dtype`, whose attention, prefixes included, is computed by the definition."""
+    model = copy.deepcopy(model).to(dtype)
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation = "definition64"
-    for module in model.modules():  # the definition takes prefixes as well
-        if "_ntk_hook" in vars(module):
+        config._attn_implementation = "definition64" if dtype == F64 else "definition32"
+    for module in model.modules():
+        if "_ntk_hook" in vars(module):  # refuses other implementations than "ntk"
             module._ntk_hook.remove()
-    return visible_logits(model, given)
+    return model
+
+
+def in_float64(given):
+    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in given.items()}
+
+
+def roundings(model, given, dtype, count=16):
+    """Yields the logits of runs by the definition, each with all parameters and buffers changed by half an eps of
+    `dtype` or less.
+
+    The logits differ as those of equivalent computations do: on other processors, in another order of their sums.
+    """
+    model = by_definition(model, next(model.parameters()).dtype)
+    generator = torch.Generator().manual_seed(7)
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    start = [tensor.detach().clone() for tensor in tensors]
+    for _ in range(count):
+        with torch.no_grad():
+            for tensor, values in zip(tensors, start, strict=True):
+                change = torch.rand(values.shape, generator=generator) - 0.5
+                tensor.copy_(values * (1 + torch.finfo(dtype).eps * change))
+        yield visible_logits(model, given)
+
+
+def check_logits(model, given, dtype=torch.float32, first=0, **logits):
+    """Asserts that each of `logits`, of the tokens from `first` on, is what the definition gives for a model, but for
+    roundings of `dtype`.
+
+    The model has to give the same in float64 too, where no rounding is amplified to the size of a mistake.
+    """
+    expected = visible_logits(by_definition(model, F64), in_float64(given))
+    close(visible_logits(copy.deepcopy(model).double(), in_float64(given)), expected)
+    samples = [sample[..., first:, :] for sample in roundings(model, given, dtype)]
+    for name, ours in logits.items():
+        assert_within_roundings(name, ours, samples, expected[..., first:, :], dtype)
+
+
+def close(ours, expected):
+    """Asserts that two computations in float64 agree, whatever a stack of layers makes of their roundings.
+
+    They differ by 1e-14 or so; by up to 1e-7 where a norm or a router, which round to float32 in any model, round to
+    the other side.
+    """
+    assert ours.dtype == expected.dtype == F64
+    assert (ours - expected).norm() < 1e-6 * expected.norm()
 
 
 def generated(model, given, **options):
@@ -233,7 +270,7 @@ def _by_definition(compute_dtype):
     ):  # fmt: skip
         """The definition in one dtype: causality as SDPA has it, sinks as one more key, queries that OPT and Whisper
         have scaled put back."""
-        state = module.ntk_prefix() if hasattr(module, "ntk_prefix") else None
+        state, index = module.ntk_prefix.state_and_index(len(key)) if hasattr(module, "ntk_prefix") else (None, None)
         seq_q, head_dim = query.shape[2:]
         if type(module).__name__.startswith(("OPT", "Whisper")):
             assert scaling == 1.0
@@ -257,7 +294,7 @@ def _by_definition(compute_dtype):
             attention_mask = torch.cat([bias, sinks], dim=-1)
             key, value = (torch.cat([t, torch.zeros_like(t[:, :, :1])], dim=2) for t in (key, value))
         out = reference.ntk_attention(
-            query, key, value, state, attn_mask=attention_mask, scale=scaling, softcap=softcap,
+            query, key, value, state, attn_mask=attention_mask, scale=scaling, softcap=softcap, state_index=index,
             compute_dtype=compute_dtype,
         )  # fmt: skip
         return out.transpose(1, 2), None

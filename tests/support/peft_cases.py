@@ -91,10 +91,6 @@ def by_adapter(model, names, function):
     return rows
 
 
-def close(ours, expected):
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
 def lora():
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
