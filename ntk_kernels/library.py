@@ -91,12 +91,12 @@ def attention_decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
     return _attention_decode(*inputs.flat())
 
 
-def sum_features(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns z [H, C, r, Dv], k [H, C, r] and count [H, C], float32 or, for float64 keys, float64, by
     torch.ops.ntk_kernels.sum_features: sums of w φ(y) vᵀ, w φ(y) and w over the rows nearest to each centre,
     y = key_scale · (k - μ). Differentiable in keys, values and centres, not through which centre is nearest; weights
     have no gradient."""
-    return _sum_features(*inputs)
+    return _sum_features(*inputs.flat())
 
 
 def _run_attention(*flat):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, library
-from ..backends.torch.sums import nearest_centers
+from ..backends.centers import nearest_centers
 from ..dispatch import sums_backend
 from ..feature_maps import get_feature_map
+from ..inputs import SumInputs
 from ..state import PrefixState
 from .closed_form import state_of_sums
 
@@ -146,10 +147,11 @@ class PrefixAccumulator:
         keys, values = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
         weights = None if weights is None else weights.flatten(0, -2)
         centers = None if self._centers is None else self._centers.to(sums_dtype).flatten(0, -3)
-        z, k, count = library.sum_features(
+        inputs = SumInputs(
             keys, values, None if weights is None else weights.to(sums_dtype), centers, self._feature_map.name,
             self._key_scale, sums_backend(keys, values),
         )  # fmt: skip
+        z, k, count = library.sum_features(inputs)
         turnover = keys.new_full((len(keys),), rows, dtype=torch.float64)
         if weights is not None:
             # The op rounds sums of weights to float32, too coarsely to tell when all rows have been subtracted again.

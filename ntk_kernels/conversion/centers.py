@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.torch.sums import nearest_centers
+from ..backends.centers import nearest_centers
 
 # Number of rows that k-means samples: more would not move a mean noticeably.
 _SAMPLES_PER_CENTER = 256

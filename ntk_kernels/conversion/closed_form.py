@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, library
 from ..dispatch import sums_backend
+from ..inputs import SumInputs
 from ..state import PrefixState
 from .centers import cluster_means, find_centers
 
@@ -43,10 +44,11 @@ class ClosedForm(NamedTuple):
         lead = prefix_key.shape[:-2]
         centers = find_centers(centers, prefix_key, self.dtype, self.seed)
         flat_key, flat_value = prefix_key.flatten(0, -3), prefix_value.flatten(0, -3)
-        z, k, count = library.sum_features(
+        inputs = SumInputs(
             flat_key, flat_value, None, None if centers is None else centers.flatten(0, -3), feature_map,
             self.scale / self.feature_scale, sums_backend(flat_key, flat_value),
         )  # fmt: skip
+        z, k, count = library.sum_features(inputs)
         if not torch.compiler.is_compiling() and checks.readable(z) and not (z.isfinite().all() and k.isfinite().all()):
             checks.check_finite_rows("prefix_key", prefix_key)
             checks.check_finite_rows("prefix_value", prefix_value)

@@ -5,7 +5,7 @@ import torch
 from oracle import assert_as_accurate
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, ntk_attention, prefix_to_state, reference
-from ntk_kernels.backends.torch import sums
+from ntk_kernels.backends import centers as backend_centers
 
 F64 = torch.float64
 
@@ -104,7 +104,7 @@ def test_pieces_merge_to_the_whole():
 def test_chunks_give_the_same(monkeypatch):
     keys, values = a_prefix(2, dtype=F64)
     whole = prefix_to_state(keys, values, "taylor2")
-    monkeypatch.setattr(sums, "_CHUNK_ELEMENTS", {"cpu": 17 * 28})
+    monkeypatch.setattr(backend_centers, "_CHUNK_ELEMENTS", {"cpu": 17 * 28})
     for name, tensor in prefix_to_state(keys, values, "taylor2").tensors().items():
         torch.testing.assert_close(tensor, whole.tensors()[name])
 

@@ -8,7 +8,7 @@ from sums_cases import F64, a_prefix, by_op, by_reference, check, results
 from torch.autograd import forward_ad
 
 from ntk_kernels import FEATURE_MAPS, dispatch, library, prefix_to_state
-from ntk_kernels.backends.torch import sums
+from ntk_kernels.inputs import SumInputs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, F64]
 sum_features = torch.ops.ntk_kernels.sum_features.default
@@ -97,7 +97,7 @@ def test_gradcheck(feature_map, centers, weighted):
     tensors = [tensor.requires_grad_() for tensor in (keys, values, mu) if tensor is not None]
 
     def function(keys, values, mu=None):
-        return library.sum_features(keys, values, weights, mu, feature_map, 0.7, "torch")[:2]
+        return library.sum_features(SumInputs(keys, values, weights, mu, feature_map, 0.7, "torch"))[:2]
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
@@ -108,7 +108,7 @@ def test_gradcheck(feature_map, centers, weighted):
 def test_pieces_give_the_same(feature_map, centers, elements, monkeypatch):
     prefix = a_prefix(3, 50, centers=centers, weighted=True, dtype=F64)
     whole = results(by_op, prefix, feature_map, 0.7, "torch")
-    monkeypatch.setattr(sums, "_CHUNK_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(backend_centers, "_CHUNK_ELEMENTS", {"cpu": elements})
     for name, tensor in results(by_op, prefix, feature_map, 0.7, "torch").items():
         torch.testing.assert_close(tensor, whole[name])
 
@@ -166,7 +166,7 @@ def test_one_gradient_alone(asked, backend):
     everything = results(by_op, prefix, "taylor1", 0.7, backend)
     names = ("keys", "values", "weights", "centers")
     leaves = {name: t.clone().requires_grad_(name == asked) for name, t in zip(names, prefix, strict=True)}
-    outputs = library.sum_features(*leaves.values(), "taylor1", 0.7, backend)
+    outputs = library.sum_features(SumInputs(*leaves.values(), "taylor1", 0.7, backend))
     assert not outputs[2].requires_grad
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator, dtype=F64).to(t) for t in outputs[:2]]
@@ -202,7 +202,7 @@ def test_opcheck(centers, weighted, backend):
 @all_backends
 def test_double_backward_is_refused(backend):
     keys, values, _, _ = a_prefix()
-    z, _, _ = library.sum_features(keys.requires_grad_(), values, None, None, "elu", 0.7, backend)
+    z, _, _ = library.sum_features(SumInputs(keys.requires_grad_(), values, None, None, "elu", 0.7, backend))
     (grad,) = torch.autograd.grad(z.sum(), keys, create_graph=True)
     with pytest.raises(NotImplementedError, match="reference.prefix_to_state"):
         torch.autograd.grad(grad.sum(), keys)
@@ -215,7 +215,7 @@ def test_forward_mode_is_refused(backend):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(keys, torch.ones_like(keys))
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives.*reference.prefix_to_state"):
-            library.sum_features(dual, values, None, None, "elu", 0.7, backend)
+            library.sum_features(SumInputs(dual, values, None, None, "elu", 0.7, backend))
 
 
 @all_backends
@@ -255,7 +255,7 @@ def test_flops_are_counted():
 
     keys, values, _, mu = a_prefix(2, 70, 6, 5, centers=3)
     with FlopCounterMode(display=False) as counter:
-        z, k, _ = library.sum_features(keys.requires_grad_(), values, None, mu, "taylor1", 0.7, "torch")
+        z, k, _ = library.sum_features(SumInputs(keys.requires_grad_(), values, None, mu, "taylor1", 0.7, "torch"))
         assert counter.get_total_flops() == 2 * 2 * 70 * (7 * 6 + 3 * 6)
         (z.sum() + k.sum()).backward()
     assert counter.get_total_flops() == 2 * 2 * 70 * (3 * 7 * 6 + 2 * 3 * 6)

@@ -20,6 +20,7 @@ from ntk_kernels import (
     prefix_to_state,
     reference,
 )
+from ntk_kernels.inputs import SumInputs
 from ntk_kernels.kernels.host import configs
 
 pytestmark = pytest.mark.gpu
@@ -268,7 +269,7 @@ def test_sums_of_features_wait_for_nothing():
     leaves = [t if t is None else t.requires_grad_() for t in prefix]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        z, k, _ = library.sum_features(*leaves, "taylor1", 0.5, "triton")
+        z, k, _ = library.sum_features(SumInputs(*leaves, "taylor1", 0.5, "triton"))
         torch.autograd.grad(z.sum() + k.sum(), [t for t in leaves if t is not None])
     finally:
         torch.cuda.set_sync_debug_mode("default")

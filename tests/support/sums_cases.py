@@ -4,6 +4,7 @@ import torch
 from oracle import assert_as_accurate
 
 from ntk_kernels import library, reference
+from ntk_kernels.inputs import SumInputs
 
 F64 = torch.float64
 
@@ -42,7 +43,7 @@ def results(function, prefix, *options):
 
 
 def by_op(tensors, feature_map, key_scale, backend):
-    return library.sum_features(*tensors, feature_map, key_scale, backend)
+    return library.sum_features(SumInputs(*tensors, feature_map, key_scale, backend))
 
 
 def check(prefix, feature_map, backend, key_scale=0.7, *, device="cpu", roundings=4, **tolerance):

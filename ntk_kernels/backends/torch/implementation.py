@@ -41,7 +41,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         if kernels := _kernels_for(inputs):
             kernels.add_prefix(inputs, out, lse)
         else:
-            merge_prefix(_prefix_of(inputs, query, lse.dtype), query, out, lse)
+            merge_prefix(Prefix(_with_full_z(inputs), query, lse.dtype), query, out, lse)
     return out, lse
 
 
@@ -54,7 +54,7 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         # Whatever shares a head of the state as rows of that head: a product over few rows would wait for Z each time.
         heads, shared = (state.row_keys if state.k is None else state.k).shape[1], state.state_index is None
         query, rows, lse_rows = (cached.rows_of_heads(tensor, heads, shared) for tensor in (inputs.query, out, lse))
-        merge_prefix(_prefix_of(inputs, query, lse.dtype), query, rows, lse_rows)
+        merge_prefix(Prefix(_with_full_z(inputs), query, lse.dtype), query, rows, lse_rows)
         for tensor, packed_rows in ((out, rows), (lse, lse_rows)):
             if packed_rows.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # not a view of it
                 tensor.copy_(cached.heads_of_rows(packed_rows, tensor.shape))
@@ -94,24 +94,24 @@ def _prefix_grads(
     grad_out, grad_lse, inputs: Inputs, out, lse, needs: Leaves
 ) -> tuple[Tensor | None, StateTensors]:  # fmt: skip
     """Gradients of the query, through the prefix, and of the state, by PyTorch's operations."""
+    pair = inputs.state
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     if grad_lse is not None:
         delta.sub_(grad_lse)
         delta.masked_fill_(lse == -torch.inf, 0)  # of rows that see nothing, whatever the gradient of their lse
-    z, _, *others, _ = with_full_z(inputs.state)
+    inputs = _with_full_z(inputs)
+    z, _, *others, _ = inputs.state
     _, _, *needs_others, _ = needs.state
     needs_grad = (needs.query, needs.state.z or needs.state.z_b, *needs_others)
-    prefix = _prefix_of(inputs, inputs.query, lse.dtype)
+    prefix = Prefix(inputs, inputs.query, lse.dtype)
     grad_query, grad_z, *grads = prefix_backward(
         prefix, grad_out, inputs.query, lse, delta, [z, *others], needs_grad
     )  # fmt: skip
-    return grad_query, StateTensors(*pair_grads(inputs.state, grad_z), *grads)
+    return grad_query, StateTensors(*pair_grads(pair, grad_z), *grads)
 
 
-def _prefix_of(inputs: Inputs | DecodeInputs, query: Tensor, dtype: torch.dtype) -> Prefix:
-    z, _, *others, state_index = with_full_z(inputs.state)
-    options = inputs.feature_map, inputs.feature_scale, inputs.scale
-    return Prefix(query, z, *others, state_index, dtype, options)
+def _with_full_z(inputs):
+    return inputs._replace(state=with_full_z(inputs.state))
 
 
 def _refuse_softcap(inputs: Inputs | DecodeInputs) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...feature_maps import get_feature_map
+from ...inputs import DecodeInputs, Inputs
 from ..results import empty_grad
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: as many as the cache holds
@@ -49,28 +50,15 @@ class Prefix:
     """The state of each batch row, in the dtype of the accumulation.
 
     Args:
-        query: [B, Hq, L, D], of the call.
-        z, k, centers, log_scale, row_keys, row_values, row_bias, state_index: as in `inputs.py`, None if absent.
+        inputs: the call, whose Z is in full.
+        query: [B, Hq, L, D], the rows that the prefix is added to.
         dtype: of the accumulation.
-        options: feature map, feature scale and scale.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        z: Tensor | None,
-        k: Tensor | None,
-        centers: Tensor | None,
-        log_scale: Tensor | None,
-        row_keys: Tensor | None,
-        row_values: Tensor | None,
-        row_bias: Tensor | None,
-        state_index: Tensor | None,
-        dtype: torch.dtype,
-        options: tuple[str | None, float, float],
-    ):
-        feature_map, self.feature_scale, self.scale = options
-        self.feature_map = None if k is None else get_feature_map(feature_map)
+    def __init__(self, inputs: Inputs | DecodeInputs, query: Tensor, dtype: torch.dtype):
+        z, _, k, centers, log_scale, row_keys, row_values, row_bias, state_index = inputs.state
+        self.feature_map = None if inputs.feature_map is None else get_feature_map(inputs.feature_map)
+        self.feature_scale, self.scale = inputs.feature_scale, inputs.scale
         self.state_index = state_index
         self.num_heads = (row_keys if k is None else k).shape[1]
         absent = None if state_index is None else state_index < 0

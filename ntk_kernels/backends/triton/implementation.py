@@ -14,9 +14,9 @@ from ...kernels.decode import run_decode
 from ...kernels.forward import run_fwd
 from ...kernels.host.launch import addressable, made_addressable
 from ...kernels.sums import SumGrads, prepare_rows, run_sum_features, run_sum_features_bwd
+from ..centers import rows_by_center
 from ..low_rank import pair_grads, with_full_z
 from ..results import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
-from ..torch.sums import rows_by_center
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
