@@ -8,6 +8,7 @@ from sums_cases import F64, a_prefix, by_op, by_reference, check, results
 from torch.autograd import forward_ad
 
 from ntk_kernels import FEATURE_MAPS, dispatch, library, prefix_to_state
+from ntk_kernels.backends import centers as backend_centers
 from ntk_kernels.inputs import SumInputs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, F64]
