@@ -15,22 +15,22 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, BY_NAME, FAMILIES, VOCABULARY, build, close, inputs, visible_logits, with_labels
+from model_cases import (
+    BATCH,
+    BY_NAME,
+    FAMILIES,
+    VOCABULARY,
+    all_families,
+    build,
+    close,
+    inputs,
+    some,
+    visible_logits,
+    with_labels,
+)
 from oracle import F64
 from peft import PeftModel, get_peft_model
-from peft_cases import (
-    LLAMA,
-    adapted,
-    all_families,
-    by_adapter,
-    config_of,
-    lora,
-    outputs,
-    quiet,
-    randomise,
-    snapshot,
-    some,
-)
+from peft_cases import LLAMA, adapted, by_adapter, config_of, lora, outputs, quiet, randomise, snapshot
 from safetensors.torch import load_file
 
 from ntk_kernels import PrefixState, prefix_to_state

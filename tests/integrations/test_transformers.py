@@ -17,6 +17,7 @@ from model_cases import (
     check_logits,
     generated,
     inputs,
+    no_softcap,
     randomise,
     some,
     visible_logits,
@@ -26,7 +27,7 @@ from model_cases import (
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention
 from ntk_kernels.integrations.transformers import attach_prefix, attention_interface, ntk_attention_forward
 
-pytestmark = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+pytestmark = no_softcap
 
 
 @pytest.fixture(autouse=True)

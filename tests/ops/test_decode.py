@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import FUSED, all_backends, fused_backends, triton_only
 from cases import BF16, F32, F64, make_state
 from decode_cases import ALL_PARTS, CALLS, LENGTHS, TAYLOR2, check, decode_by, in_pages, make_call, served
 from oracle import run
@@ -12,10 +13,7 @@ from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, refere
 from ntk_kernels.backends.torch import cached
 from ntk_kernels.inputs import DECODE_SCHEMA, DecodeInputs
 
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
-triton_only = pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
-SERVED = [(name, backend) for name in CALLS for backend in BACKENDS if served(name, backend)]
+SERVED = [(name, backend) for name in CALLS for backend in FUSED if served(name, backend)]
 
 
 @pytest.mark.parametrize("name, backend", SERVED)
@@ -101,7 +99,7 @@ def test_where_lengths_cannot_be_read(name, backend, monkeypatch):
         check(name, make_call(name), run(decode_by(backend), query, *caches, state, options | paged), query.dtype)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_step_by_step_is_the_whole_sequence(rows, backend):
     """A cache that grows by `rows` tokens a step, for two sequences of which one starts later (left padding)."""
@@ -119,7 +117,7 @@ def test_step_by_step_is_the_whole_sequence(rows, backend):
         torch.testing.assert_close(out, whole[:, :, new], rtol=1e-5, atol=1e-5)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("page_size", [16, 32, 128])
 @pytest.mark.parametrize("name", ["elu", "all_parts", "window", "bf16", "key_start", "value_narrower"])
 def test_pages_are_the_same_bit_for_bit(name, page_size, backend):
@@ -134,7 +132,7 @@ def test_pages_are_the_same_bit_for_bit(name, page_size, backend):
             assert torch.equal(paged[result], contiguous[result]), result
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     "recipe", [{}, TAYLOR2, ALL_PARTS, {"heads": 8}], ids=["elu", "taylor2", "all_parts", "per_head"]
@@ -159,7 +157,7 @@ def test_mixed_tasks_are_as_each_alone_bit_for_bit(recipe, splits, backend):
         torch.testing.assert_close(lse[row], alone_lse, **tolerance)
 
 
-@all_backends
+@fused_backends
 def test_lengths_index_and_table_are_data(backend):
     """The same tensors with other values, as a replayed CUDA graph has them."""
     query, key_cache, value_cache, state, options = make_call("index")
@@ -174,7 +172,7 @@ def test_lengths_index_and_table_are_data(backend):
         torch.testing.assert_close(paged, expected)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 @pytest.mark.parametrize("batch, rows, size", [(0, 1, 8), (2, 0, 8), (2, 1, 0)])
 def test_nothing_at_all(batch, rows, size, backend):
     query, cache = torch.randn(batch, 4, rows, 8), torch.randn(batch, 2, size, 8)
@@ -188,7 +186,7 @@ def test_nothing_at_all(batch, rows, size, backend):
     torch.testing.assert_close(out, ntk_attention(query, cache[:, :, :0], cache[:, :, :0], state, backend=backend))
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize("batch, rows", [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_layouts_with_dimensions_of_one(batch, rows, heads, backend):
@@ -207,7 +205,7 @@ def test_layouts_with_dimensions_of_one(batch, rows, heads, backend):
         torch.testing.assert_close(out, reference.ntk_attention_decode(query, cache, cache, None, single))
 
 
-@all_backends
+@fused_backends
 def test_default_length_is_the_whole_cache(backend):
     query, cache = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 40, 8)
     out = ntk_attention_decode(query, cache, cache, backend=backend)
@@ -215,7 +213,7 @@ def test_default_length_is_the_whole_cache(backend):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy in the interpreter
-@all_backends
+@fused_backends
 def test_nan_in_a_query_stays_in_its_row(backend):
     query, key_cache, value_cache, state, options = make_call("elu")
     expected = decode_by(backend)(query, key_cache, value_cache, state, **options)
@@ -226,7 +224,7 @@ def test_nan_in_a_query_stays_in_its_row(backend):
     torch.testing.assert_close(out, expected)
 
 
-@all_backends
+@fused_backends
 def test_there_is_no_backward(backend):
     query, cache = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 2, 20, 8)
     out = ntk_attention_decode(query, cache, cache, backend=backend)
@@ -251,7 +249,7 @@ def op_arguments(name, backend, page_size=None):
     )  # fmt: skip
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("name", ["plain", "all_parts", "index", "low_rank_elu", "value_narrower", "blhd"])
 def test_opcheck(name, page_size, backend):
@@ -265,7 +263,7 @@ def test_the_schema_and_the_inputs_have_the_same_names():
     assert tuple(argument.split()[1] for argument in DECODE_SCHEMA.split(", ")) == DecodeInputs._fields
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("name", ["all_parts", "index", "window"])
 def test_compile(name, backend):
     query, key_cache, value_cache, state, options = make_call(name)
@@ -285,7 +283,7 @@ def test_flops():
     assert counter.get_total_flops() == 2 * 2 * 4 * 40 * (8 + 8)
 
 
-@all_backends
+@fused_backends
 def test_autocast(backend):
     query, cache = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 40, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -307,7 +305,7 @@ def test_number_of_splits():
         assert 1 <= splits <= 32
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@triton_only
 @pytest.mark.parametrize("far", ["heads of queries", "rows of pages"])
 def test_offsets_beyond_two_to_the_31(far):
     """Address space only: pages that nobody touches take no memory."""
@@ -371,7 +369,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 @pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD)
 def test_bad_arguments(changes, error, message, backend):
     arguments = {"query": torch.randn(2, 4, 1, 8), "key_cache": torch.randn(2, 2, 32, 8),

@@ -104,6 +104,7 @@ FAMILIES = [
 ]  # fmt: skip
 FAMILIES = [family for family in FAMILIES if family.since <= int(transformers.__version__.split(".")[0])]
 BY_NAME = {family.name: family for family in FAMILIES}
+no_softcap = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
 all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 GENERATING = [family for family in FAMILIES if family.kind not in ("encoder", "image")]
 
