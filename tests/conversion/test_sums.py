@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from backends import FUSED, fused_backends, triton_only
 from sums_cases import F64, a_prefix, by_op, by_reference, check, results
 from torch.autograd import forward_ad
 
@@ -14,11 +15,9 @@ from ntk_kernels.inputs import SumInputs
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, F64]
 sum_features = torch.ops.ntk_kernels.sum_features.default
 sum_features_backward = torch.ops.ntk_kernels.sum_features_backward.default
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
 served = pytest.mark.parametrize(
     "backend, dtype",
-    [(backend, dtype) for backend in BACKENDS for dtype in DTYPES if (backend, dtype) != ("triton", F64)],
+    [(backend, dtype) for backend in FUSED for dtype in DTYPES if (backend, dtype) != ("triton", F64)],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 all_maps = pytest.mark.parametrize("feature_map", FEATURE_MAPS)
@@ -33,7 +32,7 @@ def test_is_the_reference_s(feature_map, centers, weighted, backend, dtype):
     check(a_prefix(centers=centers, weighted=weighted, dtype=dtype), feature_map, backend)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("centers", [None, 3])
 @pytest.mark.parametrize("rows", [0, 1, 33])
 def test_few_rows(rows, centers, backend):
@@ -45,14 +44,14 @@ def test_few_rows(rows, centers, backend):
             assert not tensor.any()
 
 
-@all_backends
+@fused_backends
 @all_maps
 @pytest.mark.parametrize("head_dim, value_dim", [(33, 17), (8, 40), (1, 9)])
 def test_head_dimensions(head_dim, value_dim, feature_map, backend):
     check(a_prefix(1, 20, head_dim, value_dim, centers=1), feature_map, backend, key_scale=0.3)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("centers", [1, 3])
 def test_strides(centers, backend):
     """[m, H, D] seen as [H, m, D], parts of wider rows, weights and centres for all heads at once."""
@@ -69,7 +68,7 @@ def test_strides(centers, backend):
             torch.testing.assert_close(ours, same)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("centers", [None, 1, 3])
 def test_nan_stays_in_its_head(centers, backend):
     prefix = a_prefix(3, centers=centers)
@@ -81,7 +80,7 @@ def test_nan_stays_in_its_head(centers, backend):
         assert name == "count" or tensor[1].isnan().any()
 
 
-@all_backends
+@fused_backends
 @all_maps
 def test_runs_agree_bit_for_bit(feature_map, backend):
     prefix = a_prefix(rows=70, centers=3, weighted=True)
@@ -114,7 +113,7 @@ def test_pieces_give_the_same(feature_map, centers, elements, monkeypatch):
         torch.testing.assert_close(tensor, whole[name])
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@triton_only
 @pytest.mark.parametrize("multiprocessors, most", [(1, 2**15), (1, 32), (1000, 2**15)])
 @pytest.mark.parametrize("centers", [1, 3])
 def test_rows_split_among_programs(centers, multiprocessors, most, monkeypatch):
@@ -127,7 +126,7 @@ def test_rows_split_among_programs(centers, multiprocessors, most, monkeypatch):
     check(a_prefix(1, 100, centers=centers, weighted=True), "taylor1", "triton")
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="of the interpreter")
+@triton_only
 @pytest.mark.parametrize("centers", [None, 3])
 @pytest.mark.parametrize("strides", [(2**31, 8, 1), (16, 2**31 // 35, 1)], ids=["heads", "rows"])
 def test_offsets_beyond_two_to_the_31(strides, centers):
@@ -142,7 +141,7 @@ def test_offsets_beyond_two_to_the_31(strides, centers):
             assert torch.equal(ours, same)
 
 
-@all_backends
+@fused_backends
 def test_rows_that_are_taken_away(backend):
     """Once with weight 1, once with -1: nothing."""
     keys, values, _, mu = a_prefix(centers=2)
@@ -160,7 +159,7 @@ def test_a_hundred_thousand_rows_in_float16():
         assert (ours - expected).norm() < 1e-6 * expected.norm()
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("asked", ["keys", "values", "centers"])
 def test_one_gradient_alone(asked, backend):
     prefix = a_prefix(centers=3, weighted=True)
@@ -175,7 +174,7 @@ def test_one_gradient_alone(asked, backend):
     assert torch.equal(grad, everything[f"grad {asked}"])
 
 
-@all_backends
+@fused_backends
 def test_autocast_changes_nothing(backend):
     prefix = a_prefix(centers=1)
     for context in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
@@ -184,7 +183,7 @@ def test_autocast_changes_nothing(backend):
         assert torch.equal(z, sum_features(*prefix, "taylor1", 0.7, backend)[0])
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("centers, weighted", [(None, False), (1, True), (3, True)])
 def test_opcheck(centers, weighted, backend):
     keys, values, weights, mu = a_prefix(centers=centers, weighted=weighted)
@@ -200,7 +199,7 @@ def test_opcheck(centers, weighted, backend):
         )  # fmt: skip
 
 
-@all_backends
+@fused_backends
 def test_double_backward_is_refused(backend):
     keys, values, _, _ = a_prefix()
     z, _, _ = library.sum_features(SumInputs(keys.requires_grad_(), values, None, None, "elu", 0.7, backend))
@@ -210,7 +209,7 @@ def test_double_backward_is_refused(backend):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
-@all_backends
+@fused_backends
 def test_forward_mode_is_refused(backend):
     keys, values, _, _ = a_prefix()
     with forward_ad.dual_level():
@@ -219,7 +218,7 @@ def test_forward_mode_is_refused(backend):
             library.sum_features(SumInputs(dual, values, None, None, "elu", 0.7, backend))
 
 
-@all_backends
+@fused_backends
 @all_maps
 @pytest.mark.parametrize("centers", ["mean", "given"])
 def test_conversion_compiles_without_graph_breaks(centers, feature_map, backend, monkeypatch):
@@ -246,7 +245,7 @@ def test_backend_of_the_environment(backend, monkeypatch):
     if backend is not None:
         monkeypatch.setenv("NTK_KERNELS_BACKEND", backend)
     keys, values, _, _ = a_prefix()
-    expected = "triton" if backend == "triton" and "triton" in BACKENDS else "torch"
+    expected = "triton" if backend == "triton" and "triton" in FUSED else "torch"
     assert dispatch.sums_backend(keys, values) == expected
     assert dispatch.sums_backend(keys.double(), values.double()) == "torch"
 

@@ -7,10 +7,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, IMAGE, build, close, inputs, llava, visible_logits, with_labels
+from model_cases import BATCH, IMAGE, all_families, build, close, inputs, llava, some, visible_logits, with_labels
 from oracle import F64
 from peft import get_peft_model
-from peft_cases import LLAMA, adapted, all_families, by_adapter, config_of, prefixes_of, quiet, randomise, some
+from peft_cases import LLAMA, adapted, by_adapter, config_of, prefixes_of, quiet, randomise
 from torch._dynamo.testing import CompileCounter
 
 from ntk_kernels import NTKPrefix

@@ -7,19 +7,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import build, close, inputs, visible_logits
+from model_cases import all_families, build, close, inputs, visible_logits
 from oracle import F64
 from peft import PeftModel, get_peft_model
-from peft_cases import (
-    LLAMA,
-    adapted,
-    all_families,
-    config_of,
-    lora,
-    quiet,
-    randomise,
-    snapshot,
-)
+from peft_cases import LLAMA, adapted, config_of, lora, quiet, randomise, snapshot
 
 from ntk_kernels.integrations.peft import NTKLayer
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from model_cases import BY_NAME, DECODER, VOCABULARY, build, check_logits, llava, sharpened, visible_logits
+from model_cases import BY_NAME, DECODER, VOCABULARY, build, check_logits, llava, no_softcap, sharpened, visible_logits
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -273,7 +273,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+@no_softcap
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     name, of_model, options, error, message = REFUSED[case]

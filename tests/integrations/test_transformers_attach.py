@@ -19,6 +19,7 @@ from model_cases import (
     close,
     generated,
     inputs,
+    no_softcap,
     randomise,
     snapshot,
     some,
@@ -38,7 +39,7 @@ from ntk_kernels.integrations.transformers import (
     save_prefix,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+pytestmark = no_softcap
 
 
 @all_families

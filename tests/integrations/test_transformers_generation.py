@@ -16,6 +16,7 @@ from model_cases import (
     close,
     generated,
     inputs,
+    no_softcap,
     randomise,
     sharpened,
     some,
@@ -26,7 +27,7 @@ from oracle import F64
 from ntk_kernels import ntk_attention_decode
 from ntk_kernels.integrations.transformers import attach_prefix, attention_interface
 
-pytestmark = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+pytestmark = no_softcap
 
 
 @pytest.mark.parametrize("family", GENERATING, ids=lambda family: family.name)

@@ -14,6 +14,7 @@ from model_cases import (
     build,
     inputs,
     llava,
+    no_softcap,
     randomise,
     snapshot,
     visible_logits,
@@ -30,7 +31,7 @@ from ntk_kernels.integrations.transformers import (
     save_prefix,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
+pytestmark = no_softcap
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,25 @@
 
 import pytest
 import torch
-from cases import CASES, make_inputs, served_by
+from backends import FUSED, fused_backends
+from cases import CASES, case_named, make_inputs, served_by
 from oracle import check_case, run
 
 from ntk_kernels import ntk_attention
 from ntk_kernels.backends.torch import prefix_term as prefix
 
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]  # the latter in Triton's interpreter
 WITH_LSE_GRADIENT = ["plain", "elu", "all_parts", "fewer_keys_plain", "more_keys", "mask_bool", "value_wider", "bf16"]
-
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.mark.parametrize(
     "backend, case",
-    [pytest.param(backend, case, id=f"{backend}-{case.id}") for backend in BACKENDS for case in served_by(backend)],
+    [pytest.param(backend, case, id=f"{backend}-{case.id}") for backend in FUSED for case in served_by(backend)],
 )
 def test_forward_and_backward(backend, case):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in WITH_LSE_GRADIENT], ids=lambda case: case.id)
 def test_backward_through_lse(case, backend):
     check_case(make_inputs(case), case.dtype, backend=backend, backward=True, grad_lse=True)
@@ -40,7 +38,7 @@ def test_chunks_of_rows(case, rows, monkeypatch):
 
 
 def test_out_is_in_memory_like_query():
-    query, key, value, state, options = make_inputs(next(case for case in CASES if case.id == "blhd"))
+    query, key, value, state, options = make_inputs(case_named("blhd"))
     assert ntk_attention(query, key, value, state, **options, backend="torch").stride() == query.stride()
 
 
@@ -64,11 +62,11 @@ def test_runs_agree_bit_for_bit(case):
         assert torch.equal(first[name], second[name]), name
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("asked", ["query", "key", "value", "z", "k", "centers", "log_scale", "keys", "values", "bias"])
 def test_one_gradient_alone(asked, backend):
     """A frozen model asks for few gradients; each must be the same as when all are asked for."""
-    case = next(case for case in CASES if case.id == "all_parts")
+    case = case_named("all_parts")
     query, key, value, state, options = make_inputs(case)
     state = type(state)(
         state.full_z, **{name: tensor for name, tensor in state.tensors().items() if name[:2] != "z_"},

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import FUSED, all_backends, triton_only
 
 from ntk_kernels import PrefixState, dispatch, ntk_attention, reference
 from ntk_kernels.backends import triton
@@ -14,15 +15,12 @@ query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
 state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
 
 
-BACKENDS = ["torch", "reference"] if torch.cuda.is_available() else ["triton", "torch", "reference"]
-
-
 @pytest.fixture
 def served_by(monkeypatch):
     """Names of the backends that served, in order."""
     names = []
     modules = {"reference": (reference, "ntk_attention"), "torch": (torch_backend, "forward")}
-    if "triton" in BACKENDS:
+    if "triton" in FUSED:
         from ntk_kernels.backends.triton import implementation as triton_backend
 
         modules["triton"] = (triton_backend, "forward")
@@ -42,7 +40,7 @@ def test_default_on_the_cpu_is_torch(served_by):
     assert served_by == ["torch"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@all_backends
 def test_by_name(served_by, backend):
     ntk_attention(query, key, value, state, backend=backend)
     assert served_by == [backend]
@@ -92,7 +90,7 @@ def test_a_mask_that_needs_no_gradient_now_is_served(served_by):
     assert served_by == ["torch"]
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="the interpreter is for machines without a GPU")
+@triton_only
 def test_what_triton_lacks(served_by, monkeypatch):
     monkeypatch.setenv("NTK_KERNELS_BACKEND", "triton")
     ntk_attention(query.clone().requires_grad_(), key, value, state, softcap=5.0).sum().backward()

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from backends import all_backends, fused_backends
 from oracle import NAN_STATES, check_nan, run
-from small_cases import BACKENDS, a_state, all_backends, qkv, sdpa
+from small_cases import a_state, qkv, sdpa
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention
 
@@ -113,7 +114,7 @@ def test_a_zero_state_can_be_trained(backend):
     assert (torch.autograd.grad(out.sum(), z)[0].abs().amax((0, 2, 3)) > 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])
+@fused_backends
 def test_a_centre_without_content_beside_others_can_be_trained(backend):
     """Its mass is 0 on every row; the gradients of its z and k are not, and are those of the reference."""
     query, key, value = qkv(backend)
@@ -164,7 +165,7 @@ def test_states_do_not_reach_rows_that_use_none(backend):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])  # the reference multiplies it by 0
+@fused_backends  # the reference multiplies it by 0
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("how", ["mask", "additive", "key_stop", "causal"])
 def test_what_stands_in_padding_stays_there(content, how, backend):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from backends import all_backends
 from cases import CASES, make_inputs, make_state
-from small_cases import a_state, all_backends, dtype_of, qkv, sdpa
+from small_cases import a_state, dtype_of, qkv, sdpa
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, reference
 

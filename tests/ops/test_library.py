@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import CASES, make_inputs
+from backends import FUSED, fused_backends
+from cases import case_named, make_inputs
 from oracle import leaves, op_inputs
 from torch.autograd import forward_ad
 
@@ -14,8 +15,6 @@ from ntk_kernels.inputs import NUM_DIFFERENTIABLE, Inputs, StateTensors, schema
 
 attention = torch.ops.ntk_kernels.attention.default
 attention_backward = torch.ops.ntk_kernels.attention_backward.default
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
 OPCHECKED = [
     "plain",
     "elu",
@@ -41,10 +40,6 @@ COMPILED = [
 ]
 
 
-def case_named(name):
-    return next(case for case in CASES if case.id == name)
-
-
 def op_arguments(case, *, requires_grad, backend="torch"):
     query, key, value, state, options = make_inputs(case)
     if requires_grad:
@@ -59,7 +54,7 @@ def one_group(name):
     return replace(case, heads=case.heads // case.kv_heads, kv_heads=1)
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_forward(name, backend):
     torch.library.opcheck(attention, op_arguments(one_group(name), requires_grad=True, backend=backend).flat())
@@ -70,7 +65,7 @@ def test_opcheck_packed_sequences():
     query, key, value = torch.randn(3, 1, 2, 12, 8)
     packed = dict(query=query, key=key, value=value, cu_seqlens_q=torch.tensor([0, 5, 12]), max_seqlen_q=7,
                   cu_seqlens_k=torch.tensor([0, 4, 12]), max_seqlen_k=8)  # fmt: skip
-    for backend in BACKENDS:
+    for backend in FUSED:
         inputs = Inputs(**args | packed | {"state": StateTensors(), "feature_map": None, "backend": backend})
         torch.library.opcheck(attention, inputs.flat())
 
@@ -85,7 +80,7 @@ def test_the_schema_and_the_inputs_have_the_same_order():
     assert schema(Inputs).startswith("Tensor query, Tensor key, Tensor value, Tensor? z, ")
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_backward(name, backend):
     args = op_arguments(one_group(name), requires_grad=False, backend=backend).flat()
@@ -113,7 +108,7 @@ def test_an_op_called_for_what_its_backend_lacks_raises():
             call()
 
 
-@all_backends
+@fused_backends
 def test_double_backward_is_refused(backend):
     query = torch.randn(1, 2, 8, 4, requires_grad=True)
     out = ntk_attention(query, query, query, is_causal=True, backend=backend)
@@ -125,7 +120,7 @@ def test_double_backward_is_refused(backend):
     assert torch.autograd.grad(grad.square().sum(), query)[0].isfinite().all()
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_without_graph_breaks(name, backend):
     case = case_named(name)
@@ -144,7 +139,7 @@ def test_compile_without_graph_breaks(name, backend):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
-@all_backends
+@fused_backends
 def test_compile_dynamic_compiles_once(backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -224,7 +219,7 @@ def test_exported_program_with_a_state_survives_a_file(tmp_path):
     assert torch.equal(out, ntk_attention(query, key, value, state))
 
 
-@all_backends
+@fused_backends
 def test_checkpoint_recomputes_the_same(backend):
     query, key, value = (tensor.requires_grad_() for tensor in torch.randn(3, 2, 2, 24, 8).unbind())
     state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
@@ -238,7 +233,7 @@ def test_checkpoint_recomputes_the_same(backend):
         assert torch.equal(a, b)
 
 
-@all_backends
+@fused_backends
 def test_func_grad(backend):
     query, key, value = torch.randn(3, 2, 2, 24, 8)
     state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
@@ -278,7 +273,7 @@ def test_vmap():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
 def test_forward_mode_is_refused(needs_grad, backend):
     """Without an error the tangents would be lost: a derivative of 0."""
@@ -298,7 +293,7 @@ def test_forward_mode_is_refused(needs_grad, backend):
         torch.func.jvp(lambda x: ntk_attention(x, key, value, state, backend=backend), (query,), (tangent,))
 
 
-@all_backends
+@fused_backends
 def test_autocast_casts_the_model_and_not_the_state(backend):
     query, key, value = torch.randn(3, 1, 2, 16, 8)
     state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")

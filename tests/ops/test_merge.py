@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
+from backends import all_backends
 from cases import make_state
 
 from ntk_kernels import merge_attention, ntk_attention, prefix_attention_state
-
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-all_backends = pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 
 
 @all_backends

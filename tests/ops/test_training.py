@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from backends import fused_backends
 
 from ntk_kernels import PrefixState, feature_dim, ntk_attention, reference
 
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 HEADS, DIM, STEPS = 2, 16, 10
 
 
@@ -47,7 +47,7 @@ def trained(backend, feature_map, num_centers, dtype=torch.float32, device="cpu"
 
 
 @pytest.mark.parametrize("feature_map, num_centers", [("elu", None), ("taylor1", 3), ("taylor2", 1)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@fused_backends
 def test_the_loss_curve_is_that_of_the_reference(backend, feature_map, num_centers):
     losses, parameters = trained(backend, feature_map, num_centers)
     expected, expected_parameters = trained("reference", feature_map, num_centers)
@@ -59,7 +59,7 @@ def test_the_loss_curve_is_that_of_the_reference(backend, feature_map, num_cente
         assert moved < rounding**0.5, name  # Adam divides by the size of a gradient, which may be as small as its error
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@fused_backends
 def test_a_float32_state_trains_under_a_bfloat16_model(backend):
     losses, _ = trained(backend, "elu", None, torch.bfloat16)
     expected, _ = trained("reference", "elu", None, torch.bfloat16)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from backends import all_backends, fused_backends
 from cases import F64, make_state
 from oracle import assert_as_accurate, run
 
 from ntk_kernels import ntk_attention, ntk_attention_varlen, reference
 
-BACKENDS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
 LENGTHS_Q, LENGTHS_K = (37, 0, 5, 70, 9), (37, 12, 40, 33, 0)
 ALL_PARTS = {"feature_map": "taylor1", "centers": 2, "rows": 3, "log_scale": True, "rank": 2}
 CALLS = {
@@ -53,7 +52,7 @@ def varlen(backend, index_dtype=torch.int32):
     return attention
 
 
-@all_backends
+@fused_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_and_backward(name, dtype, backend):
@@ -71,7 +70,7 @@ def test_forward_and_backward(name, dtype, backend):
         assert_as_accurate(result, ours[result], eager[result], exact[result], dtype, lse_size=10)
 
 
-@all_backends
+@fused_backends
 def test_each_sequence_is_as_if_alone(backend):
     query, key, value, state, options = make_call("index")
     out, lse = varlen(backend)(query, key, value, state, **options, return_lse=True)
@@ -86,7 +85,7 @@ def test_each_sequence_is_as_if_alone(backend):
         torch.testing.assert_close(lse[:, rows], alone_lse[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 @pytest.mark.parametrize("layout", ["dense", "last stride not 1"])
 def test_rows_of_no_sequence_are_zero(layout, backend):
     """Forward and backward, whatever stands there."""
@@ -103,7 +102,7 @@ def test_rows_of_no_sequence_are_zero(layout, backend):
         assert grad.isfinite().all() and (grad[-7:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 def test_no_sequence_at_all(backend):
     empty = torch.zeros(1, dtype=torch.int32)
     query, key, value = torch.randn(3, 4, 2, 8)
@@ -121,7 +120,7 @@ def test_compile():
     torch.testing.assert_close(compiled(query, key, value, state, **options), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 def test_lengths_of_any_strides(backend):
     query, key, value = torch.randn(3, 9, 2, 8)
     far = torch.tensor([[0, 99], [4, 99], [9, 99]])[:, 0]
@@ -170,7 +169,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@all_backends
 @pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD)
 def test_bad_arguments(changes, error, message, backend):
     query, key, value = torch.randn(3, 4, 2, 8)

@@ -12,7 +12,7 @@ from oracle import F64, assert_within_roundings
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ntk_kernels import reference
+from ntk_kernels import PrefixState, reference
 from ntk_kernels.integrations.transformers import attach_prefix
 
 VOCABULARY, BATCH, LENGTH = 61, 2, 9
@@ -104,6 +104,7 @@ FAMILIES = [
 ]  # fmt: skip
 FAMILIES = [family for family in FAMILIES if family.since <= int(transformers.__version__.split(".")[0])]
 BY_NAME = {family.name: family for family in FAMILIES}
+no_softcap = pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap")
 all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 GENERATING = [family for family in FAMILIES if family.kind not in ("encoder", "image")]
 
@@ -186,6 +187,17 @@ def randomise(prefixes, seed=3):
                 if name == "z":
                     parameter.mul_(3)
     return prefixes
+
+
+class Tasks(torch.nn.Module):
+    """As an adapter with several tasks is to be: a stack of states, and an index for each row."""
+
+    def __init__(self, *prefixes, index):
+        super().__init__()
+        self.prefixes, self.index = torch.nn.ModuleList(prefixes), torch.tensor(index)
+
+    def state_and_index(self, batch):
+        return PrefixState.stack([prefix() for prefix in self.prefixes]), self.index
 
 
 def attach(family, model, *args, **options):

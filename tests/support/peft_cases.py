@@ -6,14 +6,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from model_cases import BY_NAME, FAMILIES, build, inputs, visible_logits
+from model_cases import BY_NAME, build, inputs, no_softcap, visible_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ntk_kernels.integrations.peft import NTKConfig, NTKLayer
 
 # What PEFT and transformers warn of in tests.
 quiet = [
-    pytest.mark.filterwarnings("ignore:ntk_kernels. the 'torch' backend does not support softcap"),
+    no_softcap,
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),  # PEFT, of models without a name
     pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix"),  # harmless here
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
@@ -23,13 +23,6 @@ quiet = [
 ]
 LLAMA = BY_NAME["llama"]
 TASKS = {"decoder": "CAUSAL_LM", "text_to_text": "SEQ_2_SEQ_LM"}
-all_families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-
-
-def some(*names):
-    return pytest.mark.parametrize(
-        "family", [BY_NAME[n] for n in names if n in BY_NAME], ids=lambda family: family.name
-    )
 
 
 def config_of(family, **options):

@@ -1,11 +1,7 @@
 """Small calls in the widest dtype of each backend, for tests of single properties."""
 
-import pytest
 import torch
 from cases import F64, make_state
-
-BACKENDS = ["torch", "reference"] if torch.cuda.is_available() else ["torch", "triton", "reference"]
-all_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def dtype_of(backend):
