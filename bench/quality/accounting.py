@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim
 
-from ..lib import plots, record
+from ..lib import plots, record, tables
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     figures = {"methods": rows}
     for table in tables_of(figures):
-        Console(width=max(console.width, 120)).print(table)
+        tables.show(console, table)
     path = record.results_folder(arguments, "cpu") / "accounting.json"
     record.save(path, "cpu", rows, **figures)
     plot(path.with_suffix(".png"), figures)

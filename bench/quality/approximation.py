@@ -43,7 +43,7 @@ from ntk_kernels import (
     prefix_to_state,
 )
 
-from ..lib import plots, record
+from ..lib import plots, record, tables
 
 HEAD_DIM, INPUT_ROWS = 64, 128
 HELD_OUT = 16  # inputs on which errors are measured
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(folder / "approximation.json", device, _csv_rows(figures), **figures)
     plot(folder / "approximation.png", figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 110)).print(table)
+        tables.show(console, table)
     for note in notes_of(figures):
         console.print(note, soft_wrap=True)
     console.print(

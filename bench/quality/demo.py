@@ -1,25 +1,30 @@
 """NTK-Attention in place of a real prefix of 32,256 rows: error, time and memory.
 
-Takes the keys and values that a pretrained encoder makes of 32,256 tokens of text as the prefix, other text as the
-input, converts the prefix to states of several sizes, and compares with exact attention over the whole prefix.
-Prints tables and leaves demo.json, demo.csv and demo.png in the folder it names. One to four minutes on two cores.
+Takes the keys and values that a pretrained encoder makes of 32,256 tokens of text as the prefix and other text as the
+input, converts the prefix to states of several sizes, and compares each with exact attention over the whole prefix.
+Prints tables and leaves demo.json, demo.csv and demo.png in the folder it names.
+
+To take one to two minutes on two cores, it compares three of the encoder's six layers (--layers), and the fitted state
+has only 32 rows per head, fitted to 8 chunks of 512 tokens. `bench fit` compares all layers, sizes and methods.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
 from ntk_kernels.dispatch import choose_backend
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, threads, timing
+from ..lib.progress import Steps
 from ..models import encoder
 from ..speed.sweep import crossing_text
 
 NO_PREFIX = "no prefix"
+FITTED = "fitted, 32 rows"
 # name: arguments of prefix_to_state
 STATES = {
     "elu": {"feature_map": "elu", "centers": None},
@@ -29,14 +34,13 @@ STATES = {
     "taylor2, mean": {"feature_map": "taylor2", "centers": "mean"},
     "taylor1, C=16": {"feature_map": "taylor1", "centers": 16},
     "taylor1, C=64": {"feature_map": "taylor1", "centers": 64},
+    FITTED: {"num_rows": 32},  # to other inputs than those compared
 }
-FITTED = "fitted, 128 rows"
-STATES[FITTED] = {"num_rows": 128}  # to other inputs than those compared
 TIMED = ["elu", "taylor1, mean", FITTED, "taylor1, C=16", "taylor1, C=64"]
 LENGTHS = [64, 256, 1024, 2048, 4096, 8192, 16384, 32256]
 ERROR_SHOWN = 2.0  # above this the plot only says so
 NUM_INPUTS = 2  # chunks of 512 tokens on which the error is measured
-NUM_CALIBRATION = 16  # further ones that the fitted state is fitted to
+NUM_CALIBRATION = 8  # further ones that the fitted state is fitted to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-rows", type=_prefix_rows, default=32256, metavar="M",
         help="tokens of the prefix, a multiple of 512 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, nargs="+", choices=range(encoder.NUM_LAYERS), metavar="N", default=[0, 2, 5],
+        help="layers of the encoder, 0 to 5 (default: 0 2 5)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=record.positive(float), default=1.5, help="of timing for each length (default: %(default)s)"
@@ -59,56 +67,74 @@ def _prefix_rows(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console()
-    try:
-        read = encoder.Reader(arguments.prefix_rows, NUM_INPUTS + NUM_CALIBRATION)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise SystemExit(f"demo: {error}") from error
-    device = arguments.device
-    lengths = [m for m in LENGTHS if m < arguments.prefix_rows] + [arguments.prefix_rows]
-    columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        chunks = arguments.prefix_rows // encoder.CHUNK + NUM_INPUTS + NUM_CALIBRATION
-        reading = progress.add_task("the encoder reads", total=chunks)
-        converting = progress.add_task("converting, comparing", total=None)
-        timed = progress.add_task("timing prefix lengths", total=len(lengths))
-        layers = read.layers(lambda: progress.advance(reading))
-        layers = [encoder.Layer(*(tensor.to(device) for tensor in layer)) for layer in layers]
-        progress.update(converting, total=len(layers) * len(STATES))
-        errors, sizes, fitted = measure_errors(layers, lambda: progress.advance(converting))
-        last = inputs_of(layers[-1], slice(NUM_INPUTS))
-        times, held = measure_times(last, fitted, lengths, device, arguments.seconds, lambda: progress.advance(timed))
-
-    backend = choose_backend(None, layers[0].query, layers[0].key, layers[0].value)
-    break_even = {
-        name: timing.crossing(lengths, [e["ms"] - t["ms"] for e, t in zip(times["exact"], times[name], strict=True)])
-        for name in TIMED
-    }
-    settings = {"encoder": "all-MiniLM-L6-v2", "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
-                "input_rows": encoder.CHUNK, "heads": layers[0].query.shape[1],
-                "head_dim": layers[0].query.shape[3], "backend": backend}  # fmt: skip
+    with Steps(console) as progress:
+        figures = measure(arguments, progress)
     folder = record.results_folder(arguments)
-    rows = [
-        {"benchmark": "demo", "state": name, "layer": i, "head": head, "relative_error": error}
-        for name, layers_errors in errors.items()
-        for i, per_head in enumerate(layers_errors)
-        for head, error in enumerate(per_head)
-    ]
-    rows += [
-        {"benchmark": "demo", "state": name, "prefix_rows": m, **result}
-        for name, results in times.items()
-        for m, result in zip(lengths, results, strict=True)
-    ]
-    figures = {
-        "settings": settings, "relative_error": errors, "state_rows": sizes, "prefix_lengths": lengths,
-        "milliseconds": times, "bytes_held": held, "break_even": break_even,
-    }  # fmt: skip
-    record.save(folder / "demo.json", device, rows, **figures)
+    record.save(folder / "demo.json", arguments.device, rows_of(figures), **figures)
     for table in tables_of(figures):
-        console.print(table)
+        tables.show(console, table)
     plot(folder / "demo.png", figures)
-    console.print(f"served by backend={backend!r} on {record.environment(device)['device']}")
+    backend = figures["settings"]["backend"]
+    console.print(f"served by backend={backend!r} on {record.environment(arguments.device)['device']}")
     for name, what in (("demo.json", "figures"), ("demo.png", "plot")):
         console.print(f"{what + ':':9}{folder / name}", soft_wrap=True)
+
+
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """The figures of the record: errors of each head, times and bytes by length of the prefix."""
+    numbers, device = sorted(set(arguments.layers)), arguments.device
+    try:
+        reader = encoder.Reader(arguments.prefix_rows, NUM_INPUTS + NUM_CALIBRATION, numbers)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise SystemExit(f"demo: {error}") from error
+    lengths = [m for m in LENGTHS if m < arguments.prefix_rows] + [arguments.prefix_rows]
+    chunks = arguments.prefix_rows // encoder.CHUNK + NUM_INPUTS + NUM_CALIBRATION
+    reading = progress.add_task("the encoder reads", total=chunks)
+    converting = progress.add_task("converting, comparing", total=len(numbers) * len(STATES))
+    timed = progress.add_task("timing prefix lengths", total=len(lengths))
+    layers = reader.layers(lambda: progress.advance(reading))
+    layers = {i: encoder.Layer(*(t.to(device) for t in layer)) for i, layer in zip(numbers, layers, strict=True)}
+    states, errors = convert(layers, lambda step: progress.advance(converting, step=step))
+    last = inputs_of(layers[numbers[-1]], slice(NUM_INPUTS))
+    times, held = measure_times(
+        last, states[numbers[-1], FITTED], lengths, device, arguments.seconds,
+        lambda m: progress.advance(timed, step=f"{m:,} rows"),
+    )  # fmt: skip
+    settings = {
+        "encoder": encoder.MODEL, "text": "pydoc_data.topics", "prefix_rows": arguments.prefix_rows,
+        "input_rows": encoder.CHUNK, "calibration": NUM_CALIBRATION, "heads": last.query.shape[1],
+        "head_dim": last.query.shape[3], "backend": choose_backend(None, last.query, last.key, last.value),
+    }  # fmt: skip
+    return {
+        "settings": settings,
+        "layers": numbers,
+        "relative_error": {name: [errors[i, name] for i in numbers] for name in (NO_PREFIX, *STATES)},
+        "state_rows": {NO_PREFIX: 0} | {name: rows_of_state(states[numbers[-1], name]) for name in STATES},
+        "prefix_lengths": lengths,
+        "milliseconds": times,
+        "bytes_held": held,
+        "break_even": {
+            name: timing.crossing(
+                lengths, [e["ms"] - t["ms"] for e, t in zip(times["exact"], times[name], strict=True)]
+            )
+            for name in TIMED
+        },
+    }
+
+
+def rows_of(figures: dict) -> list[dict]:
+    """The lines of the CSV file."""
+    rows = [
+        {"benchmark": "demo", "state": name, "layer": i, "head": head, "relative_error": error}
+        for name, of_layers in figures["relative_error"].items()
+        for i, of_heads in zip(figures["layers"], of_layers, strict=True)
+        for head, error in enumerate(of_heads)
+    ]
+    return rows + [
+        {"benchmark": "demo", "state": name, "prefix_rows": m, **result}
+        for name, results in figures["milliseconds"].items()
+        for m, result in zip(figures["prefix_lengths"], results, strict=True)
+    ]
 
 
 def inputs_of(layer: encoder.Layer, which: slice) -> encoder.Layer:
@@ -126,32 +152,44 @@ def exact_attention(layer: encoder.Layer, prefix_rows: int):
     return lambda: torch.nn.functional.scaled_dot_product_attention(layer.query, key, value)
 
 
-def measure_errors(layers, on_state):
-    """{state: [relative error of each head] for each layer}, the states' rows per head, the last fitted state."""
-    errors = {name: [] for name in (NO_PREFIX, *STATES)}
-    sizes = {NO_PREFIX: 0}
-    for whole in layers:
-        layer, others = (inputs_of(whole, which) for which in (slice(NUM_INPUTS), slice(NUM_INPUTS, None)))
-        exact = exact_attention(layer, layer.prefix_key.shape[1])()
+def convert(layers: dict, on_step: Callable) -> tuple[dict, dict]:
+    """Converts the prefix of each layer to each of `STATES`.
 
-        def error(state, layer=layer, exact=exact):
-            out = ntk_attention(layer.query, layer.key, layer.value, state)
-            per_head = [tensor.transpose(0, 1).flatten(1).norm(dim=1) for tensor in (out - exact, exact)]
-            return [round(e, 5) for e in (per_head[0] / per_head[1]).tolist()]
+    Returns the states and the relative errors of each head by (layer, name); errors without a prefix as well.
+    """
+    test = {i: inputs_of(layer, slice(NUM_INPUTS)) for i, layer in layers.items()}
+    exact = dict(_each(lambda i: exact_attention(test[i], test[i].prefix_key.shape[1])(), layers, layers))
 
-        errors[NO_PREFIX].append(error(None))
-        for name, options in STATES.items():
-            if name == FITTED:
-                attention = ntk_attention(others.query, others.key, others.value, return_lse=True)
-                options = options | {"query": others.query, "attention": attention}
-            state = prefix_to_state(layer.prefix_key, layer.prefix_value, **options)
-            sizes[name] = rows_of(state)
-            errors[name].append(error(state))
-            on_state()
-    return errors, sizes, state  # FITTED is the last of STATES
+    def errors_of(i: int, state: PrefixState | None) -> list[float]:
+        out = ntk_attention(test[i].query, test[i].key, test[i].value, state)
+        difference, norm = (x.transpose(0, 1).flatten(1).norm(dim=1) for x in (out - exact[i], exact[i]))
+        return [round(error, 5) for error in (difference / norm).tolist()]
+
+    def convert_to(at: tuple[int, str]):
+        i, name = at
+        options = STATES[name]
+        if name == FITTED:
+            others = inputs_of(layers[i], slice(NUM_INPUTS, None))
+            attention = ntk_attention(others.query, others.key, others.value, return_lse=True)
+            options = options | {"query": others.query, "attention": attention}
+        state = prefix_to_state(layers[i].prefix_key, layers[i].prefix_value, **options)
+        return state, errors_of(i, state)
+
+    states, errors = {}, {(i, NO_PREFIX): errors_of(i, None) for i in layers}
+    jobs = [(i, name) for name in sorted(STATES, key=lambda name: name != FITTED) for i in layers]  # the longest first
+    for at, (states[at], errors[at]) in _each(convert_to, jobs, layers):
+        on_step(f"layer {at[0]}, {at[1]}")
+    return states, errors
 
 
-def rows_of(state: PrefixState) -> int:
+def _each(function: Callable, items, layers: dict):
+    """In threads on a CPU; a GPU takes one call after the other anyway."""
+    if next(iter(layers.values())).query.is_cuda:
+        return ((item, function(item)) for item in items)
+    return threads.each(function, items)
+
+
+def rows_of_state(state: PrefixState) -> int:
     """Rows per head, of z and of its own: what the state costs, in units of a key/value row."""
     return state.num_rows + (0 if state.k is None else state.num_centers * state.k.shape[-1])
 
@@ -181,7 +219,7 @@ def measure_times(layer, fitted, lengths, device, seconds, on_length):
             times.setdefault(name, []).append(result)
         for name, size in at_m.items():
             held.setdefault(name, []).append(size)
-        on_length()
+        on_length(m)
     return times, held
 
 
@@ -198,7 +236,7 @@ def _error_table(figures: dict) -> Table:
     )
     table.add_column("state", no_wrap=True)
     table.add_column("rows per head", justify="right")
-    for i in range(len(errors[NO_PREFIX])):
+    for i in figures["layers"]:
         table.add_column(f"layer {i}", justify="right")
     for name, per_layer in errors.items():
         cells = [f"{_short(sum(heads) / len(heads))} ({_short(max(heads))})" for heads in per_layer]
@@ -242,11 +280,11 @@ def plot(path, figures: dict) -> None:
     for name, per_layer in errors.items():
         means = [sum(heads) / len(heads) for heads in per_layer]
         label = name if min(means) < ERROR_SHOWN else f"{name} (above: {_short(min(means))} to {_short(max(means))})"
-        left.plot(range(len(means)), means, marker="o", label=label, color=colors[name],
+        left.plot(figures["layers"], means, marker="o", label=label, color=colors[name],
                   ls=":" if name == NO_PREFIX else "-")  # fmt: skip
     left.set(ylim=(0, ERROR_SHOWN), xlabel="layer", ylabel="relative error, mean over heads",
              title=f"Error of the state of a {settings['prefix_rows']:,}-row prefix")  # fmt: skip
-    left.set_xticks(range(len(errors[NO_PREFIX])))
+    left.set_xticks(figures["layers"])
     for name, results in times.items():
         ms = [result["ms"] for result in results]
         style = {

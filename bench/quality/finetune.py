@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, timing
 from ..models import decoder
 from ..models.reading import text_without_repeats
 from .finetune_methods import METHODS, WHOLE, Method, ablation
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not figures["results"]:
         raise SystemExit("\n".join(["finetune: no method could be run", *notes_of(figures)]))
     for table in tables_of(figures):
-        Console(width=max(console.width, 180)).print(table)
+        tables.show(console, table)
     for note in notes_of(figures):
         console.print(note, soft_wrap=True)
     name = arguments.name or ("finetune-ablation" if arguments.ablation else "finetune")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ntk_kernels import merge_attention, ntk_attention, prefix_to_state
 
-from ..lib import plots, record
+from ..lib import plots, record, tables
 from ..models import decoder, encoder
 from ..models.reading import CHUNK, Layer
 
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(path, device, rows, **figures)
     plot(path.with_suffix(".png"), figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 190)).print(table)
+        tables.show(console, table)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, timing
 from ..models import decoder
 from ..models.reading import CHUNK, text_without_repeats
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         chunks[arguments.test : arguments.test + arguments.calibration], sizes, arguments.train,
     )  # fmt: skip
     for table in tables_of(figures):
-        Console(width=max(console.width, 150)).print(table)
+        tables.show(console, table)
     path = record.results_folder(arguments) / "prompt.json"
     rows = [
         {"benchmark": "prompt", "in_place": result["in_place"], "rows": result["rows"], "chunk": chunk, "loss": loss}

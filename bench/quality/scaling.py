@@ -34,7 +34,7 @@ from rich.table import Table
 
 from ntk_kernels import PrefixState, feature_dim, prefix_attention_state
 
-from ..lib import plots, record
+from ..lib import plots, record, tables
 
 DIM = 8  # of inputs, rows and outputs
 STATES = ("elu", "taylor2")
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(folder / "scaling.json", device, _csv_rows(figures), **figures)
     plot(folder / "scaling.png", figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 110)).print(table)
+        tables.show(console, table)
     console.print(f"figures: {folder / 'scaling.json'}\nplot: {folder / 'scaling.png'}", soft_wrap=True)
 
 

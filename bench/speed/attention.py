@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, reference
 
-from ..lib import record, timing
+from ..lib import record, tables, timing
 from . import ceilings
 from .peers import EXACT, NO_PREFIX, PLAIN, STATE, Peer, Setting, all_peers, prefix_of
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Progress(console=console) as progress:
         figures = measure(arguments, progress)
     for table in tables_of(figures):
-        Console(width=max(console.width, 100)).print(table)
+        tables.show(console, table)
     for note in notes_of(figures):
         console.print(note, soft_wrap=True)
     path = record.results_folder(arguments) / f"{arguments.name}.json"

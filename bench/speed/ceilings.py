@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..lib import record, timing
+from ..lib import record, tables, timing
 
 _SECONDS = 0.3
 _COPIED = {"cuda": 2**28, "cpu": 2**26}  # float32 numbers, many times what caches hold
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
         "matmul_tflop_per_s": {str(dtype)[6:]: matmul_rate(arguments.device, dtype) for dtype in dtypes},
     }
     for table in tables_of(figures):
-        console.print(table)
+        tables.show(console, table)
     path = record.results_folder(arguments) / "ceilings.json"
     rows = [{"benchmark": "ceilings", "name": "copy", "gb_per_s": figures["copy_gb_per_s"]}]
     rows += [

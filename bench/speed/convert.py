@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ntk_kernels import prefix_to_state, reference
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, timing
 from . import ceilings
 
 KINDS = {
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(path, device, rows, **figures)
     plot(path.with_suffix(".png"), figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 100)).print(table)
+        tables.show(console, table)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 

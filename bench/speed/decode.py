@@ -24,7 +24,7 @@ from ntk_kernels import (
     reference,
 )
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, timing
 from . import ceilings
 
 PLAIN, OURS_PLAIN = "SDPA, no prefix", "ours, no prefix"
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(folder / "decode.json", arguments.device, rows, **figures)
     plot(folder / "decode.png", figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 110)).print(table)
+        tables.show(console, table)
     for m in left_out:
         console.print(f"an exact prefix of {m:,} rows for each of {arguments.batch} sequences does not fit into memory")
     console.print(f"figures: {folder / 'decode.json'}\nplot: {folder / 'decode.png'}", soft_wrap=True)

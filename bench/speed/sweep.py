@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 
-from ..lib import plots, record, timing
+from ..lib import plots, record, tables, timing
 from . import ceilings
 from .peers import sdpa
 
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     record.save(path, arguments.device, _rows_of(figures), **figures)
     plot(path.with_suffix(".png"), figures)
     for table in tables_of(figures):
-        Console(width=max(console.width, 110)).print(table)
+        tables.show(console, table)
     console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 

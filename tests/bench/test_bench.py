@@ -21,11 +21,12 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 class RandomReader:
-    def __init__(self, prefix_rows, num_inputs):
-        self.sizes = prefix_rows, num_inputs
+    def __init__(self, prefix_rows, num_inputs, layers):
+        self.sizes, self.kept = (prefix_rows, num_inputs), layers
 
     def layers(self, on_chunk=lambda: None):
-        return random_layers(*self.sizes)
+        layers = random_layers(*self.sizes)
+        return [layers[i] for i in self.kept]
 
 
 def random_layers(prefix_rows, num_inputs):
@@ -46,16 +47,18 @@ def test_demo(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(encoder, "Reader", RandomReader)
     monkeypatch.setattr(demo, "LENGTHS", [64, 256])
     monkeypatch.setenv("COLUMNS", "200")
-    main(["demo", "--device", "cpu", "--prefix-rows", "512", "--seconds", "0.01", "--out", str(tmp_path)])
+    sizes = ["--prefix-rows", "512", "--layers", "1", "0", "--seconds", "0.01"]
+    main(["demo", "--device", "cpu", *sizes, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "served by backend='torch'" in printed
+    for step in (*(f"layer {i}, {name}" for i in (0, 1) for name in demo.STATES), "64 rows", "256 rows", "512 rows"):
+        assert f": {step} (" in printed
     assert str(tmp_path / "demo.png") in printed.replace("\n", "")
     assert (tmp_path / "demo.png").read_bytes()[:8] == PNG
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert figures["prefix_lengths"] == [64, 256, 512]
     assert figures["state_rows"]["taylor2, mean"] == 1 + 8 + 36
-    assert figures["state_rows"]["fitted, 128 rows"] == 128
-    fitted, around_mean = (figures["relative_error"][name][0] for name in ("fitted, 128 rows", "taylor1, mean"))
+    assert figures["state_rows"]["fitted, 32 rows"] == 32
+    fitted, around_mean = (figures["relative_error"][name][0] for name in ("fitted, 32 rows", "taylor1, mean"))
     assert all(ours < closed for ours, closed in zip(fitted, around_mean, strict=True))
     assert figures["bytes_held"]["exact"] == [64 * 2 * 16 * 4, 256 * 2 * 16 * 4, 512 * 2 * 16 * 4]
     assert figures["environment"]["torch"] == torch.__version__

@@ -48,6 +48,34 @@ def test_decoder_records_what_its_attention_sees(small, monkeypatch):
         hook.remove()
 
 
+def test_encoder_records_what_its_attention_sees():
+    """Of each chunk, read by itself; the prefix's chunks one after the other."""
+    transformers = reading.quiet_transformers()
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3,
+        initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    chunks = list(torch.randint(40, (5, 8)))
+    progress = []
+    kept = encoder.read(model, chunks, 3, (2, 0), lambda: progress.append(1))
+    assert len(progress) == 5
+    with torch.no_grad():
+        hidden = model(input_ids=torch.stack(chunks), output_hidden_states=True).hidden_states
+    for i, layer in zip((2, 0), kept, strict=True):
+        projections = model.encoder.layer[i].attention.self
+        with torch.no_grad():
+            query, key, value = (
+                projection(hidden[i]).unflatten(-1, (3, 8)).transpose(1, 2)
+                for projection in (projections.query, projections.key, projections.value)
+            )
+        expected = (*(x[:3].transpose(0, 1).flatten(1, 2) for x in (key, value)), query[3:], key[3:], value[3:])
+        for ours, theirs in zip(layer, expected, strict=True):
+            assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+        assert not projections.query._forward_hooks
+
+
 class Tokenizer:
     def __call__(self, text, add_special_tokens):
         return {"input_ids": list(range(3000))}
