@@ -119,7 +119,8 @@ def _sum_of_features(a: "PrefixState", b: "PrefixState") -> dict[str, Tensor | N
 
     Z = Z_a e^{β_a - β} + Z_b e^{β_b - β}, likewise k, with e^β = e^{β_a} + e^{β_b}.
     """
-    arguments, weights = {"centers": a.centers}, (None, None)
+    arguments: dict[str, Tensor] = {"centers": a.centers}
+    weights: tuple[Tensor | None, ...] = (None, None)
     if a.log_scale is not None or b.log_scale is not None:
         both = torch.stack([_log_scale_of(a), _log_scale_of(b)])
         off = (both == -math.inf).all(0)  # centres that are off in both stay off, with gradient 0

@@ -156,7 +156,7 @@ class FeatureMap:
     several_centers: bool = False
     tiles: str = "state"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.is_polynomial and self.sections[0] is not LINEAR:
             raise ValueError(f"`sections` must begin with LINEAR at order={self.order}, got {self.sections[0].name!r}")
 
@@ -176,6 +176,8 @@ class FeatureMap:
     def head_dim(self, num_features: int) -> int | None:
         """Returns the head dimension D at which the map has `num_features` features, None if there is none."""
         low, high = 1, num_features  # the smallest D with at least so many features is between them
+        if (first_order := num_features - self.dim(0)) >= 1 and self.dim(first_order) == num_features:
+            return first_order
         while low < high:
             middle = (low + high) // 2
             if self.dim(middle) < num_features:

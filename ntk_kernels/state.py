@@ -63,7 +63,7 @@ class PrefixState:
     values: Tensor | None = None
     bias: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
             checks.check_floating(name, tensor)
         if self.k is None and self.keys is None:
@@ -224,7 +224,8 @@ class PrefixState:
     # Other states ----------------------------------------------------------------------------------------------------
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PrefixState":
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        changes: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changes)
 
     def to(self, *args: Any, **kwargs: Any) -> "PrefixState":
         """Returns the state with every tensor moved or cast; arguments of `torch.Tensor.to`."""
@@ -305,7 +306,8 @@ class PrefixState:
             unknown = sorted(set(tensors) - set(_TENSORS))
             if unknown:
                 raise ValueError(f"unknown tensors {unknown}")
-            state = cls(**tensors, **json.loads(metadata["state"]))
+            arguments: dict[str, Any] = tensors | json.loads(metadata["state"])
+            state = cls(**arguments)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must hold a valid prefix state, got {str(path)!r}: {error}") from error
         return state.to(device)

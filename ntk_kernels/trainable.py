@@ -178,7 +178,8 @@ class NTKPrefix(nn.Module):
 
     def _add_features(self, options: PrefixOptions, parameter: Callable[..., nn.Parameter]) -> None:
         feature_map = get_feature_map(options.feature_map)
-        mid, r = (), feature_map.dim(self.head_dim)
+        mid: tuple[int, ...] = ()
+        r = feature_map.dim(self.head_dim)
         if options.centers is not None:
             self.centers = self._make_centers(options.centers, parameter)
             mid = (self.centers.shape[1],)

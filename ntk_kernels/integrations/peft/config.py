@@ -64,7 +64,7 @@ class NTKConfig(PrefixOptions, PeftConfig):
     shapes: dict[str, list[int]] | None = None
     format_version: int = _VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.NTK
         if self.format_version != _VERSION:
@@ -82,8 +82,9 @@ class NTKConfig(PrefixOptions, PeftConfig):
                 ) from error
         elif self.target_modules is not None:
             self.target_modules = _list_of("target_modules", self.target_modules, str, "names")
-        if self.layers_to_transform is not None and not _is_int(self.layers_to_transform):
-            self.layers_to_transform = _list_of("layers_to_transform", self.layers_to_transform, int, "numbers")
+        layers: Any = self.layers_to_transform
+        if layers is not None and not _is_int(layers):
+            self.layers_to_transform = _list_of("layers_to_transform", layers, int, "numbers")
         if self.centers is not None:
             checks.check_int("centers", self.centers, minimum=1)
         # To refuse options that do not fit; the meta device takes neither memory nor random numbers.

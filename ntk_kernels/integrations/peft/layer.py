@@ -35,11 +35,11 @@ class NTKLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = (STATES,)
     other_param_names = ()
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.ntk_states = nn.ModuleDict({})  # an NTKPrefix for each adapter
+        self.ntk_states: Any = nn.ModuleDict({})  # an NTKPrefix for each adapter
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._rows: _BatchRows | None = None  # while rows have adapters of their own
         self._stack: PrefixState | None = None  # of the adapters in use, if it can be kept
 
@@ -59,7 +59,8 @@ class NTKLayer(nn.Module, BaseTunerLayer):
             return None, None
         if self._rows is not None:
             return self._state_of_rows(batch)
-        states = [self.ntk_states[name]() for name in self.active_adapters if name in self.ntk_states]
+        active: Any = self.active_adapters
+        states = [self.ntk_states[name]() for name in active if name in self.ntk_states]
         return (reduce(PrefixState.merge, states) if states else None), None
 
     @contextmanager

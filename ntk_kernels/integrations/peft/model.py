@@ -48,7 +48,7 @@ class NTKModel(BaseTuner):
 
     prefix = STATES
     tuner_layer_cls = NTKLayer
-    target_module_mapping: dict = {}  # noqa: RUF012  # empty: all attention modules of any model
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  # empty: all attention modules of any model
 
     def __init__(
         self,
@@ -406,8 +406,8 @@ def _in_checkpoints(
     Backward computes them again, long after `rows` of the forward was left.
     """
 
-    def keeping_rows(module: nn.Module, checkpoint: Callable) -> Callable:
-        def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def keeping_rows(module: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def block(*args: Any, **kwargs: Any) -> Any:
                 with rows(module):
                     return function(*args, **kwargs)
@@ -422,7 +422,7 @@ def _in_checkpoints(
         if (function := module.__dict__.get("_gradient_checkpointing_func")) is not None
     }
     for module, function in functions.items():
-        module._gradient_checkpointing_func = keeping_rows(module, function)
+        setattr(module, "_gradient_checkpointing_func", keeping_rows(module, function))  # noqa: B010
     try:
         yield
     finally:

@@ -199,8 +199,9 @@ def use_ntk(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Switch:
     configs = {id(config): config for name in modules for config in configs_of(model, name)}
     switch = Switch(configs.values())
     for name, module in modules.items():
-        if module.config._attn_implementation != IMPLEMENTATION:
-            got = module.config._attn_implementation
+        config: Any = module.config
+        if config._attn_implementation != IMPLEMENTATION:
+            got = config._attn_implementation
             switch.turn_off()
             raise RuntimeError(
                 f"`{name}` must take the attention implementation {IMPLEMENTATION!r}, got {got!r} in spite of it being "

@@ -81,12 +81,19 @@ def ntk_attention_forward(
     mask = _mask(attention_mask, position_bias, key.shape[2])
     if isinstance(child, Observer):
         child.observe(query, key, value, mask, scale=scale, query_scale=query_scale, softcap=softcap, sink=s_aux)
-    options = {"scale": scale, "softcap": softcap, "state_index": state_index, "return_lse": s_aux is not None}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "state_index": state_index,
+        "return_lse": s_aux is not None,
+    }
     if seq_q == 1 and mask is None and not torch.is_grad_enabled():
         out = ntk_attention_decode(query, key, value, None, state, is_causal=False, **options)
     else:
-        offset = {"causal_offset": 0} if is_causal else {}
-        out = ntk_attention(query, key, value, state, attn_mask=mask, is_causal=is_causal, **offset, **options)
+        offset = 0 if is_causal else None
+        out = ntk_attention(
+            query, key, value, state, attn_mask=mask, is_causal=is_causal, causal_offset=offset, **options
+        )
     if s_aux is not None:
         out, lse = out
         sink = s_aux.reshape(1, -1, 1).to(lse.dtype)

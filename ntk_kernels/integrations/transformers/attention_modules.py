@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, 
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(type(module))
+        if isinstance(getattr(module, "config", None), PretrainedConfig) and _dispatches(cast(Any, type(module)))
     }
     # Models without this support may dispatch attention, but rely on the masks of "eager" or dispatch only a part.
     unsupported = [
@@ -89,7 +89,7 @@ def configs_of(model: PreTrainedModel, name: str) -> list[PretrainedConfig]:
 
 
 @lru_cache
-def _dispatches(cls: type) -> bool:
+def _dispatches(cls: Any) -> bool:
     """Returns whether modules of a class ask the interface for their attention function, as their code shows."""
     try:
         return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(cls.forward)
@@ -134,7 +134,8 @@ def find_shape(module: nn.Module) -> AttentionShape | None:
 
 def placement(module: nn.Module, model: PreTrainedModel) -> Placement:
     """Returns the device of a prefix, where its module computes, and its dtype: float32, float64 in float64 models."""
-    weights = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]  # buffers of quantized modules
+    # A quantized module has buffers only.
+    weights: list[torch.Tensor] = [*module.parameters()] or [*module.buffers()] or [*model.parameters()]
     is_wide = any(weight.dtype == torch.float64 for weight in weights)
     # accelerate keeps weights that are offloaded on the meta device until they are used.
     hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]

@@ -72,7 +72,8 @@ def remove_child(module: nn.Module) -> None:
 
 
 def _check_implementation(module: nn.Module, args: tuple[Any, ...]) -> None:
-    implementation = module.config._attn_implementation
+    config: Any = module.config
+    implementation = config._attn_implementation
     # With disabled adapters, a module of PEFT has its own implementation again.
     if implementation != IMPLEMENTATION and not getattr(getattr(module, CHILD), "disable_adapters", False):
         raise RuntimeError(
