@@ -144,7 +144,7 @@ def prefix_to_state(
 
 def _in_closed_form(
     prefix_key: Tensor, prefix_value: Tensor, closed_form: ClosedForm, options: FitOptions
-) -> PrefixState:  # fmt: skip
+) -> PrefixState:
     num_keys = prefix_key.shape[-2]
     if options.feature_map is not None or num_keys == 0:
         feature_map = options.feature_map or DEFAULT_FEATURE_MAP
@@ -169,9 +169,7 @@ def _fitted(
         recipes = recipes_for_budget(options.budget, num_keys, head_dim)
     else:
         recipes = [Recipe(options.feature_map, options.centers, options.num_rows, options.keep)]
-    state, report = fit(
-        prefix_key, prefix_value, query, attention, closed_form, recipes, options.method, options.error
-    )  # fmt: skip
+    state, report = fit(prefix_key, prefix_value, query, attention, closed_form, recipes, options.method, options.error)
     if too_large and report.kept_rows == num_keys:
         warnings.warn(
             f"prefix_to_state: fewer rows do not reach an error of {options.error:g}, and {num_queries:,} queries of a "
@@ -213,8 +211,10 @@ def _check_calibration(
 ) -> None:  # fmt: skip
     if query is None:
         for name, is_given in (
-            ("keep", options.keep), ("return_report", return_report), ("attention", attention is not None),
-        ):  # fmt: skip
+            ("keep", options.keep),
+            ("return_report", return_report),
+            ("attention", attention is not None),
+        ):
             if is_given:
                 raise ValueError(f"`{name}` needs calibration queries: `query` must be given, got None")
         if options.method != "closed_form":

@@ -121,9 +121,7 @@ def _fit_recipe(
     return before, gradient.descend(before, spread, targets, closed_form.scale, closed_form.seed), None
 
 
-def _first_rows(
-    rest: tuple[Tensor, Tensor], targets: Targets, closed_form: ClosedForm, num_rows: int
-) -> ClusterRows:  # fmt: skip
+def _first_rows(rest: tuple[Tensor, Tensor], targets: Targets, closed_form: ClosedForm, num_rows: int) -> ClusterRows:
     """Returns the rows that a fit starts from: a few with much attention (sinks), and means of clusters of the rest."""
     num_attended = num_rows // _ROWS_PER_ATTENDED_ROW
     if not num_attended:

@@ -131,9 +131,7 @@ def features_and_mass(q, k, mu, k_0, beta, scales, HAS_CENTER: tl.constexpr, dim
 
 
 @triton.jit(do_not_specialize=["stride_rows", "seq_q"])
-def _ntk_add_resident_prefix_kernel(
-    query, state, sequences, out, lse_ptr, stride_rows, seq_q, num_heads, scales, dims
-):  # fmt: skip
+def _ntk_add_resident_prefix_kernel(query, state, sequences, out, lse_ptr, stride_rows, seq_q, num_heads, scales, dims):
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
     tensor_batch, first_q, seq_q = locate_rows(sequences, batch, seq_q)
@@ -152,7 +150,7 @@ def _ntk_add_resident_prefix_kernel(
         lse = in_log2(tl.load(lse_ptr + offs_m, mask=offs_m < seq_q, other=-float("inf")))
         phi, mass, logit = features_and_mass(
             q.to(tl.float32), k, mu, k_0, beta, scales, state.centers is not None, dims
-        )  # fmt: skip
+        )
         numerator = dot(rounded_to(phi, z.dtype), z, None, dims.PREFIX_PRECISION) + z_0[None, :]
 
         massless = is_massless(mass, logit)

@@ -84,7 +84,7 @@ def _ntk_add_prefix_bwd_dq_kernel(
         dq_ptr = head_ptr(grad_query, tensor_batch, head, first_q)
         dq += load_tile(
             dq_ptr, start_m, seq_q, grad_query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True
-        ).to(tl.float32)  # fmt: skip
+        ).to(tl.float32)
         store_tile(dq_ptr, dq, offs_m, seq_q, grad_query.stride[2], 0, dims.HEAD_DIM, dims.BLOCK_D)
 
 
@@ -113,15 +113,11 @@ def _ntk_add_resident_prefix_bwd_kernel(
         q_head = query.ptr + row * query.stride[0] + head * query.stride[1]
         do_head = grad_out.ptr + row * grad_out.stride[0] + head * grad_out.stride[1]
         out_head = out.ptr + row * out.stride[0] + head * out.stride[1]
-        q = load_tile(
-            q_head, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True
-        ).to(tl.float32)  # fmt: skip
-        do = load_tile(
-            do_head, start_m, seq_q, grad_out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True
-        )  # fmt: skip
-        out_tile = load_tile(
-            out_head, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True
-        )  # fmt: skip
+        q = load_tile(q_head, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True).to(
+            tl.float32
+        )
+        do = load_tile(do_head, start_m, seq_q, grad_out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True)
+        out_tile = load_tile(out_head, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True)
         lse = load_lse(lse_ptr + first_row, offs_m, seq_q)
         delta = tl.sum(out_tile.to(tl.float32) * do.to(tl.float32), 1)
         if dlse_ptr is not None:
@@ -156,7 +152,7 @@ def _ntk_add_resident_prefix_bwd_kernel(
                 dq_head = grad_query.ptr + row * grad_query.stride[0] + head * grad_query.stride[1]
                 dq = load_tile(
                     dq_head, start_m, seq_q, grad_query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True
-                ).to(tl.float32)  # fmt: skip
+                ).to(tl.float32)
                 dq += (scales.feature * u)[:, None] * dx
                 if HAS_CENTER:
                     dq += (dbeta * (scales.logit * LN_2))[:, None] * mu[None, :]
@@ -200,8 +196,14 @@ def add_prefix_dq_launch(
     """The launch that adds the prefix's gradient to `grad_query` and fills `grad_log_weights` (each may be None)."""
     kind = call.kind
     tensors = (
-        call.query, strided(grad_out), call.state, call.sequences, row_terms, strided(grad_query), grad_log_weights
-    )  # fmt: skip
+        call.query,
+        strided(grad_out),
+        call.state,
+        call.sequences,
+        row_terms,
+        strided(grad_query),
+        grad_log_weights,
+    )
 
     def describe():
         num_tiles = ceil_div(kind.seq_q, config.block_m)
@@ -218,9 +220,7 @@ def add_resident_bwd_launch(
 ) -> Launch:
     """The launch that adds the prefix's gradient to `grad_query` (may be None) and fills `grads` [splits, ...]."""
     kind = call.kind
-    tensors = (
-        call.query, strided(grad_out), strided(out), lse, grad_lse, call.state, strided(grad_query), grads
-    )  # fmt: skip
+    tensors = (call.query, strided(grad_out), strided(out), lse, grad_lse, call.state, strided(grad_query), grads)
     wanted = tuple(tensor is not None for tensor in grads)
     details = splits, signature(grad_out), signature(out), signature(grad_lse), signature(grad_query), wanted
 

@@ -23,9 +23,7 @@ from .backward_state import FEATURE_TENSORS, StateGrads, run_state_backward
 from .host.launch import made_addressable, prepare, run_pass
 
 
-def run_bwd(
-    inputs, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, wanted: StateGrads
-) -> StateGrads:  # fmt: skip
+def run_bwd(inputs, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, wanted: StateGrads) -> StateGrads:
     """Fills `grad_query`, `grad_key` and `grad_value`, each may be None, but for rows of no packed sequence.
 
     Args:

@@ -37,12 +37,12 @@ def _ntk_bwd_delta_kernel(
 
     out_ptr = head_ptr(out, tensor_batch, head, first_q)
     do_ptr = head_ptr(grad_out, tensor_batch, head, first_q)
-    out_tile = load_tile(
-        out_ptr, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True
-    ).to(tl.float32)  # fmt: skip
-    do = load_tile(
-        do_ptr, start_m, seq_q, grad_out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True
-    ).to(tl.float32)  # fmt: skip
+    out_tile = load_tile(out_ptr, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True).to(
+        tl.float32
+    )
+    do = load_tile(do_ptr, start_m, seq_q, grad_out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True).to(
+        tl.float32
+    )
     delta = tl.sum(out_tile * do, 1)
     if dlse_ptr is not None:
         delta -= load_rows(dlse_ptr + first_row, offs_m, seq_q)

@@ -234,9 +234,7 @@ def state_launch(
 
     def describe():
         num_state_heads = state.k.shape[0] * state.num_heads
-        scalars = (
-            row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales
-        )  # fmt: skip
+        scalars = (row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales)
         constants = kind.constants | {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
         return (_num_blocks(kind, section) * state.num_centers * num_state_heads, splits), scalars, constants
 
@@ -255,9 +253,7 @@ def rows_launch(
 
     def describe():
         num_state_heads = state.row_keys.shape[0] * state.num_heads
-        scalars = (
-            row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales
-        )  # fmt: skip
+        scalars = (row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales)
         constants = kind.constants | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return (ceil_div(state.num_rows, config.block_n) * num_state_heads, splits), scalars, constants
 

@@ -182,9 +182,7 @@ def _ntk_decode_kernel(
 
 
 @triton.jit
-def _start_from_states(
-    q, q_rows, in_range, group_head, state, head, heads_per_state, batch, split, scales, dims
-):  # fmt: skip
+def _start_from_states(q, q_rows, in_range, group_head, state, head, heads_per_state, batch, split, scales, dims):
     """`start_from_prefix` and `attend_rows` for a tile whose rows may use several heads of the state; with several
     splits for the first of them."""
     acc = tl.zeros([dims.BLOCK_M, dims.BLOCK_DV], tl.float32)

@@ -124,9 +124,7 @@ def _ntk_fwd_kernel(
     for zone in tl.static_range(3):
         if zone == 2 or (mask.ptr is None and (zone == 1 or dims.HAS_LOWER)):
             start, stop = bounds_of_zone(zones, zone)
-            acc, m_i, l_i = _attend_keys(
-                acc, m_i, l_i, q, keys, offs_m, start, stop, band, scales, zone != 1, dims
-            )  # fmt: skip
+            acc, m_i, l_i = _attend_keys(acc, m_i, l_i, q, keys, offs_m, start, stop, band, scales, zone != 1, dims)
 
     # 0, as the grid has one dimension, but opaque to the compiler: addresses and masks computed from it do not stay in
     # registers through the loop over the keys.
@@ -175,9 +173,7 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
         }
         return (num_tiles * kind.heads * kind.batch,), scalars, constants
 
-    return kind.launch(
-        _ntk_fwd_kernel, tensors, config, describe, signature(out), signature(lse), keys.k_desc is None
-    )  # fmt: skip
+    return kind.launch(_ntk_fwd_kernel, tensors, config, describe, signature(out), signature(lse), keys.k_desc is None)
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -155,9 +155,7 @@ def _ntk_sum_features_kernel(rows, sums, num_rows, num_heads, num_centers, split
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "num_centers", "splits"])
-def _ntk_sum_features_bwd_kernel(
-    rows, z_ptr, k_ptr, grads, num_rows, num_heads, num_centers, splits, key_scale, dims
-):  # fmt: skip
+def _ntk_sum_features_bwd_kernel(rows, z_ptr, k_ptr, grads, num_rows, num_heads, num_centers, splits, key_scale, dims):
     """`z_ptr` and `k_ptr` are the gradients of z and k."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     c = tl.program_id(0) // num_heads
@@ -184,9 +182,7 @@ def _ntk_sum_features_bwd_kernel(
                     dims.VALUE_DIM, dims.BLOCK_DV, dims, mu_ptr,
                 )  # fmt: skip
             else:
-                dv = add_taylor(
-                    dv, u, k_rows, exist, z_ptr, key_scale, dims.VALUE_DIM, dims.BLOCK_DV, dims, mu_ptr
-                )  # fmt: skip
+                dv = add_taylor(dv, u, k_rows, exist, z_ptr, key_scale, dims.VALUE_DIM, dims.BLOCK_DV, dims, mu_ptr)
             dv_ptr = grads.value + head * num_rows * dims.VALUE_DIM
             store_tile(dv_ptr, dv, at, num_rows, dims.VALUE_DIM, 0, dims.VALUE_DIM, dims.BLOCK_DV)
         if grads.key is not None or grads.centers is not None:

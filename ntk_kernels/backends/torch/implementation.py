@@ -90,9 +90,7 @@ def backward(grad_out, grad_lse, inputs: Inputs, out: Tensor, lse: Tensor, needs
     return Leaves(*grads, of_state)
 
 
-def _prefix_grads(
-    grad_out, grad_lse, inputs: Inputs, out, lse, needs: Leaves
-) -> tuple[Tensor | None, StateTensors]:  # fmt: skip
+def _prefix_grads(grad_out, grad_lse, inputs: Inputs, out, lse, needs: Leaves) -> tuple[Tensor | None, StateTensors]:
     """Gradients of the query, through the prefix, and of the state, by PyTorch's operations."""
     pair = inputs.state
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
@@ -104,9 +102,7 @@ def _prefix_grads(
     _, _, *needs_others, _ = needs.state
     needs_grad = (needs.query, needs.state.z or needs.state.z_b, *needs_others)
     prefix = Prefix(inputs, inputs.query, lse.dtype)
-    grad_query, grad_z, *grads = prefix_backward(
-        prefix, grad_out, inputs.query, lse, delta, [z, *others], needs_grad
-    )  # fmt: skip
+    grad_query, grad_z, *grads = prefix_backward(prefix, grad_out, inputs.query, lse, delta, [z, *others], needs_grad)
     return grad_query, StateTensors(*pair_grads(pair, grad_z), *grads)
 
 

@@ -260,9 +260,7 @@ class _StateSums:
 
     _NAMES = ("z", "k", "centers", "log_scale", "row_keys", "row_values", "row_bias")
 
-    def __init__(
-        self, prefix: Prefix, state: Sequence[Tensor | None], need_state: Sequence[bool], dtype: torch.dtype
-    ):  # fmt: skip
+    def __init__(self, prefix: Prefix, state: Sequence[Tensor | None], need_state: Sequence[bool], dtype: torch.dtype):
         self._prefix = prefix
         self._like = {
             name: tensor for name, tensor, needed in zip(self._NAMES, state, need_state, strict=True) if needed

@@ -62,9 +62,7 @@ def add_prefix_backward(
     """
     full = inputs._replace(state=with_full_z(inputs.state))
     with _device_of(inputs.query):
-        of_state = run_add_prefix_bwd(
-            full, out, lse, grad_out, grad_lse, grad_query, _wanted(full.state, needs)
-        )  # fmt: skip
+        of_state = run_add_prefix_bwd(full, out, lse, grad_out, grad_lse, grad_query, _wanted(full.state, needs))
     return _state_grads(inputs.state, of_state, needs)
 
 

@@ -398,9 +398,7 @@ def _give_names(
 
 
 @contextmanager
-def _in_checkpoints(
-    model: nn.Module, rows: Callable[[nn.Module], AbstractContextManager[None]]
-) -> Iterator[None]:  # fmt: skip
+def _in_checkpoints(model: nn.Module, rows: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
     """Makes blocks under gradient checkpointing enter `rows` themselves, within a `with` block.
 
     Backward computes them again, long after `rows` of the forward was left.

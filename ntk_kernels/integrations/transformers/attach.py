@@ -172,7 +172,7 @@ def _check_fits(name: str, prefix: NTKPrefix | PrefixState, shape: AttentionShap
 
 def attach_children(
     model: PreTrainedModel, found: dict[str, nn.Module], children: Mapping[str, nn.Module], freeze: bool
-) -> None:  # fmt: skip
+) -> None:
     """Adds each of `children`, all `PrefixSource`s, to the module of its name in `found`; none of them if one fails."""
     taken = [name for name in children if hasattr(found[name], CHILD)]
     if taken:

@@ -75,9 +75,7 @@ class Observer(nn.Module):
         if softcap is not None or not sees_all:
             self.trouble = "scores are capped" if sees_all else "a text does not see the whole prompt, as in a window"
             return
-        out, lse = ntk_attention(
-            query, key[:, :, own], value[:, :, own], attn_mask=mask, scale=scale, return_lse=True
-        )  # fmt: skip
+        out, lse = ntk_attention(query, key[:, :, own], value[:, :, own], attn_mask=mask, scale=scale, return_lse=True)
         if sink is not None:  # part of the denominator, not of the numerator
             whole = torch.logaddexp(lse, sink.reshape(1, -1, 1).to(lse.dtype))
             out, lse = (out * torch.exp(lse - whole).unsqueeze(-1)).to(out.dtype), whole

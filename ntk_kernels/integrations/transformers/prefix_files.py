@@ -32,9 +32,7 @@ def save_prefix(model: PreTrainedModel, path: str | PathLike[str]) -> None:
     _FILES.save(path, tensors, model=type(model).__name__, prefixes=json.dumps(options))
 
 
-def load_prefix(
-    model: PreTrainedModel, path: str | PathLike[str], *, freeze: bool = True
-) -> dict[str, NTKPrefix]:  # fmt: skip
+def load_prefix(model: PreTrainedModel, path: str | PathLike[str], *, freeze: bool = True) -> dict[str, NTKPrefix]:
     """Attaches the prefixes that `save_prefix` wrote; arguments and result as in `attach_prefix`.
 
     Raises:

@@ -235,9 +235,7 @@ def _check_positions(model: PreTrainedModel, text_position: int, prompt_length: 
 
 
 @contextmanager
-def _observed(
-    model: PreTrainedModel, found: dict[str, nn.Module], observers: dict[str, Observer]
-) -> Iterator[None]:  # fmt: skip
+def _observed(model: PreTrainedModel, found: dict[str, nn.Module], observers: dict[str, Observer]) -> Iterator[None]:
     """Attaches the observers to their modules and puts the model into evaluation mode."""
     trained = [module for module in model.modules() if module.training]
     attach_children(model, found, observers, freeze=False)

@@ -187,9 +187,7 @@ def _read_tuned(arch: str) -> dict[str, TileConfig]:
     return {key: TileConfig(**fields) for key, fields in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def has_tiles(
-    kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None
-) -> bool:  # fmt: skip
+def has_tiles(kernel: str, arch: str, blocks: Blocks, dtype: torch.dtype, feature_map: str | None) -> bool:
     """Returns whether a kernel has tiles for a class of GPUs and such a call."""
     return bool(_entries_of(kernel, arch, blocks, dtype, feature_map))
 

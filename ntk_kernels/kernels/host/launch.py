@@ -245,9 +245,7 @@ def _kind_of(inputs, arch: str) -> Kind:
     in_bfloat16 = query.dtype == torch.bfloat16
     mask_strides = (0, 0, 0, 0)
     if mask is not None:
-        mask_strides = tuple(
-            stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
-        )  # fmt: skip
+        mask_strides = tuple(stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True))
     traits = {
         "causal": inputs.window_right >= 0,
         "window": inputs.window_left >= 0,

@@ -210,9 +210,9 @@ def add_taylor(
 ):
     """acc + u · φ(x) @ z, [M, BLOCK]."""
     # Most of z of taylor2 are the pairs, which are rounded under any model. In one piece wide heads would spill.
-    PIECES: tl.constexpr = 1 if (
-        (dims.OPERAND == tl.bfloat16 and dims.BLOCK_D <= 128) or dims.FEATURE_MAP == "taylor2"
-    ) else 2  # fmt: skip
+    PIECES: tl.constexpr = (
+        1 if ((dims.OPERAND == tl.bfloat16 and dims.BLOCK_D <= 128) or dims.FEATURE_MAP == "taylor2") else 2
+    )
     columns = tl.arange(0, BLOCK)
     acc += u[:, None] * tl.load(z_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
     acc = _add_components(
