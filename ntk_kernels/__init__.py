@@ -4,7 +4,8 @@ A prefix of any length is converted to, or trained as, a `PrefixState` of fixed 
 
     from ntk_kernels import ntk_attention, prefix_to_state
 
-    state = prefix_to_state(prefix_key, prefix_value, centers=16)
+    attention = ntk_attention(query, key, value, is_causal=True, return_lse=True)
+    state = prefix_to_state(prefix_key, prefix_value, query=query, attention=attention)
     out = ntk_attention(query, key, value, state, is_causal=True)
 """
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel for five kinds of GPU, without one: registers, spills, tensor cores, hazards.
+"""Compiles every kernel for five kinds of GPU, without one: registers, spills, tensor cores, hazards.
 
 Compiles the configuration that each head dimension, feature map and option runs with by default (--all: every
 configuration the autotuner may try) and prints a table. Exits with 1 if the default configuration of a head dimension

@@ -62,8 +62,8 @@ def values(scalars):
 
 
 def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
-    """For every call of the option tables, whatever gradients are asked for: grid, scalars, constants, and what of each
-    tensor a kernel is compiled for."""
+    """Plans of every call of the option tables, whatever gradients are asked for, have the grid, scalars and constants that
+    would be made anew, and tensors of the kind that the kernel is compiled for."""
     of_plan = {}
     original = launch.Kind.launch
 

@@ -82,15 +82,17 @@ def test_products_in_flight_are_found(pendings, hazards):
 
 
 SPECIALISATIONS = """
-from bench import aot
+from bench.upkeep import aot
 import torch
-from ntk_kernels.kernels.backward_delta import RowTerms, delta_launch
+from ntk_kernels.inputs import DecodeInputs, Inputs, StateTensors
+from ntk_kernels.kernels.backward_delta import delta_launch
 from ntk_kernels.kernels.backward_keys import dkdv_launch
 from ntk_kernels.kernels.backward_query import dq_launch
 from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, state_launch
-from ntk_kernels.kernels.decode import decode_launch, merge_launch
+from ntk_kernels.kernels.decode import DecodeResults, decode_launch, merge_launch
 from ntk_kernels.kernels.forward import fwd_launch
-from ntk_kernels.kernels.launch import prepare
+from ntk_kernels.kernels.host.launch import prepare
+from ntk_kernels.kernels.jit.row_terms import RowTerms
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -99,17 +101,19 @@ def keys(batch, seq_q, seq_k, **options):
     q, k, v, o, do = (meta(batch, 8, n, 64, dtype=torch.bfloat16) for n in (seq_q, seq_k, seq_k, seq_q, seq_q))
     lse = meta(batch, 8, seq_q)
     state = dict(z=meta(1, 8, 1, 64, 64), k=meta(1, 8, 1, 64), row_keys=meta(1, 8, 4, 64), row_values=meta(1, 8, 4, 64))
-    call = prepare(q, k, v, **state, feature_map="elu", arch="sm90", causal_offset=seq_k - seq_q, **options)
+    inputs = Inputs(q, k, v, StateTensors(**state), feature_map="elu", causal_offset=seq_k - seq_q, **options)
+    call = prepare(inputs, "sm90")
     terms = RowTerms(lse, lse, lse, meta(batch, 8, 1, seq_q))
     splits = 3 * batch + seq_q
-    sums = StateGrads(**dict.fromkeys(StateGrads._fields) | {n: meta(splits, *t.shape) for n, t in state.items()})
+    sums = StateGrads(**{n: meta(splits, *t.shape) for n, t in state.items()})
+    tile = lambda kernel: call.kind.candidates(kernel)[0]
     launches = [
-        fwd_launch(call, o, lse, call.candidates("forward")[0]),
-        delta_launch(call, do, lse, o, terms, call.candidates("delta")[0]),
-        dkdv_launch(call, do, terms, k, v, call.candidates("dkdv")[0]),
-        dq_launch(call, do, terms, q, None, call.candidates("dq")[0]),
-        state_launch(call, do, terms, None, sums, splits, "elu", call.candidates("state")[0]),
-        rows_launch(call, do, terms, sums, splits, "keys", call.candidates("rows")[0]),
+        fwd_launch(call, o, lse, tile("forward")),
+        delta_launch(call, do, lse, o, terms, tile("delta")),
+        dkdv_launch(call, do, terms, k, v, tile("dkdv")),
+        dq_launch(call, do, terms, q, None, tile("dq")),
+        state_launch(call, do, terms, None, sums, splits, "elu", tile("state")),
+        rows_launch(call, do, terms, sums, splits, "keys", tile("rows")),
     ]
     return [repr(aot.specialisation(launch)) for launch in launches]
 
@@ -125,17 +129,20 @@ SPECIALISATIONS_OF_DECODE = (
     + """
 def launches(batch, seq_q, pages, splits, paged, **options):
     q, o = (meta(batch, 8, seq_q, 64, dtype=torch.bfloat16) for _ in range(2))
-    k, v = (meta(99 if paged else batch, 2, 64, 64, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (meta(99 if paged else batch, 2, 64 if paged else 64 * pages, 64, dtype=torch.bfloat16) for _ in range(2))
     table = meta(batch, pages, dtype=torch.int32) if paged else None
-    state = dict(z=meta(9, 2, 1, 64, 64), k=meta(9, 2, 1, 64), state_index=meta(batch, dtype=torch.int32))
-    call = prepare(q, k, v, **state, feature_map="elu", arch="sm90", cache_size=64 * pages,
-                   key_stop=meta(batch, dtype=torch.int32), **options)
-    part, lse = meta(splits, *q.shape), meta(splits, batch, 8, seq_q)
-    left_out = meta(batch, 8, seq_q, dtype=torch.int32)
-    config = call.candidates("decode")[0]
+    state = StateTensors(
+        z=meta(9, 2, 1, 64, 64), k=meta(9, 2, 1, 64), state_index=meta(batch, dtype=torch.int32)
+    )
+    inputs = DecodeInputs(q, k, v, state, cache_seqlens=meta(batch, dtype=torch.int32), block_table=table,
+                          feature_map="elu", **options)
+    call = prepare(inputs, "sm90")
+    lse = meta(splits, batch, 8, seq_q)
+    results = DecodeResults(meta(splits, *q.shape), lse, lse, meta(batch, 8, seq_q, dtype=torch.int32))
+    tiles = [call.kind.candidates(kernel)[0] for kernel in ("decode", "merge")]
     return [repr(aot.specialisation(launch)) for launch in (
-        decode_launch(call, part, lse, config, num_splits=splits, block_table=table, sums=lse, left_out=left_out),
-        merge_launch(call, part, lse, lse, left_out, o, lse[0], call.candidates("merge")[0]),
+        decode_launch(call, results, tiles[0], num_splits=splits, block_table=table),
+        merge_launch(call, results, o, lse[0], tiles[1]),
     )]
 
 for options in ({}, {"window_right": 0, "window_left": 100}):
@@ -148,26 +155,28 @@ for options in ({}, {"window_right": 0, "window_left": 100}):
 
 
 SPECIALISATIONS_OF_SUMS = """
-from bench import aot
+from bench.upkeep import aot
 import torch
-from ntk_kernels.kernels.convert import Rows, SumGrads, Sums, sums_backward_launch, sums_launch
-from ntk_kernels.kernels import configs
+from ntk_kernels.kernels.host import configs
+from ntk_kernels.kernels.sums import SumGrads, Sums, prepare_rows, sums_bwd_launch, sums_launch
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 def launches(heads, length, centers, splits, ordered):
     keys, values = (meta(heads, length, 64, dtype=torch.bfloat16) for _ in range(2))
-    order = (meta(heads, length, dtype=torch.int64), meta(heads, centers + 1, dtype=torch.int64)) if ordered else (None,) * 2
-    rows = Rows(keys, values, None, meta(heads, centers, 64), *order)
+    order = (None,) * 2
+    if ordered:
+        order = meta(heads, length, dtype=torch.int64), meta(heads, centers + 1, dtype=torch.int64)
+    rows = prepare_rows(keys, values, None, meta(heads, centers, 64), *order)
     z, k = meta(heads, centers, 65, 64, dtype=torch.bfloat16), meta(heads, centers, 65)
     sums = Sums(meta(splits, *z.shape), meta(splits, *k.shape), meta(splits, heads, centers))
     grads = SumGrads(keys, values, meta(splits, heads, centers, 64))
     config = configs.TileConfig(64, 64, 4, 2)
     return [repr(aot.specialisation(launch)) for launch in (
         sums_launch(rows, sums, "linear", 0.5, config, "sm90"),
-        sums_backward_launch(rows, z, k, grads, "values", "taylor1", splits, 0.5, config, "sm90"),
-        sums_backward_launch(rows, z, k, grads, "keys", "taylor1", splits, 0.5, config, "sm90"),
+        sums_bwd_launch(rows, z, k, grads, "values", "taylor1", splits, 0.5, config, "sm90"),
+        sums_bwd_launch(rows, z, k, grads, "keys", "taylor1", splits, 0.5, config, "sm90"),
     )]
 
 for ordered in (False, True):
@@ -178,13 +187,13 @@ for ordered in (False, True):
 
 
 def test_no_recompilation_of_sums():
-    """For other numbers of heads, rows, centres or splits."""
+    """Other numbers of heads, rows, centres or splits share a compiled kernel."""
     result = run("-c", SPECIALISATIONS_OF_SUMS)
     assert result.returncode == 0, result.stderr
 
 
 def test_no_recompilation_of_decode():
-    """For another batch, number of queries or of pages, length, or number of splits."""
+    """Another batch, number of queries, pages or splits, or length shares a compiled kernel."""
     result = run("-c", SPECIALISATIONS_OF_DECODE)
     assert result.returncode == 0, result.stderr
 
@@ -217,7 +226,7 @@ def test_growth_is_noticed(monkeypatch, tmp_path):
 
 
 def test_every_default_has_a_baseline():
-    """For the tested version of triton; `bench static --quick --accept` writes it."""
+    """The tested version of triton has a line for each kernel; `bench static --quick --accept` writes it."""
     from bench.upkeep import static
 
     kernels = [vars(shape) for shape in static.shapes([arch for arch in aot.TARGETS if arch != "sm86"], quick=True)]
