@@ -17,7 +17,7 @@ WITH_LSE_GRADIENT = ["plain", "elu", "all_parts", "fewer_keys_plain", "more_keys
     [pytest.param(backend, case, id=f"{backend}-{case.id}") for backend in FUSED for case in served_by(backend)],
 )
 def test_forward_and_backward(backend, case):
-    check_case(make_inputs(case), case.dtype, backend=backend, backward=True)
+    check_case(make_inputs(case), case.dtype, backend=backend, backward=True, roundings=case.roundings)
 
 
 @fused_backends

@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import all_backends, fused_backends
 from cases import F64, make_state
-from oracle import assert_as_accurate, run
+from oracle import assert_as_accurate, run, runs_in_float32
 
 from ntk_kernels import ntk_attention, ntk_attention_varlen, reference
 
@@ -62,9 +62,8 @@ def test_forward_and_backward(name, dtype, backend):
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(call[0].shape, generator=generator, dtype=F64).to(dtype)
     grads = {"grad_out": grad_out, "grad_lse": torch.randn(4, sum(LENGTHS_Q), generator=generator).to(dtype)}
-    in_float32 = varlen("reference")
     ours = run(varlen(backend), *call, **grads)
-    eager = run(lambda *args, **kwargs: in_float32(*args, **kwargs, compute_dtype=torch.float32), *call, **grads)
+    eager = runs_in_float32(varlen("reference"), *call, **grads)
     exact = run(varlen("reference"), *call, **grads, dtype=F64)
     for result in ours:
         assert_as_accurate(result, ours[result], eager[result], exact[result], dtype, lse_size=10)
