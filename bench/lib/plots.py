@@ -1,11 +1,11 @@
-"""What all plots share: how they are made, how powers of two are written, how they are saved."""
+"""Shared by all plots: figures and axes, ticks at powers of two, saving."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def canvas(columns: int = 1, rows: int = 1, *, width: float = 7, height: float = 5) -> tuple:
-    """A figure and a list of its axes, row by row, each of that size in inches."""
+    """Returns a figure and the list of its axes, row by row, each of this size in inches."""
     import matplotlib  # here, so that benchmarks without a plot start sooner
 
     matplotlib.use("Agg")
@@ -17,14 +17,14 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 7, height: float =
 
 
 def mark(axis, values: Iterable[int]) -> None:
-    """Ticks of `axes.xaxis` or `axes.yaxis` at these numbers: 512, 1k, 64k."""
+    """Sets the ticks of `axes.xaxis` or `axes.yaxis` at these numbers, labelled as 512, 1k, 64k."""
     values = list(values)
     axis.set_ticks(values, [short(value) for value in values])
     axis.set_ticks([], minor=True)
 
 
 def plain_log(axis) -> None:
-    """A logarithmic axis with 1, 2, 5, 10, 20 ... written out."""
+    """Labels a logarithmic axis at 1, 2, 5, 10, 20 ..."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -37,8 +37,10 @@ def short(value: int) -> str:
 
 
 def save(figure, path: Path) -> None:
-    """As PNG, with a grid and a small legend in all axes that have labels; a long one would cover curves, and goes
-    below."""
+    """Saves a figure as PNG, with a grid and, in axes that have labels, a small legend.
+
+    A legend of more than six labels would cover curves, so it goes below the axes.
+    """
     import matplotlib.pyplot as plt
 
     for axes in figure.axes:

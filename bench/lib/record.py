@@ -1,9 +1,10 @@
-"""Where a run's figures go, and what they were measured on."""
+"""Records: the files that a run writes, with what it was measured on, and the options that all benchmarks share."""
 
 import argparse
 import csv
 import datetime
 import json
+import math
 import platform
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by name on command lines
-_IN_EVERY_ROW = ("date", "commit", "device", "driver", "torch", "triton", "ntk_kernels")  # of a CSV file
+_IN_EVERY_ROW = ("date", "commit", "device", "driver", "torch", "triton", "ntk_kernels")  # columns of a CSV file
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,30 +23,35 @@ def default_device() -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name in lower case with dashes, or "cpu"."""
+    """Returns the GPU's name in lower case with dashes, or "cpu"."""
     if torch.device(device).type != "cuda":
         return torch.device(device).type
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark on a device takes: where it runs and where its figures go."""
+    """Adds the options for the device and for the folder of the figures."""
     parser.add_argument("--device", type=_device, default=default_device(), help="cpu or cuda (default: %(default)s)")
     add_output_arguments(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where figures go."""
+    """Adds the options for the folder of the figures."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", help="folder for the figures (default: below bench/out/)")
+    where.add_argument("--out", help="folder for the figures (default: a folder in bench/out/)")
     where.add_argument(
-        "--record", action="store_true", help="write below bench/results/, the records that the project keeps"
+        "--record", action="store_true", help="write to bench/results/, the records that the project keeps"
     )
 
 
+def device_of(arguments: argparse.Namespace) -> str:
+    """The device that a benchmark runs on; the CPU for one that has no such option."""
+    return getattr(arguments, "device", "cpu")
+
+
 def results_folder(arguments: argparse.Namespace, name: str | None = None) -> Path:
-    """The folder for a run's figures, made if need be; `name` instead of the device's."""
-    name = device_name(arguments.device) if name is None else name
+    """Returns the folder for a run's figures, which it makes if need be. `name` replaces the device's in its path."""
+    name = device_name(device_of(arguments)) if name is None else name
     folder = ROOT / "bench" / ("results" if arguments.record else "out") / name
     if arguments.out is not None:
         folder = Path(arguments.out)
@@ -54,11 +60,11 @@ def results_folder(arguments: argparse.Namespace, name: str | None = None) -> Pa
 
 
 def positive(number: type):
-    """An argparse type: a positive int or float."""
+    """Returns an argparse type: a positive int or float."""
 
     def parse(text: str):
         value = number(text)
-        if not value > 0:
+        if value <= 0 or math.isnan(value):
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
         return value
 
@@ -66,13 +72,13 @@ def positive(number: type):
     return parse
 
 
-def power_of_two(least: int):
-    """An argparse type: a power of two that is at least `least`."""
+def power_of_two(minimum: int):
+    """Returns an argparse type: a power of two that is at least `minimum`."""
 
     def parse(text: str) -> int:
         number = int(text)
-        if number < least or number & (number - 1):
-            raise argparse.ArgumentTypeError(f"must be a power of two from {least}, got {text}")
+        if number < minimum or number.bit_count() != 1:
+            raise argparse.ArgumentTypeError(f"must be a power of two from {minimum}, got {text}")
         return number
 
     parse.__name__ = "int"  # argparse puts it into "invalid int value"
@@ -83,12 +89,12 @@ def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not to be had: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not available: {str(error).splitlines()[0]}") from None
     return text
 
 
 def environment(device: str) -> dict:
-    """Versions, commit, processor: the header of every record."""
+    """Returns date, versions, commit and processor, the header of every record."""
 
     def version_of(package):
         try:
@@ -135,9 +141,9 @@ def _processor() -> str:
 
 
 def save(path: Path, device: str, rows: list[dict], **figures) -> None:
-    """Writes a record: the environment and the figures as JSON, and `rows` as CSV beside it.
+    """Writes a record: the environment and the figures as JSON, and `rows`, with the environment, as CSV beside it.
 
-    Rows need not have the same columns; each line says on what it was measured.
+    Rows need not have the same columns.
     """
     of_run = environment(device)
     record = {"environment": of_run} | figures
@@ -151,5 +157,5 @@ def save(path: Path, device: str, rows: list[dict], **figures) -> None:
 
 
 def load(path: Path) -> dict:
-    """The JSON of a record."""
+    """Returns the content of a record's JSON file."""
     return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Times side by side: what is compared is run in turns, so that a noisy machine is noisy for all."""
+"""Time and memory of functions that are compared: they run in turns, so that a noisy machine is noisy for all."""
 
 import functools
 import json
@@ -13,22 +13,22 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_FLUSHED_BYTES = 2**30  # written before each timed call on a GPU: many times its L2 cache
+_FLUSHED_BYTES = 2**30  # written before each timed call on a GPU, many times its L2 cache
 
 
 def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_rounds: int = 5) -> dict[str, dict]:
-    """Calls every function once a round, for about `seconds` in all (not counting one warm-up round).
+    """Calls every function once per round, for about `seconds` in total after a warm-up round.
 
-    The order changes from round to round: who comes after a large function finds cold caches. On a GPU this is the time
-    between two events around the call, with a cold L2 cache. The cache is flushed as often as it takes Python to queue
-    the call meanwhile, so that Python's time does not count (`host_time` measures it).
+    The order changes from round to round, since a function after a large one finds cold caches. On a GPU, the time is
+    that between two events around the call, with a cold L2 cache. The cache is flushed as many times as it takes Python
+    to queue the call, so that Python's time does not count (`host_time` measures it).
 
     Returns, by name, {"ms": median, "low": lower quartile, "high": upper quartile, "rounds": number of calls}.
     """
     on_gpu = torch.device(device).type == "cuda"
     if not on_gpu:
-        # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before, every
-        # call pays for fresh ones.
+        # Once a large block has been freed, glibc keeps freed pages, as in any process that runs a model. Before that,
+        # every call pays for fresh pages.
         torch.zeros(30 * 2**20, dtype=torch.uint8)
     for function in functions.values():
         function()
@@ -49,7 +49,7 @@ def measure(functions: dict[str, Callable], device: str, *, seconds: float, min_
 
 
 def host_time(function: Callable, device: str, calls: int = 10, repeats: int = 9) -> float:
-    """Microseconds that a call keeps Python busy: of calls queued one after the other."""
+    """Returns the microseconds for which a call keeps Python busy, when calls are queued one after the other."""
     samples = []
     for _ in range(repeats):
         torch.cuda.synchronize(device)
@@ -62,7 +62,7 @@ def host_time(function: Callable, device: str, calls: int = 10, repeats: int = 9
 
 
 def peak_bytes(function: Callable, device: str) -> int:
-    """Bytes that a call holds at most beyond what was allocated before it, its results included."""
+    """Returns the peak allocation of a call in bytes, with its results, beyond what was allocated before it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -70,7 +70,7 @@ def peak_bytes(function: Callable, device: str) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # The allocator of the CPU counts nothing, but reports to the profiler. A trace is its public form.
+    # The CPU's allocator keeps no counts but reports to the profiler, whose public result is a trace.
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -86,9 +86,9 @@ def peak_bytes(function: Callable, device: str) -> int:
 
 
 def crossing(sizes: list[int], gains: list[float]) -> float | None:
-    """The size from which on the gain stays above 0, between two sizes by interpolation.
+    """Returns the size above which the gain stays positive, interpolated between two sizes.
 
-    0 if it is so at every size measured, None if it is not at the last.
+    Returns 0 if the gain is positive at every size, None if it is not at the last.
     """
     lost = [i for i, gain in enumerate(gains) if gain <= 0]
     if not lost:
@@ -107,7 +107,7 @@ def _cpu_time(function: Callable) -> Callable[[], float]:
 
 
 def _gpu_time(function: Callable, device: str, flushes: int) -> Callable[[], float]:
-    """Queues a call; what is returned waits for it and gives its milliseconds."""
+    """Queues a call. Returns a function that waits for it and returns its milliseconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
         for _ in range(flushes):
@@ -124,7 +124,7 @@ def _gpu_time(function: Callable, device: str, flushes: int) -> Callable[[], flo
 
 
 def _flushes(function: Callable, device: str) -> int:
-    """How many flushes of the cache take longer than Python needs to queue the call."""
+    """Returns how many flushes of the cache take longer than Python needs to queue the call."""
     flush = _gpu_time(_flushed(device).zero_, device, flushes=1)()
     host = []
     for _ in range(3):

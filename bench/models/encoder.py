@@ -50,7 +50,10 @@ class Reader:
 def read(
     model, chunks: list[Tensor], prefix_chunks: int, layers: Sequence[int], on_chunk: Callable = lambda: None
 ) -> list[Layer]:
-    """Attention inputs of `layers`, where `model` (of transformers) reads each chunk by itself, the prefix's first."""
+    """Returns the attention inputs of `layers` when a model of transformers reads each chunk by itself.
+
+    The first `prefix_chunks` are the prefix, in their order; the others are the inputs.
+    """
     of_thread = threading.local()
     num_heads = model.config.num_attention_heads
     hooks = []

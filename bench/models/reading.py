@@ -1,4 +1,4 @@
-"""What the readers share: the attention inputs that they yield, and the text.
+"""Shared by the readers of real models: the attention inputs that they return, and the text.
 
 The text is the Python language reference, which ships with Python (`pydoc_data.topics`).
 """
@@ -16,10 +16,11 @@ CHUNK = 512  # tokens that a model reads at a time
 
 
 class Layer(NamedTuple):
-    """Attention inputs of one layer: of the prefix [Hkv, m, D], of each input [inputs, H, 512, D] or with Hkv heads.
+    """Attention inputs of one layer: keys and values of the prefix [Hkv, m, D]; queries [inputs, H, 512, D], keys and
+    values [inputs, Hkv, 512, D] of the inputs.
 
-    Every token of an input sees the whole prefix, and of its own input all tokens or, where the reader says
-    `is_causal`, those up to itself.
+    Every token of an input sees the whole prefix, and all tokens of its own input or, if the reader `is_causal`, those
+    up to itself.
     """
 
     prefix_key: Tensor
@@ -30,13 +31,13 @@ class Layer(NamedTuple):
 
 
 def package_folder(name: str, *needed: str) -> Path | None:
-    """Where the package that ships a model lies, without importing it; None if it or one of `needed` is missing."""
+    """Returns the folder of a package without importing it; None if the package or one of `needed` is missing."""
     specs = [find_spec(package) for package in (name, *needed)]
     return None if None in specs else Path(specs[0].origin).parent
 
 
 def quiet_transformers():
-    """transformers, which then neither asks the network nor reports on its loading."""
+    """Imports transformers so that it neither uses the network nor reports on loading."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -46,13 +47,13 @@ def quiet_transformers():
 
 
 def tokens_of_text(tokenizer) -> Tensor:
-    """The text, [tokens]."""
+    """Returns the tokens of the text, [tokens]."""
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def text_without_repeats() -> str:
-    """The text with each paragraph once: topics share whole sections, so that parts of the text would not be apart."""
+    """Returns the text with each paragraph once; topics share sections, so that parts of the text would overlap."""
     paragraphs = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n\n")
     first = {}
     for paragraph in paragraphs:
@@ -60,7 +61,7 @@ def text_without_repeats() -> str:
     return "\n\n".join(first.values())
 
 
-def check_length(most: int, prefix_rows: int) -> None:
-    """`most` prefix rows leave enough of the text for the inputs."""
-    if prefix_rows > most:
-        raise ValueError(f"the text is long enough for {most} prefix rows, not for {prefix_rows}")
+def check_length(maximum: int, prefix_rows: int) -> None:
+    """Raises ValueError if there are more prefix rows than leave enough text for the inputs."""
+    if prefix_rows > maximum:
+        raise ValueError(f"the text is long enough for {maximum} prefix rows, not for {prefix_rows}")

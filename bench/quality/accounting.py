@@ -1,25 +1,26 @@
-"""Parameters and memory of prefix states for well-known models, next to LoRA and P-Tuning v2. Nothing is timed.
+"""Parameters and memory of states, LoRA and P-Tuning v2 for well-known models.
 
-States are counted by making them (on the meta device): every tensor that a fine-tuning would train, without centres and
-scales, which a trained state does not need. The others by their definition: LoRA adds A [r, in] and B [out, r] to a
-weight; P-Tuning v2 keeps m keys and m values a layer (without the network that some implementations make them with).
+Nothing is timed. States are made on the meta device and counted: every tensor that fine-tuning trains, without centres
+and scales, which a trained state does not need. The other methods are counted by their definition: LoRA adds A [r, in]
+and B [out, r] to a weight; P-Tuning v2 keeps m keys and m values per layer (without the network that generates them in
+some implementations).
 """
 
 import argparse
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim
 
-from ..lib import plots, record, tables
+from ..lib import plots, record
+from ..lib.progress import Steps
 
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of the attention layers, and the number of all parameters."""
+    """The shape of a model's attention layers and the number of all its parameters."""
 
     layers: int
     hidden: int
@@ -33,7 +34,7 @@ class Model:
         return self.kv_heads * self.head_dim
 
 
-# From the models' configuration files.
+# Taken from the models' configuration files.
 MODELS = {
     "ViT-B/16": Model(12, 768, 12, 12, 64, 86.6e6),
     "OPT-125M": Model(12, 768, 12, 12, 64, 125e6),
@@ -52,23 +53,22 @@ RANK = 8  # of a low-rank pair instead of Z
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_output_arguments(parser)
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS), help="default: all")
+    parser.add_argument(
+        "--model", choices=MODELS, nargs="+", default=list(MODELS), help="models to count for (default: all)"
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    rows = [row for name in arguments.model for row in methods_of(name)]
-    console = Console()
-    figures = {"methods": rows}
-    for table in tables_of(figures):
-        tables.show(console, table)
-    path = record.results_folder(arguments, "cpu") / "accounting.json"
-    record.save(path, "cpu", rows, **figures)
-    plot(path.with_suffix(".png"), figures)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns the parameters of every method for each model."""
+    return {"methods": [row for name in arguments.model for row in methods_of(name)]}
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return figures["methods"]
 
 
 def methods_of(name: str) -> list[dict]:
-    """Every method and setting for one model: parameters of a layer and in all, their share, MiB."""
+    """Returns the parameters of each method for a model: per layer, in total, as a share of the model, in MiB."""
     model = MODELS[name]
     per_layer = {}
     for feature_map in FEATURE_MAPS:
@@ -93,7 +93,7 @@ def methods_of(name: str) -> list[dict]:
 
 
 def state_parameters(model: Model, feature_map: str, heads: int, rank: int | None = None) -> int:
-    """Of one layer's state: Z, or a pair of that rank, and k."""
+    """Counts the parameters of one layer's state: k and Z, or k and a pair of that rank."""
     r, dim = feature_dim(feature_map, model.head_dim), model.head_dim
 
     def meta(*shape):
@@ -107,7 +107,7 @@ def state_parameters(model: Model, feature_map: str, heads: int, rank: int | Non
 
 
 def lora_parameters(model: Model, rank: int) -> int:
-    """Of one layer: the projections to queries and to values, the usual choice."""
+    """Counts the parameters of LoRA on one layer's query and value projections, the usual choice."""
     to_query = rank * (model.hidden + model.heads * model.head_dim)
     return to_query + rank * (model.hidden + model.kv_dim)
 
@@ -133,7 +133,7 @@ def tables_of(figures: dict) -> list[Table]:
 
 
 def plot(path, figures: dict) -> None:
-    """The share of the model's parameters that each method trains."""
+    """Draws the share of the model's parameters that each method trains."""
     shown = {
         "NTK-Attention, elu": "C3",
         f"NTK-Attention, elu, Z of rank {RANK}": "C1",

@@ -1,27 +1,27 @@
-"""Converted and trained states against exact attention over prefixes of 2 to 262,144 rows: error by rows.
+"""Error of converted and trained states against exact attention over random prefixes of 2 to 262,144 rows.
 
-The approximation experiment of the paper (arXiv 2406.14036, section 4.4): attention with one head of 64 columns. Prefix
-and inputs of 128 rows are normal, and so are the matrices that make queries, keys and values of them: with a variance
-of 1, "as published", which gives logits of a standard deviation of 64 and attention to little more than one row; and
-with a variance of 1/64, "logits of order one". Prefixes are nested: 2^k rows are the first of one stream, and one pass
-over it, merged by lse, gives exact attention over each of them.
+This is the approximation experiment of the paper (arXiv 2406.14036, section 4.4): attention with one head of dimension
+64. The rows of prefix and inputs are normal, and so are the matrices that project them to queries, keys and values. A
+variance of 1, "as published", gives logits of a standard deviation of 64 and attention to little more than one row; a
+variance of 1/64 gives "logits of order one". Inputs have 128 rows. Prefixes are nested: each is the beginning of one
+long stream, and a single pass over it, merged by lse, gives exact attention over each of them.
 
-Compared on inputs that no state was trained on: no prefix (leaving it out); states converted in closed form, `elu`
-around 0, `taylor1` and `taylor2` around the mean key; and trained states. Those of all lengths are trained at once, as
-one stack, by Adam with the rate of the authors (1e-3) on the mean squared error: `elu` from the authors' start (Z
-normal, k the absolute value of a normal vector, no scale); `elu` with log_scale = log m, from the same start divided by
-64, so that a row of the prefix weighs about 1; and `taylor1` from its conversion.
+Errors are measured on inputs that no state was trained on. Compared are: leaving the prefix out; states converted in
+closed form (`elu` around 0, `taylor1` and `taylor2` around the mean key); and trained states. States of all lengths are
+trained at once, as a stack, by Adam with the authors' learning rate (1e-3) on the mean squared error: `elu` from the
+authors' initialisation (Z normal, k the absolute value of a normal vector, no scale); `elu` with log_scale = log m,
+initialised likewise but divided by 64, so that a row of the prefix weighs about 1; and `taylor1` from its conversion.
 
-Keys and values are linear in the rows of the prefix, which are normal; so for large m what a prefix gives is linear in
-the query, as is what `taylor1` gives around the mean. Real keys are not as kind (see the demo).
+Keys and values are linear in the normal rows of the prefix. So for large m attention over the prefix is linear in the
+query, as `taylor1` around the mean is. Real keys are harder (see `bench demo`).
 
-What differs from the authors' script: there the prefix is part of the input as well, so that NTK-Attention sees all of
-its rows exactly, beside the state; here it sees the input only. Queries are the input's only. The script does not run
-as published (its loss is no scalar; it compares a matrix with a number as a condition). The second data set, the
-conversions, log_scale and held-out inputs are ours. Training sees 64 inputs, 4 a step; the authors' 40,000 inputs are
-as many as those of --steps 10000.
+Differences from the authors' script: There, the input contains the prefix, so that NTK-Attention sees all of its rows
+exactly, beside the state; here, it sees only the input. Only the input has queries. The script does not run as
+published (its loss is not a scalar, and it uses the comparison of a matrix with a number as a condition). The second
+data set, the conversions, log_scale and the held-out inputs are ours. Training uses 64 inputs, 4 per step; the authors'
+40,000 inputs correspond to --steps 10000.
 
-One to three minutes on two cores.
+Takes one to three minutes on two cores.
 """
 
 import argparse
@@ -29,8 +29,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -43,7 +41,8 @@ from ntk_kernels import (
     prefix_to_state,
 )
 
-from ..lib import plots, record, tables
+from ..lib import plots, record
+from ..lib.progress import Steps
 
 HEAD_DIM, INPUT_ROWS = 64, 128
 HELD_OUT = 16  # inputs on which errors are measured
@@ -60,8 +59,8 @@ ELU, ELU_SCALED, TAYLOR1 = "elu, trained", "elu, trained, log_scale", "taylor1, 
 TRAINED = (ELU, ELU_SCALED, TAYLOR1)
 CURVES = (NO_PREFIX, *CONVERTED, *TRAINED)
 _BLOCK_ROWS = 8192  # of the prefix at a time
-_STILL = 1e-6  # a relative movement below this is none
-_SAME = 0.01  # and curves that differ by less lie on each other
+_STILL = 1e-6  # a smaller relative movement counts as none
+_SAME = 0.01  # curves that differ by less, relatively, count as the same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,48 +69,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rows", type=record.power_of_two(2), default=2**18, metavar="M",
         help="rows of the longest prefix, a power of two from 2 (default: %(default)s)",
     )  # fmt: skip
-    for name, default, text in (("steps", 1000, "of training"), ("inputs", 64, "to train on")):
+    for name, default, text in (("steps", 1000, "training steps"), ("inputs", 64, "inputs to train on")):
         parser.add_argument(
             f"--{name}", type=record.positive(int), default=default, help=f"{text} (default: %(default)s)"
         )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console, device = Console(), arguments.device
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns the errors of every curve by length, for both data sets."""
     lengths = [2**i for i in range(1, arguments.max_rows.bit_length())]
     data = {}
-    with Progress(console=console) as progress:
-        for name, std in DATA.items():
-            work = arguments.steps * len(TRAINED)
-            task = progress.add_task(name, total=work + len(lengths) * (1 + len(CONVERTED)))
-            sample = draw(std, arguments.inputs + HELD_OUT, arguments.max_rows, device)
-            data[name] = compare(sample, lengths, arguments.steps, lambda task=task: progress.advance(task))
-    figures = {
+    for name, std in DATA.items():
+        work = arguments.steps * len(TRAINED)
+        task = progress.add_task(name, total=work + len(lengths) * (1 + len(CONVERTED)))
+        sample = draw(std, arguments.inputs + HELD_OUT, arguments.max_rows, arguments.device)
+        data[name] = compare(sample, lengths, arguments.steps, lambda task=task: progress.advance(task))
+    return {
         "settings": {"head_dim": HEAD_DIM, "input_rows": INPUT_ROWS, "inputs": arguments.inputs, "held_out": HELD_OUT,
                      "steps": arguments.steps, "batch": min(BATCH, arguments.inputs), "rate": RATE},
         "prefix_rows": lengths,
         "state_rows": {name: 0 if name == NO_PREFIX else feature_dim(name.split(",")[0], HEAD_DIM) for name in CURVES},
         "data": data,
     }  # fmt: skip
-    folder = record.results_folder(arguments)
-    record.save(folder / "approximation.json", device, _csv_rows(figures), **figures)
-    plot(folder / "approximation.png", figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    for note in notes_of(figures):
-        console.print(note, soft_wrap=True)
-    console.print(
-        "In contrast to the authors' script the states stand in place of the prefix, not beside it; more differences: "
-        "python -m bench approximation --help",
-        soft_wrap=True,
-    )
-    console.print(f"figures: {folder / 'approximation.json'}\nplot: {folder / 'approximation.png'}", soft_wrap=True)
 
 
-def _csv_rows(figures: dict) -> list[dict]:
+def rows_of(figures: dict) -> list[dict]:
     measures = ("relative_error", "mean_squared_error", "without_mass", "movement")
     return [
-        {"benchmark": "approximation", **figures["settings"], "data": data, "state": name, "prefix_rows": m}
+        figures["settings"]
+        | {"data": data, "state": name, "prefix_rows": m}
         | {measure: of_data[measure][name][i] for measure in measures if name in of_data[measure]}
         for data, of_data in figures["data"].items()
         for name in CURVES
@@ -123,7 +109,7 @@ def _csv_rows(figures: dict) -> list[dict]:
 
 
 class Sample(NamedTuple):
-    """n inputs [n, 1, L, D], and the keys and values of the longest prefix [1, m, D]."""
+    """Queries, keys and values of n inputs [n, 1, L, D]; keys and values of the longest prefix [1, m, D]."""
 
     query: Tensor
     key: Tensor
@@ -144,13 +130,13 @@ def draw(std: float, num_inputs: int, max_rows: int, device: str) -> Sample:
 
 
 def exact(sample: Sample, lengths: list[int], on_length=lambda: None) -> tuple[Tensor, dict]:
-    """Attention over the first m rows of the prefix and the input, for ascending lengths m.
+    """Attends to the first m rows of the prefix and to the input, for ascending lengths m.
 
-    Returns out [len(lengths), n, 1, L, D], and means over all queries: the logarithm of the mass of the input's own
-    keys, and for each length the share of attention that the prefix has.
+    Returns the outputs [len(lengths), n, 1, L, D] and means over all queries: the logarithm of the mass of the input's
+    own keys, and for each length the prefix's share of the attention.
     """
     out_input, lse_input = ntk_attention(sample.query, sample.key, sample.value, return_lse=True)
-    query = sample.query.flatten(0, 2)[None, None]  # every query sees the prefix, whatever its input
+    query = sample.query.flatten(0, 2)[None, None]  # queries of all inputs see the same prefix
     out = lse = None
     start, outs, shares = 0, [], []
     for m in lengths:
@@ -173,7 +159,7 @@ def exact(sample: Sample, lengths: list[int], on_length=lambda: None) -> tuple[T
 
 
 def convert(sample: Sample, lengths: list[int], feature_map: str, centers, on_length=lambda: None) -> PrefixState:
-    """A stack of states, one for each length."""
+    """Converts the prefix of each length; returns a stack of states."""
     states = []
     for m in lengths:
         states.append(
@@ -184,7 +170,7 @@ def convert(sample: Sample, lengths: list[int], feature_map: str, centers, on_le
 
 
 def start_of_elu(lengths: list[int], device: str, *, scaled: bool) -> PrefixState:
-    """A stack of equal states as the authors initialise them; or for a mass that grows with m, see above."""
+    """Returns a stack of equal states in the authors' initialisation or, `scaled`, with a mass that grows with m."""
     generator = torch.Generator().manual_seed(1)
     z, k = torch.randn(HEAD_DIM, HEAD_DIM, generator=generator), torch.randn(HEAD_DIM, generator=generator).abs()
     log_scale = None
@@ -196,7 +182,7 @@ def start_of_elu(lengths: list[int], device: str, *, scaled: bool) -> PrefixStat
 
 
 def attend(sample: Sample, states: PrefixState, picked) -> Tensor:
-    """Attention of the picked inputs with each state of the stack in place of the prefix, [N, n, 1, L, D]."""
+    """Attends with each state of the stack in place of the prefix; returns [N, n, 1, L, D] of the picked inputs."""
     query, key, value = (tensor[picked] for tensor in sample[:3])
     index = torch.arange(states.num_states, dtype=torch.int32, device=query.device).repeat_interleave(len(query))
     query, key, value = (tensor.repeat(states.num_states, 1, 1, 1) for tensor in (query, key, value))
@@ -204,14 +190,14 @@ def attend(sample: Sample, states: PrefixState, picked) -> Tensor:
 
 
 def train(start: PrefixState, sample: Sample, targets: Tensor, steps: int, on_step=lambda: None) -> PrefixState:
-    """The stack after training its Z and k; every state as if alone (no sum over states enters Adam's steps)."""
+    """Trains Z and k of a stack. Adam's steps do not mix the states, so each is trained as it would be alone."""
     inputs = targets.shape[1] - HELD_OUT
     z, k = (tensor.clone().requires_grad_() for tensor in (start.z, start.k))
     optimizer = torch.optim.Adam([z, k], lr=RATE)
     generator = torch.Generator().manual_seed(2)
 
     def state():
-        positive = k.abs() if start.feature_map == "elu" else k  # as the authors train it
+        positive = k.abs() if start.feature_map == "elu" else k  # as in the authors' script
         return PrefixState(z, positive, start.feature_map, feature_scale=start.feature_scale, centers=start.centers,
                            log_scale=start.log_scale)  # fmt: skip
 
@@ -227,7 +213,7 @@ def train(start: PrefixState, sample: Sample, targets: Tensor, steps: int, on_st
 
 
 def compare(sample: Sample, lengths: list[int], steps: int, on_step=lambda: None) -> dict:
-    """The figures of a data set, a number for each length."""
+    """Returns the figures of a data set, each a list with one number per length."""
     device = sample.query.device
     targets, figures = exact(sample, lengths, on_step)
     held_out = slice(len(sample.query) - HELD_OUT, None)
@@ -250,7 +236,7 @@ def compare(sample: Sample, lengths: list[int], steps: int, on_step=lambda: None
 
 
 def without_mass(query: Tensor, states: PrefixState) -> list[float]:
-    """For each state the share of the queries for which its mass is not positive, and so cut off at 0."""
+    """Returns, for each state, the share of queries for which its mass is not positive and therefore clamped to 0."""
     shares = []
     for i in range(states.num_states):
         index = torch.full((len(query),), i, dtype=torch.int32, device=query.device)
@@ -260,17 +246,17 @@ def without_mass(query: Tensor, states: PrefixState) -> list[float]:
 
 
 def movement(start: PrefixState, trained: PrefixState) -> list[float | None]:
-    """How far training moved Z and k of each state, relative to where they were."""
+    """Returns how far training moved Z and k of each state, relative to their norm."""
     before, after = (torch.cat([state.z.flatten(1), state.k.flatten(1)], dim=1) for state in (start, trained))
     return _finite((after - before).norm(dim=1) / before.norm(dim=1))
 
 
 def _finite(values: Tensor) -> list[float | None]:
-    """None for what is infinite or no number (JSON has neither)."""
+    """Replaces infinities and NaN, which JSON does not have, with None."""
     return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
-# What is made of the measurements --------------------------------------------------------------------------------
+# Tables and plots ------------------------------------------------------------------------------------------------
 
 
 def tables_of(figures: dict) -> list[Table]:
@@ -299,8 +285,13 @@ def _cell(error: float | None) -> str:
 
 
 def notes_of(figures: dict) -> list[str]:
-    """What the errors alone do not say."""
-    return [f"{data}: {note}" for data in figures["data"] for note in _notes_of_data(figures, data)]
+    """Explains errors: states without mass, states that training does not move, the difference from the script."""
+    notes = [f"{data}: {note}" for data in figures["data"] for note in _notes_of_data(figures, data)]
+    return [
+        *notes,
+        "In contrast to the authors' script the states stand in place of the prefix, not beside it; more differences: "
+        "python -m bench approximation --help",
+    ]
 
 
 def _notes_of_data(figures: dict, data: str) -> list[str]:

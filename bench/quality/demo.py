@@ -12,13 +12,12 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state
 from ntk_kernels.dispatch import choose_backend
 
-from ..lib import plots, record, tables, threads, timing
+from ..lib import plots, record, threads, timing
 from ..lib.progress import Steps
 from ..models import encoder
 from ..speed.sweep import crossing_text
@@ -38,23 +37,26 @@ STATES = {
 }
 TIMED = ["elu", "taylor1, mean", FITTED, "taylor1, C=16", "taylor1, C=64"]
 LENGTHS = [64, 256, 1024, 2048, 4096, 8192, 16384, 32256]
-ERROR_SHOWN = 2.0  # above this the plot only says so
-NUM_INPUTS = 2  # chunks of 512 tokens on which the error is measured
-NUM_CALIBRATION = 8  # further ones that the fitted state is fitted to
+ERROR_SHOWN = 2.0  # the plot does not draw larger errors, but names them
+NUM_INPUTS = 2  # chunks of 512 tokens on which errors are measured
+NUM_CALIBRATION = 8  # further chunks, to which the fitted state is fitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
         "--prefix-rows", type=_prefix_rows, default=32256, metavar="M",
-        help="tokens of the prefix, a multiple of 512 (default: %(default)s)",
+        help="length of the prefix, a multiple of 512 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--layers", type=int, nargs="+", choices=range(encoder.NUM_LAYERS), metavar="N", default=[0, 2, 5],
         help="layers of the encoder, 0 to 5 (default: 0 2 5)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=record.positive(float), default=1.5, help="of timing for each length (default: %(default)s)"
+        "--seconds",
+        type=record.positive(float),
+        default=1.5,
+        help="seconds of timing for each length (default: %(default)s)",
     )
 
 
@@ -65,23 +67,8 @@ def _prefix_rows(text: str) -> int:
     return rows
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console = Console()
-    with Steps(console) as progress:
-        figures = measure(arguments, progress)
-    folder = record.results_folder(arguments)
-    record.save(folder / "demo.json", arguments.device, rows_of(figures), **figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    plot(folder / "demo.png", figures)
-    backend = figures["settings"]["backend"]
-    console.print(f"served by backend={backend!r} on {record.environment(arguments.device)['device']}")
-    for name, what in (("demo.json", "figures"), ("demo.png", "plot")):
-        console.print(f"{what + ':':9}{folder / name}", soft_wrap=True)
-
-
 def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
-    """The figures of the record: errors of each head, times and bytes by length of the prefix."""
+    """Returns errors of each head by state and layer, and times and bytes by length of the prefix."""
     numbers, device = sorted(set(arguments.layers)), arguments.device
     try:
         reader = encoder.Reader(arguments.prefix_rows, NUM_INPUTS + NUM_CALIBRATION, numbers)
@@ -123,27 +110,26 @@ def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
 
 
 def rows_of(figures: dict) -> list[dict]:
-    """The lines of the CSV file."""
     rows = [
-        {"benchmark": "demo", "state": name, "layer": i, "head": head, "relative_error": error}
+        {"state": name, "layer": i, "head": head, "relative_error": error}
         for name, of_layers in figures["relative_error"].items()
         for i, of_heads in zip(figures["layers"], of_layers, strict=True)
         for head, error in enumerate(of_heads)
     ]
     return rows + [
-        {"benchmark": "demo", "state": name, "prefix_rows": m, **result}
+        {"state": name, "prefix_rows": m, **result}
         for name, results in figures["milliseconds"].items()
         for m, result in zip(figures["prefix_lengths"], results, strict=True)
     ]
 
 
 def inputs_of(layer: encoder.Layer, which: slice) -> encoder.Layer:
-    """The layer with some of its inputs."""
+    """Returns the layer with some of its inputs."""
     return layer._replace(query=layer.query[which], key=layer.key[which], value=layer.value[which])
 
 
 def exact_attention(layer: encoder.Layer, prefix_rows: int):
-    """Plain attention over prefix and input, laid out beforehand as a cache would be."""
+    """Returns a call of plain attention over prefix and input, which are laid out beforehand, as in a cache."""
     inputs = layer.query.shape[0]
     key, value = (
         torch.cat([prefix[None, :, :prefix_rows].expand(inputs, -1, -1, -1), own], dim=2)
@@ -155,7 +141,7 @@ def exact_attention(layer: encoder.Layer, prefix_rows: int):
 def convert(layers: dict, on_step: Callable) -> tuple[dict, dict]:
     """Converts the prefix of each layer to each of `STATES`.
 
-    Returns the states and the relative errors of each head by (layer, name); errors without a prefix as well.
+    Returns the states and the relative errors of each head, by (layer, name); also the errors without a prefix.
     """
     test = {i: inputs_of(layer, slice(NUM_INPUTS)) for i, layer in layers.items()}
     exact = dict(_each(lambda i: exact_attention(test[i], test[i].prefix_key.shape[1])(), layers, layers))
@@ -183,19 +169,19 @@ def convert(layers: dict, on_step: Callable) -> tuple[dict, dict]:
 
 
 def _each(function: Callable, items, layers: dict):
-    """In threads on a CPU; a GPU takes one call after the other anyway."""
+    """Works in threads on a CPU; a GPU takes one call after the other anyway."""
     if next(iter(layers.values())).query.is_cuda:
         return ((item, function(item)) for item in items)
     return threads.each(function, items)
 
 
 def rows_of_state(state: PrefixState) -> int:
-    """Rows per head, of z and of its own: what the state costs, in units of a key/value row."""
+    """Returns the rows per head, features and the state's own, which are its cost in key/value rows."""
     return state.num_rows + (0 if state.k is None else state.num_centers * state.k.shape[-1])
 
 
 def measure_times(layer, fitted, lengths, device, seconds, on_length):
-    """Milliseconds of one input, and bytes that have to be kept for the prefix, for each length and method."""
+    """Returns milliseconds for one input, and bytes to keep for the prefix, by method and length."""
     one = layer._replace(query=layer.query[:1], key=layer.key[:1], value=layer.value[:1])
     row_bytes = 4 * one.query.shape[1] * (one.prefix_key.shape[2] + one.prefix_value.shape[2])
     times, held = {}, {}
@@ -207,9 +193,9 @@ def measure_times(layer, fitted, lengths, device, seconds, on_length):
         at_m = {"exact": m * row_bytes}
         for name in TIMED:
             options = STATES[name]
-            if isinstance(options.get("centers"), int):  # where they lie does not matter for the time
+            if isinstance(options.get("centers"), int):  # the time does not depend on where they are
                 options = options | {"centers": one.prefix_key[:, : options["centers"]]}
-            state = fitted  # whatever the length, it costs the same
+            state = fitted  # its cost does not depend on the length
             if name != FITTED:
                 state = prefix_to_state(one.prefix_key[:, :m], one.prefix_value[:, :m], **options)
             functions[name] = lambda state=state: ntk_attention(one.query, one.key, one.value, state)

@@ -1,23 +1,25 @@
 """Fine-tuning a pretrained decoder at equal trainable parameters: NTK-Attention, prefix tuning, LoRA.
 
-The decoder (`bench/models/decoder.py`) is trained on running text, the Python language reference, each paragraph once;
-its end is held out: a part for validation, then one for the test, neither of which overlaps the rest. NTK-Attention is
-this package's method of PEFT; prefix tuning (which P-Tuning v2 is, on every layer and without a projection) and LoRA
-are PEFT's own. Each gets the size that brings its trainable parameters nearest to `--budget`; fine-tuning the whole
-model is there for comparison and is not of that size. With one seed all have the same batches in the same order, and
-the same schedule: the learning rate rises over the first tenth of the steps and then falls to 0. Its peak is chosen on
-the validation part, from equally many candidates for each method, with the first seed; losses are those on the test
-part. The range of candidates, and the mass that prefixes of ours start with, were found with shorter runs on
-validation text.
+The decoder (`bench/models/decoder.py`) is trained on running text, the Python language reference, each paragraph once.
+The end of the text is held out: a part for validation, then a part for the test; neither overlaps the rest.
+NTK-Attention is this package's PEFT method; prefix tuning (the same as P-Tuning v2 on every layer without a projection)
+and LoRA are PEFT's own. Each method gets the size that brings its trainable parameters closest to `--budget`;
+fine-tuning the whole model, for comparison, is not of that size.
 
-What starts "from text" starts as the keys and values of the first tokens of the training text (with each seed from
-another place on), as many as it has rows; "fitted to text" are as many rows that `prefix_to_state` fits to the keys and
-values of its first four sequences, on the 32 that follow.
+With the same seed, all methods see the same batches in the same order, with the same schedule: the learning rate rises
+over the first tenth of the steps, then falls to 0. Its peak is chosen on the validation part with the first seed, from
+equally many candidates for each method; reported losses are those on the test part. The candidates and the initial mass
+of our prefixes were found with shorter runs on validation text.
 
-With `--ablation` the methods are feature maps by rank, whatever size that is: `elu` from next to nothing, polynomials,
-beside a row, from as many tokens of text as the rank (64 for Z in full). Records losses, the loss of each step,
-seconds of a step (measured in turns) and the memory that the first step takes beyond the model. Too long for
-`bench all`: more than an hour on two cores.
+A method "from text" starts with the keys and values of as many tokens of the training text as it has rows; each seed
+begins at another place. "Fitted to text" are as many rows, which `prefix_to_state` fits to the keys and values of the
+first four sequences, on the 32 that follow.
+
+With `--ablation`, the methods are feature maps by rank, regardless of their size: `elu` from a small initial mass;
+polynomials, beside a row, from as many tokens of text as the rank (64 for a full Z).
+
+Records losses, the loss of each step, seconds per step (measured in turns) and the memory of the first step beyond the
+model. Takes more than an hour on two cores, too long for `bench all`.
 """
 
 import argparse
@@ -30,18 +32,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..lib import plots, record, tables, timing
+from ..lib import plots, record, timing
+from ..lib.progress import Steps
 from ..models import decoder
 from ..models.reading import text_without_repeats
 from .finetune_methods import METHODS, WHOLE, Method, ablation
 
 NO_TRAINING = "no training"
-FAR = 0.5  # above the model as it is, plots end
+FAR = 0.5  # plots end this far above the loss of the untrained model
 
 
 class Parts(NamedTuple):
@@ -55,26 +56,32 @@ class Parts(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     listed = ", ".join(f"{name} ({method.name})" for name, method in METHODS.items())
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"default: all, {listed}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {listed} (default: all)")
     parser.add_argument("--budget", type=record.positive(int), default=230_400, metavar="N",
                         help="trainable parameters (default: %(default)s, 20 virtual tokens)")  # fmt: skip
-    parser.add_argument("--steps", type=record.positive(int), default=40, help="of training (default: %(default)s)")
-    parser.add_argument("--batch", type=record.positive(int), default=4, help="sequences (default: %(default)s)")
+    parser.add_argument("--steps", type=record.positive(int), default=40, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=record.positive(int), default=4, help="sequences per step (default: %(default)s)"
+    )
     parser.add_argument("--length", type=record.positive(int), default=128,
-                        help="tokens of a sequence (default: %(default)s)")  # fmt: skip
+                        help="tokens per sequence (default: %(default)s)")  # fmt: skip
     parser.add_argument("--held-out", type=record.positive(int), default=32, metavar="N",
-                        help="sequences for validation, and as many for the test (default: %(default)s)")  # fmt: skip
+                        help="sequences for validation and as many for the test (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=record.positive(int), default=3, metavar="N",
                         help="runs of each method (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--ablation", action="store_true", help="feature maps by rank instead of --methods")
+    parser.add_argument("--ablation", action="store_true", help="compare feature maps by rank instead of --methods")
     parser.add_argument("--ranks", type=record.positive(int), nargs="+", metavar="S",
-                        help="of the ablation, besides Z in full (default: 4 8 16)")  # fmt: skip
-    parser.add_argument("--name", help="of the file of figures (default: finetune, or finetune-ablation)")
+                        help="ranks of the ablation, beside a full Z (default: 4 8 16)")  # fmt: skip
+    parser.add_argument("--name", help="name of the files (default: finetune or finetune-ablation)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def stem_of(arguments: argparse.Namespace) -> str:
+    return arguments.name or ("finetune-ablation" if arguments.ablation else "finetune")
+
+
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns losses, sizes and costs of every method."""
     _check(arguments)
-    console = Console()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
     try:
         model, tokenizer = decoder.language_model()
@@ -92,27 +99,19 @@ def run(arguments: argparse.Namespace) -> None:
     methods = [METHODS[name] for name in dict.fromkeys(arguments.methods or METHODS)]
     if arguments.ablation:
         methods = ablation(model.config, sorted(set(arguments.ranks or [4, 8, 16])))
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        figures = Comparison(model.to(arguments.device).eval(), parts, arguments).measure(methods, progress)
+    figures = Comparison(model.to(arguments.device).eval(), parts, arguments).measure(methods, progress)
     if not figures["results"]:
         raise SystemExit("\n".join(["finetune: no method could be run", *notes_of(figures)]))
-    for table in tables_of(figures):
-        tables.show(console, table)
-    for note in notes_of(figures):
-        console.print(note, soft_wrap=True)
-    name = arguments.name or ("finetune-ablation" if arguments.ablation else "finetune")
-    path = record.results_folder(arguments) / f"{name}.json"
-    rows = [
-        {"benchmark": "finetune"}
-        | {name: value for name, value in result.items() if not isinstance(value, list)}
+    return figures
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        {name: value for name, value in result.items() if not isinstance(value, list)}
         | {"seed": seed, "test_loss_before": before, "test_loss": after}
         for result in figures["results"]
         for seed, (before, after) in enumerate(zip(result["test_losses_before"], result["test_losses"], strict=True))
     ]
-    record.save(path, arguments.device, rows, **figures)
-    plot(path.with_suffix(".png"), figures)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -125,7 +124,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def split(tokens: Tensor, length: int, held_out: int) -> Parts:
-    """The sequences of the text in its order: for training, validation and test."""
+    """Cuts the text into sequences, in its order, for training, validation and test."""
     sequences = tokens[: len(tokens) // length * length].view(-1, length)
     if len(sequences) <= 2 * held_out:
         raise SystemExit(
@@ -136,7 +135,7 @@ def split(tokens: Tensor, length: int, held_out: int) -> Parts:
 
 
 class Comparison:
-    """The model and what all methods have in common."""
+    """The model, the text and the settings that all methods share."""
 
     def __init__(self, model: nn.Module, parts: Parts, arguments: argparse.Namespace):
         self.model, self.parts, self.budget = model.requires_grad_(False), parts, arguments.budget
@@ -144,8 +143,8 @@ class Comparison:
         self.device, self.is_ablation = arguments.device, arguments.ablation
         self._starts = {}  # by method, size and seed
 
-    def measure(self, methods: list[Method], progress: Progress) -> dict:
-        """What `run` records."""
+    def measure(self, methods: list[Method], progress: Steps) -> dict:
+        """Returns the figures of the record; a method of others that fails is left out, with the reason."""
         results, left_out, ready = [], {}, {}
         task = progress.add_task(NO_TRAINING, total=len(self.seeds) * self.steps)
         base = self._without_training(lambda: progress.advance(task))
@@ -156,7 +155,7 @@ class Comparison:
                 result = self.compare(method, lambda task=task: progress.advance(task))
                 steps = self._endless(method, result)
                 result["peak_bytes"] = timing.peak_bytes(lambda steps=steps: next(steps), self.device)
-            except Exception as error:  # of a library: what kind is not known beforehand
+            except Exception as error:  # a library may raise anything
                 if method.ours:
                     raise
                 left_out[method.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
@@ -178,7 +177,7 @@ class Comparison:
         return {"settings": settings, "base": base, "results": results, "left_out": left_out}
 
     def compare(self, method: Method, on_step=lambda: None) -> dict:
-        """Chooses the learning rate, trains with every seed: losses, parameters."""
+        """Chooses the learning rate and trains with every seed; returns losses and parameters."""
         size = method.size if method.size is not None else self.size_of(method)
         validation, first = {}, None
         for rate in method.rates:
@@ -201,7 +200,8 @@ class Comparison:
         }  # fmt: skip
 
     def size_of(self, method: Method) -> int | str:
-        """What brings the trained parameters nearest to the budget, the smaller of two; they grow evenly with it."""
+        """Returns the size whose trained parameters, which grow evenly with it, are closest to the budget; of two such
+        sizes, the smaller one."""
 
         def count(size):
             return num_trained(self.build(method, size, None))
@@ -215,13 +215,16 @@ class Comparison:
         return size
 
     def build(self, method: Method, size: int | str, seed: int | None) -> nn.Module:
-        """A model that shares the parameters of the given one, with what the method trains; None: not from text."""
+        """Returns a model that shares the given one's parameters, with those that the method trains.
+
+        Without a seed, it does not start from text.
+        """
         start = None if method.start is None or seed is None else self._start(method, size, seed)
         torch.manual_seed(seed or 0)
         return method.build(decoder.copy_of(self.model), size, start)
 
     def _start(self, method: Method, size: int | str, seed: int):
-        """What the method makes of text; for each seed it begins elsewhere."""
+        """Returns what the method starts from; each seed begins at another place of the text."""
         name = method.name, size, seed
         if name not in self._starts:
             train = self.parts.train
@@ -230,7 +233,7 @@ class Comparison:
         return self._starts[name]
 
     def train(self, method: Method, size, rate: float, seed: int, on_step) -> tuple[nn.Module, list[float]]:
-        """The trained model, and the loss of every step before it was made."""
+        """Returns the trained model, and the loss at every step before the update."""
         model, losses = self.build(method, size, seed), []
         for loss in steps_of(model, self.batches(seed), self.schedule(rate), method.eps):
             losses.append(loss)
@@ -238,19 +241,19 @@ class Comparison:
         return model, losses
 
     def batches(self, seed: int) -> Iterator[Tensor]:
-        """Endlessly; each sequence once before one comes again."""
+        """Yields batches without end; every sequence comes once per epoch."""
         for epoch in itertools.count():
             order = _order(len(self.parts.train), seed, epoch)
             for i in range(0, len(order) - self.batch + 1, self.batch):
                 yield self.parts.train[order[i : i + self.batch]]
 
     def schedule(self, rate: float) -> list[float]:
-        """Learning rates: up over the first tenth of the steps, then down to 0."""
+        """Returns the learning rate of each step: rising over the first tenth of the steps, then falling to 0."""
         rise = math.ceil(self.steps / 10)
         return [rate * min((i + 1) / rise, (self.steps - i) / (self.steps - rise + 1)) for i in range(self.steps)]
 
     def _without_training(self, on_step) -> dict:
-        """Losses of the model as it is, on the same batches too."""
+        """Returns the losses of the untrained model, also on the batches of training."""
         curves = []
         for seed in self.seeds:
             curves.append([])
@@ -261,17 +264,17 @@ class Comparison:
         return {"validation_loss": validation, "test_loss": test, "curves": curves}
 
     def _endless(self, method: Method, result: dict) -> Iterator[float]:
-        """Steps to be timed; the first one has the gradients and the optimizer's memory to allocate."""
+        """Yields steps for timing; the first one allocates the gradients and the optimizer's state."""
         model = self.build(method, result["size"], 0)
         return steps_of(model, self.batches(0), itertools.repeat(0.0), method.eps)
 
 
 def steps_of(model: nn.Module, batches, rates, eps: float) -> Iterator[float]:
-    """Trains with a batch and a learning rate a step; gives the losses."""
+    """Trains with one batch and learning rate per step; yields the losses."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, eps=eps, weight_decay=0.0)
     model.train()
-    for rate, batch in zip(rates, batches, strict=False):  # of batches there is no end
+    for rate, batch in zip(rates, batches, strict=False):  # batches never end
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = model(input_ids=batch, labels=batch).loss
@@ -282,7 +285,7 @@ def steps_of(model: nn.Module, batches, rates, eps: float) -> Iterator[float]:
 
 
 def evaluate(model: nn.Module, sequences: Tensor, batch: int) -> float:
-    """Mean loss of a token."""
+    """Returns the mean loss per token."""
     model.eval()
     total = 0.0
     with torch.no_grad():
@@ -304,12 +307,12 @@ def _last_if_nan(loss: float) -> float:
 
 
 def _finite(losses) -> list[float | None]:
-    """Rounded; None, as JSON has no NaN, for what is not finite."""
+    """Rounds losses; replaces infinities and NaN, which JSON does not have, with None."""
     return [round(loss, 6) if math.isfinite(loss) else None for loss in losses]
 
 
 def tables_of(figures: dict) -> list[Table]:
-    """Losses, sizes, cost of every method."""
+    """Returns a table of losses, sizes and costs of every method."""
     settings, base, budget = figures["settings"], figures["base"], figures["settings"]["budget"]
     what = "NTK-Attention by feature map and rank of Z, polynomials from text and beside a row"
     if budget is not None:
@@ -351,7 +354,7 @@ def tables_of(figures: dict) -> list[Table]:
 
 
 def notes_of(figures: dict) -> list[str]:
-    """Who was left out and why, and whose best learning rate may lie beyond the ones tried."""
+    """Says which methods were left out and why, and whose best learning rate may be beyond those tried."""
     notes = [f"left out: {name}: {reason}" for name, reason in figures["left_out"].items()]
     for result in figures["results"]:
         rates = result["rates"]
@@ -365,10 +368,10 @@ def notes_of(figures: dict) -> list[str]:
 
 
 def plot(path, figures: dict) -> None:
-    """Loss of each step less that of the model as it is, on the same batches; loss on the test part of every run.
+    """Draws the loss of each step minus the untrained model's on the same batches, and the test loss of every run.
 
-    What is far above the model, as prefixes that start at random are, is not drawn to scale: nothing else could be told
-    apart.
+    Losses far above the untrained model's, such as those of random prefixes, are not drawn to scale: otherwise nothing
+    else could be told apart.
     """
     results, base, by_size = figures["results"], figures["base"], figures["settings"]["ablation"]
     far = base["test_loss"] + FAR

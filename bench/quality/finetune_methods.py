@@ -1,4 +1,4 @@
-"""The methods that `bench finetune` compares: what each trains, and what it starts from."""
+"""The methods that `bench finetune` compares, with what each trains and starts from."""
 
 import copy
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _TASK = "CAUSAL_LM"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: `build(model, size, start)` gives `model` with what is to be trained.
+    """A way to fine-tune: `build(model, size, start)` adds to `model` what is trained.
 
-    It starts from what `start(model, size, text)` makes of text, or by default if that is None. `size` is fixed, or
-    None: then the budget decides how many there are of what `counts` names.
+    `start(model, size, text)` makes the start from text; without it, the method starts as it does by default. `counts`
+    names the unit of the size, such as rows; without a fixed `size`, the budget decides.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Method:
 
     @property
     def eps(self) -> float:
-        """Of Adam: gradients of a fresh prefix of ours are smaller than its default (`NTKPrefix`)."""
+        """Adam's eps. Gradients of our fresh prefixes are smaller than its default (see `NTKPrefix`)."""
         return 1e-15 if self.ours else 1e-8
 
 
 def _ntk(counts: str, **options) -> Callable:
-    """Ours, which starts from states or from next to no prefix."""
+    """Returns the build function of our PEFT method, which starts from states or from a small mass."""
 
     def build(model, size, start):
         from peft import get_peft_model
@@ -53,13 +53,13 @@ def _ntk(counts: str, **options) -> Callable:
 
 
 def _rows_of_text(model, size, text) -> dict[str, PrefixState]:
-    """The keys and values of text just before the input."""
+    """Returns, for each layer, the keys and values of text just before the input as rows."""
     cache = _cache_of(model, text.flatten()[:size], -size)
     return _by_module(model, (PrefixState(keys=layer.keys[0], values=layer.values[0]) for layer in cache.layers))
 
 
 def _rows_fitted_to_text(model, size, text) -> dict[str, PrefixState]:
-    """Rows that do for the text that follows what the keys and values of `_LONG` sequences just before it do."""
+    """Returns rows fitted to replace the keys and values of `_LONG` sequences for the text that follows them."""
     from ntk_kernels.integrations.transformers import prompt_to_states
 
     prefix, following = text[:_LONG].flatten(), text[_LONG : _LONG + _FITTED_ON]
@@ -67,9 +67,10 @@ def _rows_fitted_to_text(model, size, text) -> dict[str, PrefixState]:
 
 
 def _features_of_text(feature_map: str) -> Callable:
-    """Text just before the input: the first token, a sink of attention, stays a row; others make Z and k.
+    """Returns a start from text just before the input: the first token, an attention sink, as a row, the others in Z
+    and k.
 
-    The rank of such a Z is at most the number of tokens, so there are as many as the rank (as D, where Z is whole).
+    The rank of such a Z is at most the number of tokens, so there are as many tokens as the rank (D for a full Z).
     """
 
     def start(model, size, text) -> dict[str, PrefixState]:
@@ -93,14 +94,14 @@ def _by_module(model, states) -> dict[str, PrefixState]:
 
 
 def _factored(state: PrefixState, rank: int) -> PrefixState:
-    """Z as the product of two matrices, as near as the rank allows."""
+    """Replaces Z by the closest product of two matrices of that rank."""
     u, s, v = torch.linalg.svd(state.z, full_matrices=False)
     root = s[..., :rank].sqrt()
     return replace(state, z=None, z_a=u[..., :rank] * root[..., None, :], z_b=root[..., None] * v[..., :rank, :])
 
 
 def _prefix_tuning(model, size, start):
-    """PEFT's, random as it starts by default, or from keys and values."""
+    """Builds PEFT's prefix tuning, which starts from keys and values or, by default, at random."""
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
     model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=size, task_type=_TASK))
@@ -110,7 +111,7 @@ def _prefix_tuning(model, size, start):
 
 
 def _past_of_text(model, size, text) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of text. PEFT counts the positions of the input from behind the prefix."""
+    """Returns keys and values of text at positions from 0 on: in PEFT the input's positions follow the prefix's."""
     return [(layer.keys, layer.values) for layer in _cache_of(model, text.flatten()[:size], 0).layers]
 
 
@@ -121,7 +122,7 @@ def _lora(model, size, start):
 
 
 def _whole_model(model, size, start):
-    return copy.deepcopy(model).requires_grad_(True)  # its parameters are those of the other methods too
+    return copy.deepcopy(model).requires_grad_(True)  # a copy, since the other methods share the parameters
 
 
 def _head_dim(config) -> int:
@@ -129,15 +130,15 @@ def _head_dim(config) -> int:
 
 
 def _cache_of(model, tokens: Tensor, start: int):
-    """Keys and values of all layers; the first token is at position `start`."""
+    """Returns keys and values of all layers; the first token is at position `start`."""
     positions = torch.arange(start, start + len(tokens), device=tokens.device)
     with torch.no_grad():
         return model(input_ids=tokens[None], position_ids=positions[None], use_cache=True).past_key_values
 
 
-# In a few dozen steps a mass that starts at the default of 1e-6 does not grow to where it counts.
+# The default of 1e-6 does not grow to where it matters in a few dozen steps.
 _MASS = 0.1
-_LONG, _FITTED_ON = 4, 32  # sequences that rows are fitted to, and on
+_LONG, _FITTED_ON = 4, 32  # sequences that fitted rows replace, and sequences of calibration
 _rows = _ntk("num_rows", feature_map=None, init_mass=_MASS)
 _beside_row = {"centers": 1, "log_scale": True, "num_rows": 1}
 _taylor1_and_row = _ntk("rank", feature_map="taylor1", **_beside_row)
@@ -161,7 +162,7 @@ METHODS = {
 
 
 def ablation(config, ranks: list[int]) -> list[Method]:
-    """Feature maps by rank: `elu` from next to nothing, polynomials from text, beside a row."""
+    """Returns the feature maps by rank: `elu` from a small mass, polynomials from text and beside a row."""
     methods = []
     for feature_map in FEATURE_MAPS:
         like = METHODS["ntk-elu" if feature_map == "elu" else "ntk-taylor1-text"]

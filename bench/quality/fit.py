@@ -1,28 +1,26 @@
-"""Error of converted prefixes against the size of the state, by every method, on real keys and unseen text.
+"""Error of converted prefixes by method and size of the state, on real keys and unseen text.
 
-The prefix is the keys and values that a pretrained model makes of text; the fits see other chunks of the text, and the
-errors are those on chunks that no fit has seen, against exact attention over prefix and input. Beside them are recorded
-the errors that the reports of the conversions give, on their held-out queries, and the seconds of each conversion, of
-which the report takes most where a state is made in closed form. Prints tables and leaves figures and a plot in the
-folder it names. Too long for `bench all`.
-
-With several prefix lengths, the shorter prefixes are the ends of the longest.
+The prefix is the keys and values that a pretrained model makes of text. The fits see other chunks of the text; errors
+are measured on chunks that no fit has seen, against exact attention over prefix and input. The record also has the
+errors that the conversions report for their own held-out queries, and the seconds of each conversion (most of which the
+report takes where a state is made in closed form). With several prefix lengths, the shorter prefixes are the ends of
+the longest. Takes about an hour, too long for `bench all`.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from ntk_kernels import merge_attention, ntk_attention, prefix_to_state
 
-from ..lib import plots, record, tables
+from ..lib import plots, record
+from ..lib.progress import Steps
 from ..models import decoder, encoder
 from ..models.reading import CHUNK, Layer
 
@@ -30,98 +28,101 @@ from ..models.reading import CHUNK, Layer
 class Model(NamedTuple):
     name: str
     num_layers: int
-    layers: tuple[int, ...]  # by default, as the next
-    prefix_rows: int
+    layers: tuple[int, ...]  # by default
+    prefix_rows: int  # by default
 
 
 MODELS = {
-    "encoder": Model("all-MiniLM-L6-v2", 6, tuple(range(6)), 32256),
+    "encoder": Model(encoder.MODEL, encoder.NUM_LAYERS, tuple(range(encoder.NUM_LAYERS)), 32256),
     "decoder": Model(decoder.MODEL, 30, decoder.LAYERS, 6144),
 }
 NO_PREFIX, GRADIENT, BUDGET = "no prefix", "rows, gradient", "best for the budget"
-OWN_SIZE = {  # closed forms that have one size only
+OWN_SIZE = {  # closed forms of a single size
     "elu, closed form": {"feature_map": "elu", "centers": None},
     "taylor2, closed form": {"feature_map": "taylor2"},
 }
-MOST_BY_LEAST_SQUARES = 512  # rows; more take too long
-FAILED = 0.25  # heads with a larger error by the gradient at the largest size are listed
+MAX_BY_LEAST_SQUARES = 512  # rows; more take too long
+FAILED = 0.25  # the tables list heads with a larger error by gradient at the largest size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--model", choices=MODELS, default="encoder", help="default: %(default)s")
+    parser.add_argument("--model", choices=MODELS, default="encoder",
+                        help="the model whose keys and values are converted (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
-        help="tokens of the prefix, for the encoder multiples of 512 (default: 32256 for it, 6144 for the decoder)",
+        help="lengths of the prefix, for the encoder multiples of 512 (default: 32256, for the decoder 6144)",
     )  # fmt: skip
-    parser.add_argument("--name", help="of the file of figures (default: fit-encoder or fit-decoder)")
+    parser.add_argument("--name", help="name of the files (default: fit-encoder or fit-decoder)")
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N",
-        help="default: all six of the encoder, 0 3 8 15 22 29 of the decoder",
+        help="layers of the model (default: all six of the encoder, 0 3 8 15 22 29 of the decoder)",
     )  # fmt: skip
     parser.add_argument("--rows", type=record.positive(int), nargs="+", metavar="R", default=[32, 128, 512, 1024],
                         help="rows of the state per head (default: 32 128 512 1024)")  # fmt: skip
     parser.add_argument(
-        "--budget", action="store_true", help="also the best state of each size by `budget=`, which fits up to seven"
-    )
+        "--budget", action="store_true",
+        help="also the best state of each size that `prefix_to_state(budget=...)` finds, which fits up to seven",
+    )  # fmt: skip
     parser.add_argument("--calibration", type=record.positive(int), default=32, metavar="N",
                         help="chunks of 512 tokens that the fits see (default: %(default)s)")  # fmt: skip
     parser.add_argument("--test", type=record.positive(int), default=4, metavar="N",
-                        help="chunks of 512 tokens that errors are measured on (default: %(default)s)")  # fmt: skip
+                        help="chunks of 512 tokens on which errors are measured (default: %(default)s)")  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console, model, device = Console(), MODELS[arguments.model], arguments.device
+def stem_of(arguments: argparse.Namespace) -> str:
+    return arguments.name or f"fit-{arguments.model}"
+
+
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns the conversions of every layer, prefix length, method and size."""
+    model, device = MODELS[arguments.model], arguments.device
     lengths = sorted(set(arguments.prefix_rows or [model.prefix_rows]))
     numbers, sizes = sorted(set(arguments.layers or model.layers)), sorted(set(arguments.rows))
     _check(arguments.model, lengths, numbers, sizes)
+    module = {"encoder": encoder, "decoder": decoder}[arguments.model]
     try:
-        reader = _reader(arguments.model, lengths[-1], arguments.test + arguments.calibration, numbers)
+        reader = module.Reader(lengths[-1], arguments.test + arguments.calibration, tuple(numbers))
     except (ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"fit: {error}") from error
-    columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    chunks = -(-lengths[-1] // CHUNK) + arguments.test + arguments.calibration
+    reading = progress.add_task(f"the {arguments.model} reads", total=chunks)
+    converting = progress.add_task("converting, comparing", total=None)
+    layers = reader.layers(lambda: progress.advance(reading))
+    methods = methods_of(layers[0].prefix_key.shape[2], sizes, arguments.budget)
+    progress.update(converting, total=len(layers) * len(lengths) * len(methods))
     conversions = []
-    with Progress(*columns, console=console) as progress:
-        chunks = -(-lengths[-1] // CHUNK) + arguments.test + arguments.calibration
-        reading = progress.add_task(f"the {arguments.model} reads", total=chunks)
-        converting = progress.add_task("converting, comparing", total=None)
-        layers = reader.layers(lambda: progress.advance(reading))
-        if arguments.model == "encoder":
-            layers = [layers[i] for i in numbers]
-        methods = methods_of(layers[0].prefix_key.shape[2], sizes, arguments.budget)
-        progress.update(converting, total=len(layers) * len(lengths) * len(methods))
-        for i, layer in zip(numbers, layers, strict=True):
-            layer = Layer(*(tensor.to(device) for tensor in layer))
-            for m in lengths:
-                end = layer._replace(prefix_key=layer.prefix_key[:, -m:], prefix_value=layer.prefix_value[:, -m:])
-                of_layer = measure(
-                    end, methods, arguments.test, reader.is_causal, lambda: progress.advance(converting)
-                )  # fmt: skip
-                conversions += [{"layer": i, "prefix_rows": m} | conversion for conversion in of_layer]
+    for i, layer in zip(numbers, layers, strict=True):
+        layer = Layer(*(tensor.to(device) for tensor in layer))
+        for m in lengths:
+
+            def on_state(name: str, i=i, m=m) -> None:
+                progress.advance(converting, step=f"layer {i}, m={m:,}, {name}")
+
+            end = layer._replace(prefix_key=layer.prefix_key[:, -m:], prefix_value=layer.prefix_value[:, -m:])
+            of_layer = convert(end, methods, arguments.test, reader.is_causal, on_state)
+            conversions += [{"layer": i, "prefix_rows": m} | conversion for conversion in of_layer]
     settings = {
         "model": model.name, "text": "pydoc_data.topics", "input_rows": CHUNK,
         "calibration": arguments.calibration, "test": arguments.test, "query_heads": layers[0].query.shape[1],
         "heads": layers[0].prefix_key.shape[0], "head_dim": layers[0].prefix_key.shape[2],
     }  # fmt: skip
-    figures = {
+    return {
         "settings": settings, "prefix_rows": lengths, "state_rows": sizes, "layers": numbers,
         "conversions": conversions,
     }  # fmt: skip
-    rows = [
-        {"benchmark": "fit", "model": model.name}
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        {"model": figures["settings"]["model"]}
         | {name: result for name, result in conversion.items() if not isinstance(result, list | dict)}
         | {"head": head, "relative_error": error, "held_out_error": held_out}
-        for conversion in conversions
+        for conversion in figures["conversions"]
         for head, (error, held_out) in enumerate(
             zip(conversion["relative_error"], conversion["held_out_error"], strict=True)
         )
     ]
-    path = record.results_folder(arguments) / f"{arguments.name or f'fit-{arguments.model}'}.json"
-    record.save(path, device, rows, **figures)
-    plot(path.with_suffix(".png"), figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
 def _check(model: str, lengths: list[int], numbers: list[int], sizes: list[int]) -> None:
@@ -134,18 +135,12 @@ def _check(model: str, lengths: list[int], numbers: list[int], sizes: list[int])
         raise SystemExit(f"fit: --rows must be less than the {lengths[0]:,} rows of the prefix, got {sizes[-1]:,}")
 
 
-def _reader(model: str, prefix_rows: int, num_inputs: int, numbers: list[int]):
-    if model == "encoder":
-        return encoder.Reader(prefix_rows, num_inputs)
-    return decoder.Reader(prefix_rows, num_inputs, tuple(numbers))
-
-
 def methods_of(head_dim: int, sizes: list[int], budget: bool = False) -> list[tuple[str, int | None, dict]]:
-    """Names, rows asked for (None: a size of its own) and arguments of prefix_to_state."""
+    """Returns names, rows per head (None: the method has its own size) and arguments of `prefix_to_state`."""
     closed, least_squares = {"method": "closed_form"}, {"method": "least_squares"}
     methods = [(name, None, options | closed) for name, options in OWN_SIZE.items()]
     for size in sizes:
-        solved = size <= MOST_BY_LEAST_SQUARES
+        solved = size <= MAX_BY_LEAST_SQUARES
         if num_centers := size // (head_dim + 1):
             taylor1 = {"feature_map": "taylor1", "centers": "mean" if num_centers == 1 else num_centers}
             methods.append(("taylor1, closed form", size, taylor1 | closed))
@@ -161,8 +156,13 @@ def methods_of(head_dim: int, sizes: list[int], budget: bool = False) -> list[tu
     return methods
 
 
-def measure(layer: Layer, methods, num_test: int, is_causal: bool, on_state=lambda: None) -> list[dict]:
-    """What each method makes of the prefix: errors of each head, seconds, size. The first inputs are for the test."""
+def convert(
+    layer: Layer, methods: list[tuple], num_test: int, is_causal: bool, on_state: Callable = lambda name: None
+) -> list[dict]:
+    """Converts the prefix by each method. Returns the errors of each head, seconds and size; without a prefix first.
+
+    Errors are measured on the first `num_test` inputs; the fits see the others.
+    """
     test, others = (
         [tensor[which] for tensor in (layer.query, layer.key, layer.value)]
         for which in (slice(num_test), slice(num_test, None))
@@ -187,12 +187,12 @@ def measure(layer: Layer, methods, num_test: int, is_causal: bool, on_state=lamb
         results.append(result(name, size, state, report.rows_per_head, report.error, seconds))
         if "budget" in options:
             results[-1]["tried"] = {made_of: round(error, 6) for made_of, error in report.tried.items()}
-        on_state()
+        on_state(name if size is None else f"{name}, {size:,} rows")
     return [result(NO_PREFIX, None, None, 0, report.no_prefix_error, 0.0), *results]
 
 
 def exact_attention(query, key, value, prefix_key, prefix_value, is_causal: bool) -> Tensor:
-    """Over prefix and input, merged, so that neither is copied."""
+    """Attends to prefix and input apart and merges the results, so that neither is copied."""
     prefix = (tensor[None].expand(query.shape[0], -1, -1, -1) for tensor in (prefix_key, prefix_value))
     of_prefix = ntk_attention(query, *prefix, return_lse=True)
     of_input = ntk_attention(query, key, value, is_causal=is_causal, return_lse=True)
@@ -200,13 +200,13 @@ def exact_attention(query, key, value, prefix_key, prefix_value, is_causal: bool
 
 
 def errors_of(out: Tensor, exact: Tensor, heads: int) -> Tensor:
-    """Relative errors of each state head, over all of its queries."""
+    """Returns the relative error of each state head over all of its queries."""
     by_head = [tensor.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1) for tensor in (out - exact, exact)]
     return by_head[0].norm(dim=1) / by_head[1].norm(dim=1)
 
 
 def _now(tensor: Tensor) -> float:
-    """Seconds, when the device of `tensor` is done."""
+    """Returns the time in seconds once the device of `tensor` has nothing left to do."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()
@@ -307,7 +307,7 @@ def _short(x: float) -> str:
 
 
 def plot(path, figures: dict) -> None:
-    """Errors against the size of the state; of several prefixes against their length, at the largest size."""
+    """Draws errors by size of the state or, of several prefixes, by their length at the largest size."""
     numbers, settings, lengths = figures["layers"], figures["settings"], figures["prefix_rows"]
     by_length, conversions, largest = len(lengths) > 1, figures["conversions"], figures["state_rows"][-1]
     if by_length:

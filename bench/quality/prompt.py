@@ -1,10 +1,11 @@
-"""What a decoder predicts after a long prompt, with the prompt, without it, and with states in its place.
+"""What a decoder predicts after a long prompt, without it, and with states in its place.
 
-The prompt is the beginning of the Python language reference, each paragraph once. `prompt_to_states` converts what the
-decoder (`bench/models/decoder.py`) makes of it to rows in every layer, fitted to chunks of the text that comes later.
-The loss of a token is measured on other chunks, which no fit has seen; each is read as what follows the prompt. The
-time is that of reading such a chunk. With `--train` states are there a second time, trained further on the chunks of
-the fit: to predict for each token what the model predicts after the prompt. Too long for `bench all`.
+The prompt is the beginning of the Python language reference, each paragraph once. `prompt_to_states` converts the keys
+and values that the decoder (`bench/models/decoder.py`) makes of it to rows in every layer, fitted to chunks of the text
+that comes later. The loss per token is measured on other chunks, which no fit has seen; each is read as if it followed
+the prompt, and the time is that of reading one. With `--train`, each state is also trained further on the chunks of the
+fit, to predict for each token what the model predicts after the prompt. Takes twenty minutes, with `--train 96` under
+an hour, too long for `bench all`.
 """
 
 import argparse
@@ -15,17 +16,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ..lib import plots, record, tables, timing
+from ..lib import plots, record, timing
+from ..lib.progress import Steps
 from ..models import decoder
 from ..models.reading import CHUNK, text_without_repeats
 
 NO_PROMPT, PROMPT = "no prompt", "the prompt"
-_RATE = 0.01  # 0.003 and 0.015 give the same on chunks that are not of the test
+_RATE = 0.01  # of learning; 0.003 and 0.015 give the same on chunks outside the test
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=record.positive(int), default=32, metavar="N",
                         help=f"chunks of {CHUNK} tokens that the fits see (default: %(default)s)")  # fmt: skip
     parser.add_argument("--test", type=record.positive(int), default=8, metavar="N",
-                        help=f"chunks of {CHUNK} tokens that are predicted (default: %(default)s)")  # fmt: skip
+                        help=f"chunks of {CHUNK} tokens to measure the loss on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--train", type=record.positive(int), metavar="STEPS",
-                        help="also states that are trained further, for so many chunks (default: none)")  # fmt: skip
+                        help="also train each state for STEPS steps of one chunk (default: do not)")  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console, sizes = Console(), sorted(set(arguments.rows))
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns losses, memory and times with the prompt, without it and with each state in its place."""
+    sizes = sorted(set(arguments.rows))
     if sizes[-1] >= arguments.prompt:
         raise SystemExit(f"prompt: --rows must be less than the {arguments.prompt:,} tokens, got {sizes[-1]:,}")
     try:
@@ -60,25 +61,24 @@ def run(arguments: argparse.Namespace) -> None:
             f"prompt: --test and --calibration must be at most the {len(chunks)} chunks that the text has after the "
             f"prompt, together, got {arguments.test} and {arguments.calibration}"
         )
-    figures = measure(
+    return compare(
         model.to(arguments.device).eval(), prompt, chunks[: arguments.test],
-        chunks[arguments.test : arguments.test + arguments.calibration], sizes, arguments.train,
+        chunks[arguments.test : arguments.test + arguments.calibration], sizes, arguments.train, progress,
     )  # fmt: skip
-    for table in tables_of(figures):
-        tables.show(console, table)
-    path = record.results_folder(arguments) / "prompt.json"
-    rows = [
-        {"benchmark": "prompt", "in_place": result["in_place"], "rows": result["rows"], "chunk": chunk, "loss": loss}
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        {"in_place": result["in_place"], "rows": result["rows"], "chunk": chunk, "loss": loss}
         for result in figures["results"]
         for chunk, loss in enumerate(result["losses"])
     ]
-    record.save(path, arguments.device, rows, **figures)
-    plot(path.with_suffix(".png"), figures)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
-def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: list[int], steps: int | None) -> dict:
-    """What `run` records; trains for so many steps."""
+def compare(
+    model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: list[int], steps: int | None, progress: Steps
+) -> dict:
+    """Converts the prompt to states of each size, trains copies of them for `steps`, and measures all on `test`."""
     from ntk_kernels.integrations.transformers import attach_prefix, prompt_to_states
 
     with torch.no_grad():
@@ -87,8 +87,12 @@ def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: lis
     kept = {NO_PROMPT: 0, PROMPT: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)}
     rows = {NO_PROMPT: 0, PROMPT: len(prompt)}
     if steps is not None:
-        with torch.no_grad():
-            wanted = [readers[PROMPT](chunk).logits[0].half() for chunk in track(calibration, "predicting")]
+        task = progress.add_task("predicting after the prompt", total=len(calibration))
+        wanted = []
+        for chunk in calibration:
+            with torch.no_grad():
+                wanted.append(readers[PROMPT](chunk).logits[0].half())
+            progress.advance(task)
     for size in sizes:
         states = prompt_to_states(model, prompt, calibration, num_rows=size, text_position=len(prompt))
         for name in (f"{size:,} rows", f"{size:,} rows, trained")[: 1 if steps is None else 2]:
@@ -97,12 +101,14 @@ def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: lis
             readers[name], rows[name] = reader(with_states, len(prompt)), size
             kept[name] = sum(state.nbytes for state in states.values())
         if steps is not None:
-            train(with_states, readers[name], calibration, wanted, steps)
-    results = [
-        {"in_place": name, "rows": rows[name], "bytes": kept[name],
-         "losses": [round(_loss_of(read, chunk), 6) for chunk in test]}
-        for name, read in track(readers.items(), "testing")
-    ]  # fmt: skip
+            task = progress.add_task(f"training {size:,} rows", total=steps)
+            train(with_states, readers[name], calibration, wanted, steps, lambda task=task: progress.advance(task))
+    task = progress.add_task("testing", total=len(readers))
+    results = []
+    for name, read in readers.items():
+        losses = [round(_loss_of(read, chunk), 6) for chunk in test]
+        results.append({"in_place": name, "rows": rows[name], "bytes": kept[name], "losses": losses})
+        progress.advance(task, step=name)
     calls = {name: partial(_loss_of, read, test[0]) for name, read in readers.items()}
     times = timing.measure(calls, str(test.device), seconds=0)
     for result in results:
@@ -115,7 +121,7 @@ def measure(model, prompt: Tensor, test: Tensor, calibration: Tensor, sizes: lis
 
 
 def reader(model, position: int, past=None) -> Callable:
-    """Gives what the model says of a chunk that is read from this position on: logits, the mean loss of its tokens."""
+    """Returns a function that reads a chunk from this position on, after `past`, and gives its logits and mean loss."""
 
     def read(chunk: Tensor):
         positions = position + torch.arange(len(chunk), device=chunk.device)
@@ -133,20 +139,21 @@ def _loss_of(read: Callable, chunk: Tensor) -> float:
         return read(chunk).loss.item()
 
 
-def train(model, read: Callable, chunks: Tensor, wanted: list[Tensor], steps: int) -> None:
-    """The prefixes of a model, a chunk a step, to give the probabilities that the `wanted` logits [L, V] stand for."""
+def train(model, read: Callable, chunks: Tensor, wanted: list[Tensor], steps: int, on_step: Callable) -> None:
+    """Trains a model's prefixes, one chunk per step, towards the probabilities given by the `wanted` logits [L, V]."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, eps=1e-15, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     shuffler, order = random.Random(0), []
     while len(order) < steps:
         order += shuffler.sample(range(len(chunks)), len(chunks))
-    for i in track(order[:steps], "training"):
+    for i in order[:steps]:
         given, target = (logits.float().log_softmax(-1) for logits in (read(chunks[i]).logits[0], wanted[i]))
         F.kl_div(given, target, log_target=True, reduction="batchmean").backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        on_step()
 
 
 def tables_of(figures: dict) -> list[Table]:
@@ -172,7 +179,7 @@ def tables_of(figures: dict) -> list[Table]:
 
 
 def plot(path, figures: dict) -> None:
-    """The loss of each chunk less that without the prompt."""
+    """Draws the loss of each chunk minus that without the prompt."""
     results = figures["results"]
     figure, (axes,) = plots.canvas(width=8)
     base = results[0]["losses"]

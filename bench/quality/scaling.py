@@ -1,26 +1,26 @@
-"""Training prefixes of 2 to 16,384 rows on one small task: the longer, the less they move; and a state in their place.
+"""How far training moves prefixes of 2 to 16,384 rows, and a state in their place, on one small task.
 
-The claim of the paper (arXiv 2406.14036, section 3) as a picture. n inputs x of unit norm attend to a prefix of m rows
-and to nothing else; the rows w_r are keys, and values but for a fixed sign a_r:
+This illustrates the claim of the paper (arXiv 2406.14036, section 3) that longer prefixes move less. n inputs x of unit
+norm attend only to a prefix of m rows. Each row w_r is a key and, up to a fixed sign a_r, a value:
 
     F(x) = √m · Σ_r softmax(W·x)_r · a_r · w_r
 
-The rows are normal and come in pairs (w, +1), (w, -1), so that F = 0 at the start for every m. Targets are normal. Only
-W is trained: by gradient descent on ½ Σ ‖F(x) - y‖² over all inputs at once, in float64 (a step moves a row of a long
-prefix by less than float32 can hold). One step size serves all m: 1 / (2 λ), where λ is the largest eigenvalue of the
-tangent kernel K = J·Jᵀ (J: the derivative of the n·d outputs by W) at the start of the longest prefix. Stable are steps
-below 2 / λ; the kernels of some short prefixes have a λ that is a few times larger.
+The rows are normal and come in pairs (w, +1), (w, -1), so that F = 0 initially for every m. Targets are normal. Only W
+is trained, by gradient descent on ½ Σ ‖F(x) - y‖² over all inputs at once, in float64 (float32 cannot represent how
+little a step moves a row of a long prefix). All m share one step size, 1 / (2 λ), where λ is the largest eigenvalue of
+the initial tangent kernel K = J·Jᵀ of the longest prefix (J is the derivative of the n·d outputs by W). Steps below
+2 / λ are stable; the kernels of some short prefixes have a λ that is a few times larger.
 
-If training is to be that of a linear model, as the theory has it for large m, then prefix and kernel hardly change.
-Measured are ‖W_T - W_0‖ / ‖W_0‖, the movement of the row that moves most over the root mean square of the rows' norms,
-and ‖K_T - K_0‖ / ‖K_0‖. In the limit they fall like 1/√m, a slope of -1/2 between logarithms, the second more slowly
-than the others: a row moves in proportion to its weight in the softmax, and the largest of m weights grows with m. How
-far from the limit the lengths measured are, their slopes tell.
+If, as the theory says for large m, training is that of a linear model, then prefix and kernel hardly change. This
+measures ‖W_T - W_0‖ / ‖W_0‖, the largest movement of a row divided by the root mean square of the rows' norms, and
+‖K_T - K_0‖ / ‖K_0‖. In the limit they fall like 1/√m, a slope of -1/2 between logarithms, the second one more slowly: a
+row moves in proportion to its softmax weight, and the largest of m weights grows with m. The measured slopes tell how
+far these lengths are from the limit.
 
-What is trained in the place of the prefix is a state of fixed size: F(x) = √m · N(x) / M(x) with the m of the longest
-prefix, from Z = 0 and a mass of about 1, by as many steps of the same rule, 1 / (2 λ) with λ of its own kernel.
+In place of the prefix, states of fixed size are trained: F(x) = √m · N(x) / M(x) with the m of the longest prefix, from
+Z = 0 and a mass of about 1, by as many steps of size 1 / (2 λ) with the λ of their own kernel.
 
-One to two minutes on two cores.
+Takes one to two minutes on two cores.
 """
 
 import argparse
@@ -28,20 +28,19 @@ import math
 import statistics
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import PrefixState, feature_dim, prefix_attention_state
 
-from ..lib import plots, record, tables
+from ..lib import plots, record
+from ..lib.progress import Steps
 
-DIM = 8  # of inputs, rows and outputs
+DIM = 8  # dimension of inputs, rows and outputs
 STATES = ("elu", "taylor2")
 GOALS = (0.1, 0.01)  # shares of the initial loss
 CHANGES = {"movement": "movement of the prefix", "row_movement": "largest movement of a row",
            "kernel_change": "change of the kernel"}  # fmt: skip
-_KERNEL_ROWS = 4096  # rows of a prefix whose derivatives are held at a time
+_KERNEL_ROWS = 4096  # rows of a prefix whose derivatives are in memory at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,32 +50,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of the longest prefix, a power of two from 8 (default: %(default)s)",
     )  # fmt: skip
     for name, default, text in (
-        ("inputs", 16, "n, how many inputs and targets the task has"), ("steps", 2000, "of gradient descent"),
-        ("draws", 5, "of each prefix; figures are their medians"),
+        ("inputs", 16, "number n of inputs and targets"), ("steps", 2000, "steps of gradient descent"),
+        ("draws", 5, "random draws of each prefix; figures are their medians"),
     ):  # fmt: skip
         parser.add_argument(
             f"--{name}", type=record.positive(int), default=default, help=f"{text} (default: %(default)s)"
         )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console, device, steps = Console(), arguments.device, arguments.steps
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Trains prefixes of all lengths and the states; returns their losses and how far they moved."""
+    device, steps = arguments.device, arguments.steps
     lengths = [2**i for i in range(1, arguments.max_rows.bit_length())]
     inputs, targets = task(arguments.inputs, device)
     prefixes = {m: draw_prefixes(m, arguments.draws, device) for m in lengths}
     longest, signs = prefixes[lengths[-1]]
     step_size = step_size_of(tangent_kernel(longest[0], signs, inputs))
-    measured, states = {}, {}
-    with Progress(console=console) as progress:
-        working = progress.add_task("gradient descent", total=steps * (len(lengths) + len(STATES)))
+    descending = progress.add_task("gradient descent", total=steps * (len(lengths) + len(STATES)))
 
-        def on_step():
-            progress.advance(working)
+    def on_step():
+        progress.advance(descending)
 
-        for m, (rows, signs) in prefixes.items():
-            measured[m] = of_prefix(rows, signs, inputs, targets, step_size, steps, on_step)
-        for name in STATES:
-            states[name] = of_state(name, math.sqrt(lengths[-1]), inputs, targets, steps, on_step)
+    measured = {
+        m: of_prefix(rows, signs, inputs, targets, step_size, steps, on_step) for m, (rows, signs) in prefixes.items()
+    }
+    states = {name: of_state(name, math.sqrt(lengths[-1]), inputs, targets, steps, on_step) for name in STATES}
     figures = {
         "settings": {"inputs": arguments.inputs, "dim": DIM, "steps": steps, "draws": arguments.draws,
                      "step_size": step_size},
@@ -86,55 +84,47 @@ def run(arguments: argparse.Namespace) -> None:
         "states": states,
     }  # fmt: skip
     figures["slopes"] = {name: slope(lengths, medians(figures[name])) for name in CHANGES}
-    folder = record.results_folder(arguments)
-    record.save(folder / "scaling.json", device, _csv_rows(figures), **figures)
-    plot(folder / "scaling.png", figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    console.print(f"figures: {folder / 'scaling.json'}\nplot: {folder / 'scaling.png'}", soft_wrap=True)
+    return figures
 
 
-def _csv_rows(figures: dict) -> list[dict]:
-    of_run = {"benchmark": "scaling", **figures["settings"]}
+def rows_of(figures: dict) -> list[dict]:
     rows = []
     for i, m in enumerate(figures["prefix_rows"]):
         for draw in range(figures["settings"]["draws"]):
             of_draw = {name: figures[name][i][draw] for name in ("final_loss", *CHANGES)}
             steps_to = {f"steps_to_{goal}": figures["steps_to"][i][draw][j] for j, goal in enumerate(GOALS)}
-            rows.append(of_run | {"name": "prefix", "prefix_rows": m, "draw": draw} | of_draw | steps_to)
+            rows.append({"name": "prefix", "prefix_rows": m, "draw": draw} | of_draw | steps_to)
     for name, state in figures["states"].items():
         steps_to = {f"steps_to_{goal}": state["steps_to"][j] for j, goal in enumerate(GOALS)}
-        rows.append(
-            of_run | {"name": name, "step_size": state["step_size"], "final_loss": state["final_loss"]} | steps_to
-        )
-    return rows
+        rows.append({"name": name, "step_size": state["step_size"], "final_loss": state["final_loss"]} | steps_to)
+    return [figures["settings"] | row for row in rows]
 
 
-# The task and what is trained on it ------------------------------------------------------------------------------
+# Task and training -----------------------------------------------------------------------------------------------
 
 
 def task(num_inputs: int, device: str):
-    """Inputs of unit norm and targets, [n, d] each."""
+    """Returns inputs of unit norm and targets, both [n, d]."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(2, num_inputs, DIM, generator=generator, dtype=torch.float64).to(device)
     return torch.nn.functional.normalize(inputs, dim=1), targets
 
 
 def draw_prefixes(m: int, draws: int, device: str):
-    """Rows [draws, m, d] in pairs of equal ones, and their signs [m]."""
+    """Returns rows [draws, m, d] in pairs of equal rows, and their signs [m]."""
     generator = torch.Generator().manual_seed(m)
     rows = torch.randn(draws, m // 2, DIM, generator=generator, dtype=torch.float64).to(device)
     return rows.repeat_interleave(2, dim=1), torch.tensor([1.0, -1.0], dtype=rows.dtype, device=device).repeat(m // 2)
 
 
 def prefix_function(rows, signs, inputs):
-    """F of the inputs: [..., m, d], [m], [n, d] -> [..., n, d]."""
+    """Computes F: rows [..., m, d], signs [m], inputs [n, d] -> [..., n, d]."""
     weights = torch.softmax(inputs @ rows.mT, dim=-1)
     return math.sqrt(rows.shape[-2]) * (weights * signs) @ rows
 
 
 def tangent_kernel(rows, signs, inputs):
-    """K = J·Jᵀ [n·d, n·d] of one prefix [m, d], J the derivative of F by the rows.
+    """Returns K = J·Jᵀ [n·d, n·d] of one prefix [m, d], where J is the derivative of F by the rows.
 
     With p = softmax(W·x) and o = Σ p_r a_r w_r, ∂F/∂w_r = √m p_r (a_r I + (a_r w_r - o) xᵀ).
     """
@@ -153,13 +143,15 @@ def tangent_kernel(rows, signs, inputs):
 
 
 def step_size_of(kernel) -> float:
-    """Half of what makes the fastest direction of a linear model vanish in one step."""
+    """Returns half the step that brings the fastest direction of a linear model to its target at once."""
     return 0.5 / torch.linalg.eigvalsh(kernel)[-1].item()
 
 
 def descend(function, parameters, targets, step_size: float, steps: int, on_step=lambda: None):
-    """Gradient descent on ½ Σ ‖function(*parameters) - targets‖², in place; the losses before each step and after the
-    last, [steps + 1, ...], one for each entry of the leading dimensions."""
+    """Minimises ½ Σ ‖function(*parameters) - targets‖² by gradient descent, in place.
+
+    Returns the losses before each step and after the last, [steps + 1, ...], for each entry of the leading dimensions.
+    """
     losses = []
     for step in range(steps + 1):
         loss = 0.5 * (function(*parameters) - targets).square().sum(dim=(-2, -1))
@@ -175,7 +167,7 @@ def descend(function, parameters, targets, step_size: float, steps: int, on_step
 
 
 def of_prefix(rows, signs, inputs, targets, step_size: float, steps: int, on_step=lambda: None) -> dict:
-    """The figures of prefixes [draws, m, d], a number for each; losses as shares of the initial one."""
+    """Trains prefixes [draws, m, d]; returns figures with one number per draw, losses as shares of the initial one."""
     trained = rows.clone().requires_grad_()
 
     def function(rows):
@@ -200,7 +192,7 @@ def of_prefix(rows, signs, inputs, targets, step_size: float, steps: int, on_ste
 
 
 def of_state(feature_map: str, factor: float, inputs, targets, steps: int, on_step=lambda: None) -> dict:
-    """The same of a state: F = factor · N / M."""
+    """Trains a state in place of a prefix, F = factor · N / M; returns its figures."""
     r = feature_dim(feature_map, DIM)
     z, k = inputs.new_zeros(1, r, DIM), inputs.new_zeros(1, r)
     if feature_map == "elu":
@@ -228,28 +220,28 @@ def of_state(feature_map: str, factor: float, inputs, targets, steps: int, on_st
     }
 
 
-# What is made of the measurements --------------------------------------------------------------------------------
+# Tables and plots ------------------------------------------------------------------------------------------------
 
 
 def curve_steps(steps: int) -> list[int]:
-    """The steps at which a curve is recorded: 0, and about 20 in every factor of 10."""
+    """Returns the steps at which a curve is recorded: 0, and about 20 per factor of 10."""
     return sorted({0, *(min(steps, int(10 ** (i / 20))) for i in range(20 * len(str(steps)) + 1))})
 
 
 def steps_to(share: list[float]) -> list[int | None]:
-    """The first step at which the loss has each of GOALS, None if at none."""
+    """Returns the first step at which the loss reaches each of GOALS, None if it never does."""
     return [next((step for step, loss in enumerate(share) if loss <= goal), None) for goal in GOALS]
 
 
 def _finite(x):
-    """None for what is infinite or no number (JSON has neither)."""
+    """Replaces infinities and NaN, which JSON does not have, with None."""
     if isinstance(x, list):
         return [_finite(one) for one in x]
     return x if math.isfinite(x) else None
 
 
 def _median(values: list[float | None]) -> float | None:
-    """Of the draws; one that is None (diverged, or never there) counts as infinite."""
+    """Returns the median over draws; None (diverged, or a goal never reached) counts as infinite."""
     return _finite(statistics.median_high(math.inf if x is None or math.isnan(x) else x for x in values))
 
 
@@ -262,7 +254,7 @@ def upper_half(lengths: list[int]) -> list[int]:
 
 
 def slope(lengths: list[int], values: list[float | None]) -> float | None:
-    """Of the least-squares line through the logarithms, over the upper half of the lengths; None if one is missing."""
+    """Returns the fitted slope between logarithms over the upper half of the lengths; None if a value is missing."""
     values = values[len(lengths) // 2 :]
     if not all(values):  # None, or 0, which has no logarithm
         return None
@@ -350,5 +342,5 @@ def _gaps(values: list[float | None]) -> list[float]:
 
 
 def _from_one(steps: list[int]) -> list[int]:
-    """Step 0 has no place on a logarithmic axis."""
+    """Adds 1 to each step, as a logarithmic axis has no 0."""
     return [step + 1 for step in steps]

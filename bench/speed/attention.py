@@ -1,21 +1,22 @@
-"""Cost of NTK-Attention over plain attention, forward and forward+backward, next to the naive formula.
+"""Cost of NTK-Attention compared with plain attention, forward and forward + backward.
 
-Every function and its gradients are checked against the float64 reference before they are timed. All get the same
-inputs. What keeps L×L scores in memory is timed apart, beside plain attention once more, as it would leave the others
-cold caches; ratios are within such a group. What is not installed or does not serve the call is named with the reason.
+Compares every implementation at hand: each backend of PyTorch, FlexAttention, flash-attn, flash-linear-attention, and
+the naive formula, compiled or not. All get the same inputs, and every result and gradient is checked against the
+float64 reference before anything is timed. Implementations that keep L×L scores in memory leave cold caches to the
+others; they are timed apart, beside plain attention once more, and ratios are within such a group. An implementation
+that is not installed or cannot serve the call is listed with the reason.
 """
 
 import argparse
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.utils.checkpoint import checkpoint
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, reference
 
-from ..lib import record, tables, timing
+from ..lib import accuracy, record, timing
+from ..lib.progress import Steps
 from . import ceilings
 from .peers import EXACT, NO_PREFIX, PLAIN, STATE, Peer, Setting, all_peers, prefix_of
 
@@ -25,55 +26,45 @@ PASSES = ("forward", "forward + backward")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=record.DTYPES, default="float32", help="of query, key, value (default: %(default)s)"
+        "--dtype", choices=record.DTYPES, default="float32", help="dtype of query, key and value (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=record.positive(int), default=1, help="default: %(default)s")
-    parser.add_argument("--heads", type=record.positive(int), default=8, help="default: %(default)s")
+    parser.add_argument("--batch", type=record.positive(int), default=1, help="batch size (default: %(default)s)")
+    parser.add_argument("--heads", type=record.positive(int), default=8, help="number of heads (default: %(default)s)")
     parser.add_argument("--length", type=record.positive(int), default=1024, help="tokens (default: %(default)s)")
-    parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
-    parser.add_argument("--feature-map", choices=FEATURE_MAPS, default="elu", help="default: %(default)s")
+    parser.add_argument(
+        "--head-dim", type=record.positive(int), default=64, help="head dimension (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--feature-map", choices=FEATURE_MAPS, default="elu", help="feature map of the state (default: %(default)s)"
+    )
     parser.add_argument(
         "--prefix-rows",
         type=record.positive(int),
         metavar="M",
-        help="also time exact attention over a real prefix of M rows (and copying it in front of the keys)",
+        help="also time exact attention over a prefix of M rows, which includes copying it in front of the keys",
     )
-    parser.add_argument("--full", action="store_true", help="every token sees every other, instead of causal")
+    parser.add_argument("--full", action="store_true", help="let every token see every other, instead of causal")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="TEXT",
-        help=f"peers with one of these in their names, and {PLAIN!r} (default: all)",
+        help=f"time only {PLAIN!r} and implementations with one of these texts in their names (default: all)",
     )
-    parser.add_argument("--name", default="attention", help="of the file of figures (default: %(default)s)")
+    parser.add_argument("--name", default="attention", help="name of the files (default: %(default)s)")
     parser.add_argument(
         "--seconds",
         type=record.positive(float),
         default=10,
-        help="of timing for each pass and group (default: %(default)s)",
+        help="seconds of timing for each pass and group (default: %(default)s)",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console = Console()
-    with Progress(console=console) as progress:
-        figures = measure(arguments, progress)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    for note in notes_of(figures):
-        console.print(note, soft_wrap=True)
-    path = record.results_folder(arguments) / f"{arguments.name}.json"
-    rows = [
-        {"benchmark": "attention", **figures["settings"], "pass": passes, "name": name, **result}
-        for passes, times in figures["milliseconds"].items()
-        for name, result in times.items()
-    ]
-    record.save(path, arguments.device, rows, **figures)
-    console.print(f"figures: {path}", soft_wrap=True)
+def stem_of(arguments: argparse.Namespace) -> str:
+    return arguments.name
 
 
-def measure(arguments: argparse.Namespace, progress: Progress) -> dict:
-    """What `run` records: settings, times by pass and peer, who was left out and why, the rate of a product."""
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns settings, times by pass and peer, which peers were left out and why, and the rate of a matrix product."""
     torch.manual_seed(0)
     device, dtype, causal = arguments.device, record.DTYPES[arguments.dtype], not arguments.full
     shape = (arguments.batch, arguments.heads, arguments.length, arguments.head_dim)
@@ -115,8 +106,16 @@ def measure(arguments: argparse.Namespace, progress: Progress) -> dict:
     }
 
 
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        figures["settings"] | {"pass": passes, "name": name} | result
+        for passes, times in figures["milliseconds"].items()
+        for name, result in times.items()
+    ]
+
+
 def _time(present: list[Peer], calls: dict, device: str, seconds: float) -> dict[str, dict]:
-    """Times of one pass, by name; ratios to PLAIN's in the same turns; bytes allocated at most during a call."""
+    """Returns the times of one pass by name, with the ratio to `PLAIN` in the same turns and the peak allocation."""
     found = {}
     large = [peer.name for peer in present if peer.large]
     for group in ([peer.name for peer in present if not peer.large], [PLAIN, *large] if large else []):
@@ -133,7 +132,7 @@ def _time(present: list[Peer], calls: dict, device: str, seconds: float) -> dict
 
 
 def flops(shape: tuple, causal: bool, r: int, peer: Peer, prefix_rows: int | None) -> int:
-    """Of the matrix products of a forward, over what is visible; a backward takes 2.5 times as many."""
+    """Counts the operations of a forward's matrix products over what is visible; a backward takes 2.5 times as many."""
     batch, heads, length, dim = shape
     keys = length * (length + 1) // 2 if causal else length**2
     if peer.prefix == EXACT:
@@ -143,7 +142,7 @@ def flops(shape: tuple, causal: bool, r: int, peer: Peer, prefix_rows: int | Non
 
 
 def tables_of(figures: dict) -> list[Table]:
-    """Median times, as multiples of SDPA's, arithmetic as a share of what a matrix product reaches, memory."""
+    """Returns a table of median times, their ratio to SDPA's, arithmetic as a share of a matrix product's, memory."""
     settings, passes, rate = figures["settings"], figures["milliseconds"], figures["matmul_tflop_per_s"]
     table = Table(
         title=f"B={settings['batch']}, H={settings['heads']}, L={settings['length']}, D={settings['head_dim']}, "
@@ -160,7 +159,7 @@ def tables_of(figures: dict) -> list[Table]:
 
 
 def notes_of(figures: dict) -> list[str]:
-    """Who was left out, and why."""
+    """Says which implementations were left out, and why."""
     by_reason = {}
     for name, reasons in figures.get("left_out", {}).items():  # records from before 2026-11-26 have none
         for reason in dict.fromkeys(reasons.values()):
@@ -181,7 +180,7 @@ def cell_of(result: dict | None, matmul_rate: float) -> str:
 
 
 def _pass(function, leaves, feature_map, grad):
-    """One forward, or forward and backward into everything that the function uses."""
+    """Returns a call of one forward or, with `grad`, of forward and backward to all inputs that the function uses."""
     if grad is None:
         leaves = [leaf.detach() for leaf in leaves]
     *qkv, z, k = leaves
@@ -194,14 +193,13 @@ def _pass(function, leaves, feature_map, grad):
 
 
 def _check(chosen: list[Peer], setting: Setting, leaves, feature_map, grad) -> dict[str, dict[str, str]]:
-    """Nothing is timed that is wrong: results and gradients against float64, of the first row of the batch.
+    """Compares results and gradients of the first row of the batch with the reference in float64.
 
-    Relative errors may be 8 eps of the dtype, and twice those of the reference in float32, as some sums cancel. Returns
-    {name of a peer: {pass that it is left out of: reason}}; ours are never left out, but raise.
+    Returns {name of a peer: {pass that it is left out of: reason}}. Ours are never left out; if one fails or is wrong,
+    this raises.
     """
     *qkv, z, k = (leaf.detach() for leaf in leaves)
     inputs, grad = [*(tensor[:1] for tensor in qkv), z, k], grad[:1]
-    eps = torch.finfo(qkv[0].dtype).eps
     left_out = {}
     for prefix in (NO_PREFIX, STATE, EXACT):
         group = [peer for peer in chosen if peer.prefix == prefix]
@@ -220,14 +218,14 @@ def _check(chosen: list[Peer], setting: Setting, leaves, feature_map, grad) -> d
             for name in PASSES:
                 try:
                     errors = _errors(_results(peer.function, inputs, feature_map, grad, name), expected)
-                except Exception as error:  # of a library or its compiler: what kind is not known beforehand
+                except Exception as error:  # a library or its compiler may raise anything
                     if peer.ours:
                         raise
                     problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
                     left_out.setdefault(peer.name, {})[name] = problem
                     continue
                 for what, found in errors.items():
-                    if not found < 8 * eps + 2 * plain[what]:
+                    if accuracy.is_wrong(found, accuracy.limit_of(qkv[0].dtype, plain[what])):
                         problem = f"wrong: relative error {found:.2g} of {what} against float64"
                         if peer.ours:
                             raise RuntimeError(f"{peer.name} is {problem}")
@@ -236,7 +234,7 @@ def _check(chosen: list[Peer], setting: Setting, leaves, feature_map, grad) -> d
 
 
 def _over_rows(query, key, value, prefix, causal: bool) -> torch.Tensor:
-    """The reference over an exact prefix [2, 1, H, m, D], one head at a time: scores of all would not fit a GPU."""
+    """Attends over an exact prefix [2, 1, H, m, D] with the reference, by head: scores of all would not fit a GPU."""
 
     def one_head(q, k, v, rows):
         return reference.prefix_attention(q, k, v, *rows[:, 0], is_causal=causal)
@@ -247,7 +245,7 @@ def _over_rows(query, key, value, prefix, causal: bool) -> torch.Tensor:
 
 
 def _results(function, inputs, feature_map, grad, passes) -> dict[str, torch.Tensor]:
-    """The output, and with both passes the gradients of what it depends on, by name."""
+    """Returns the output and, for forward + backward, the gradients of all inputs that it depends on, by name."""
     backward = passes == PASSES[1]
     leaves = [tensor.detach().requires_grad_(backward) for tensor in inputs]
     *qkv, z, k = leaves
@@ -261,7 +259,4 @@ def _results(function, inputs, feature_map, grad, passes) -> dict[str, torch.Ten
 
 
 def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {
-        what: ((result.double() - expected[what]).norm() / expected[what].norm()).item()
-        for what, result in found.items()
-    }
+    return {what: accuracy.relative_error(result, expected[what]) for what, result in found.items()}

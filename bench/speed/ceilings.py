@@ -1,39 +1,41 @@
-"""What this machine can do at most: bytes copied and matrix products, each in a second (upper quartile of the runs)."""
+"""What this machine reaches when it copies memory and multiplies matrices (upper quartile of the runs)."""
 
 import argparse
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from ..lib import record, tables, timing
+from ..lib import record, timing
+from ..lib.progress import Steps
 
 _SECONDS = 0.3
-_COPIED = {"cuda": 2**28, "cpu": 2**26}  # float32 numbers, many times what caches hold
-_SIZE = {"cuda": 8192, "cpu": 1024}  # of square matrices
+_COPIED = {"cuda": 2**28, "cpu": 2**26}  # float32 numbers, many times the size of the caches
+_SIZE = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    console = Console()
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns GB/s of a copy and TFLOP/s of a matrix product by dtype."""
     dtypes = (torch.bfloat16, torch.float32)
-    figures = {
-        "copy_gb_per_s": copy_bandwidth(arguments.device),
-        "matmul_tflop_per_s": {str(dtype)[6:]: matmul_rate(arguments.device, dtype) for dtype in dtypes},
-    }
-    for table in tables_of(figures):
-        tables.show(console, table)
-    path = record.results_folder(arguments) / "ceilings.json"
-    rows = [{"benchmark": "ceilings", "name": "copy", "gb_per_s": figures["copy_gb_per_s"]}]
-    rows += [
-        {"benchmark": "ceilings", "name": f"matmul {name}", "tflop_per_s": rate}
-        for name, rate in figures["matmul_tflop_per_s"].items()
+    task = progress.add_task("measuring", total=1 + len(dtypes))
+    figures = {"copy_gb_per_s": copy_bandwidth(arguments.device), "matmul_tflop_per_s": {}}
+    progress.advance(task, step="copying")
+    for dtype in dtypes:
+        name = str(dtype)[6:]
+        figures["matmul_tflop_per_s"][name] = matmul_rate(arguments.device, dtype)
+        progress.advance(task, step=f"matrix products of {name}")
+    return figures
+
+
+def rows_of(figures: dict) -> list[dict]:
+    rates = figures["matmul_tflop_per_s"].items()
+    return [
+        {"name": "copy", "gb_per_s": figures["copy_gb_per_s"]},
+        *({"name": f"matmul {name}", "tflop_per_s": rate} for name, rate in rates),
     ]
-    record.save(path, arguments.device, rows, **figures)
-    console.print(f"figures: {path}", soft_wrap=True)
 
 
 def tables_of(figures: dict) -> list[Table]:
@@ -47,7 +49,7 @@ def tables_of(figures: dict) -> list[Table]:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s read and written by copying a large tensor."""
+    """Returns the GB/s that copying a large tensor reads and writes."""
     source = torch.randn(_COPIED[torch.device(device).type], device=device)
     target = torch.empty_like(source)
     ms = timing.measure({"copy": lambda: target.copy_(source)}, device, seconds=_SECONDS)["copy"]["low"]
@@ -55,7 +57,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of two square matrices with random entries."""
+    """Returns the TFLOP/s of a product of two square random matrices."""
     size = _SIZE[torch.device(device).type]
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
     ms = timing.measure({"product": lambda: a @ b}, device, seconds=_SECONDS)["product"]["low"]

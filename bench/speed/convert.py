@@ -1,22 +1,23 @@
-"""How long it takes to turn a prefix into a state, by its length and kind of state, next to reading it once.
+"""Time of converting a prefix to a state in closed form, by length and kind of state.
 
-The floor of a conversion is reading keys and values, and the matrix products in it, of all keys and values and of keys
-and centres, which are timed by themselves. States are checked against the float64 reference before they are timed.
-Centres found by k-means are timed with the search (scikit-learn, on the CPU) and without it. States that are fitted to
-queries are the subject of `fit`.
+A conversion cannot be faster than reading keys and values once, nor than the matrix products in it, which are
+timed by themselves. States are checked against the float64 reference before they are timed. Centres found by k-means
+are timed with the search (scikit-learn, on the CPU) and without it. For states that are fitted to queries see `bench
+fit`.
 """
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from ntk_kernels import prefix_to_state, reference
 
-from ..lib import plots, record, tables, timing
+from ..lib import accuracy, plots, record, timing
+from ..lib.progress import Steps
 from . import ceilings
 
 KINDS = {
@@ -28,82 +29,94 @@ KINDS = {
 }
 PRODUCTS, PRODUCTS_16 = "products only", "products only, C=16"
 _CHECKED_ROWS = 512
+_LIMIT = 1e-3  # of relative errors of checked states
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--dtype", choices=record.DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--heads", type=record.positive(int), default=8, help="default: %(default)s")
-    parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
-    parser.add_argument("--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
-                        default=[2**10, 2**12, 2**14], help="default: 1k, 4k, 16k")  # fmt: skip
-    parser.add_argument("--only", choices=KINDS, nargs="+", metavar="KIND", default=list(KINDS),
-                        help=f"kinds of states, of {', '.join(map(repr, KINDS))} (default: all)")  # fmt: skip
+    parser.add_argument("--dtype", choices=record.DTYPES, default="float32",
+                        help="dtype of keys and values (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--heads", type=record.positive(int), default=8, help="number of heads (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=record.positive(float), default=3, help="of timing for each length (default: %(default)s)"
+        "--head-dim", type=record.positive(int), default=64, help="head dimension (default: %(default)s)"
+    )
+    parser.add_argument("--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
+                        default=[2**10, 2**12, 2**14], help="lengths of the prefix (default: 1k, 4k, 16k)")  # fmt: skip
+    parser.add_argument("--only", choices=KINDS, nargs="+", metavar="KIND", default=list(KINDS),
+                        help=f"kinds of states: {', '.join(map(repr, KINDS))} (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=record.positive(float),
+        default=3,
+        help="seconds of timing for each length (default: %(default)s)",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns times by prefix length and kind of state, bytes of a row of keys and values, and the rate of a copy."""
     torch.manual_seed(0)
-    console, device, dtype = Console(), arguments.device, record.DTYPES[arguments.dtype]
+    device, dtype = arguments.device, record.DTYPES[arguments.dtype]
     lengths, times = sorted(set(arguments.prefix_rows)), []
-    with Progress(console=console) as progress:
-        task = progress.add_task("converting", total=len(lengths))
-        for m in lengths:
-            key, value = torch.randn(2, arguments.heads, m, arguments.head_dim, device=device).to(dtype)
-            kinds = {
-                name: options
-                for name, options in KINDS.items()
-                if name in arguments.only and (m > 16 or options["centers"] != 16)
-            }
-            for name, options in kinds.items():
-                if name.endswith("given"):
-                    kinds[name] = options | {"centers": key[:, :16]}
-                _check(name, key[:, :_CHECKED_ROWS], value[:, :_CHECKED_ROWS], kinds[name])
-            calls = {name: functools.partial(prefix_to_state, key, value, **kind) for name, kind in kinds.items()}
-            calls[PRODUCTS] = functools.partial(_products, key, value)
-            if m > 16:
-                calls[PRODUCTS_16] = functools.partial(_products, key, value, key[:, :16])
-            at_m = timing.measure(calls, device, seconds=arguments.seconds)
-            for name, result in at_m.items():
-                result["peak_bytes"] = timing.peak_bytes(calls[name], device)
-            times.append(at_m)
-            progress.advance(task)
-    row_bytes = 2 * arguments.heads * arguments.head_dim * dtype.itemsize
-    figures = {
+    task = progress.add_task("converting", total=len(lengths))
+    for m in lengths:
+        key, value = torch.randn(2, arguments.heads, m, arguments.head_dim, device=device).to(dtype)
+        calls = _calls(key, value, arguments.only)
+        at_m = timing.measure(calls, device, seconds=arguments.seconds)
+        for name, result in at_m.items():
+            result["peak_bytes"] = timing.peak_bytes(calls[name], device)
+        times.append(at_m)
+        progress.advance(task, step=f"{m:,} rows")
+    return {
         "settings": {name: getattr(arguments, name) for name in ("dtype", "heads", "head_dim")},
-        "prefix_rows": lengths, "milliseconds": times, "row_bytes": row_bytes,
+        "prefix_rows": lengths,
+        "milliseconds": times,
+        "row_bytes": 2 * arguments.heads * arguments.head_dim * dtype.itemsize,
         "copy_gb_per_s": ceilings.copy_bandwidth(device),
-    }  # fmt: skip
-    rows = [
-        {"benchmark": "convert", **figures["settings"], "prefix_rows": m, "name": name, **result,
-         "gb_per_s": m * row_bytes / result["ms"] / 1e6}
-        for m, at_m in zip(lengths, times, strict=True)
+    }
+
+
+def _calls(key: Tensor, value: Tensor, names: list[str]) -> dict[str, Callable]:
+    """Returns what is timed, by name: checked conversions [H, m, D] -> state, and the matrix products in them."""
+    several = key.shape[1] > 16  # rows enough for 16 centres
+    calls = {}
+    for name, options in KINDS.items():
+        if name not in names or (options["centers"] == 16 and not several):
+            continue
+        if name.endswith("given"):
+            options = options | {"centers": key[:, :16]}
+        _check(name, key[:, :_CHECKED_ROWS], value[:, :_CHECKED_ROWS], options)
+        calls[name] = functools.partial(prefix_to_state, key, value, **options)
+    calls[PRODUCTS] = functools.partial(_products, key, value)
+    if several:
+        calls[PRODUCTS_16] = functools.partial(_products, key, value, key[:, :16])
+    return calls
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        figures["settings"]
+        | {"prefix_rows": m, "name": name}
+        | result
+        | {"gb_per_s": m * figures["row_bytes"] / result["ms"] / 1e6}
+        for m, at_m in zip(figures["prefix_rows"], figures["milliseconds"], strict=True)
         for name, result in at_m.items()
-    ]  # fmt: skip
-    path = record.results_folder(arguments) / "convert.json"
-    record.save(path, device, rows, **figures)
-    plot(path.with_suffix(".png"), figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
+    ]
 
 
 def _products(key, value, centers=None):
-    """The matrix products that a conversion with `taylor1` contains."""
+    """Computes only the matrix products of a conversion with `taylor1`."""
     product = key.mT @ value
     return product if centers is None else (product, key @ centers.mT)
 
 
 def _check(name: str, key, value, options: dict) -> None:
-    """The state of these rows against the formula in float64."""
+    """Compares the state of these rows with the formula in float64; raises RuntimeError if it is wrong."""
     state = prefix_to_state(key, value, **options)
     centers = None if state.centers is None else state.centers.double()
     formula = reference.prefix_to_state(key.double(), value.double(), state.feature_map, centers=centers)
     for tensor, expected in formula.items():
-        error = ((getattr(state, tensor).double() - expected).norm() / expected.norm()).item()
-        if not error < 1e-3:
+        error = accuracy.relative_error(getattr(state, tensor), expected)
+        if accuracy.is_wrong(error, _LIMIT):
             raise RuntimeError(f"{name} is wrong: its {tensor} differs by {error:.2g} from that of the formula")
 
 

@@ -1,17 +1,15 @@
-"""One decoding step with a prefix state, next to exact prefixes of many lengths, by what is fastest for them.
+"""Time of a decoding step with a prefix state and with exact prefixes of many lengths.
 
-Each batch row has its own cache of `--length` keys and attends to a prefix of m rows as well: to a state in its place;
-to the rows themselves, in front of its own cache; or, if the whole batch shares one prefix, to rows that are read once
-and merged by lse (a cascade). Peers get the heads of a group as query rows, so that they too read keys once. Everything
-is checked against float64 before it is timed, and timed in turns; ratios are within these turns.
+Each batch row has its own cache of `--length` keys and attends to a prefix of m rows in addition: to a state in its
+place; to the rows themselves, in front of its own cache; or, where the whole batch shares one prefix, to rows that are
+read once and merged by lse (a cascade). Peers get the heads of a group as query rows, so that they too read keys only
+once. Everything is checked against float64, then timed in turns; ratios are within these turns.
 """
 
 import argparse
 import math
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import (
@@ -24,7 +22,8 @@ from ntk_kernels import (
     reference,
 )
 
-from ..lib import plots, record, tables, timing
+from ..lib import accuracy, plots, record, timing
+from ..lib.progress import Steps
 from . import ceilings
 
 PLAIN, OURS_PLAIN = "SDPA, no prefix", "ours, no prefix"
@@ -36,78 +35,74 @@ CONTESTANTS = (PLAIN, OURS_PLAIN, ONE_TASK, MANY_TASKS, EXACT, CASCADE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=record.DTYPES, default="float32", help="of queries and caches (default: %(default)s)"
+        "--dtype", choices=record.DTYPES, default="float32", help="dtype of queries and caches (default: %(default)s)"
     )
     for name, default, text in (
-        ("batch", 4, "sequences"), ("heads", 8, "query heads"), ("kv-heads", 2, "key/value heads"),
-        ("length", 4096, "keys that each sequence has in its cache"), ("head-dim", 64, "head dimension"),
+        ("batch", 4, "number of sequences"), ("heads", 8, "query heads"), ("kv-heads", 2, "key/value heads"),
+        ("length", 4096, "keys in the cache of each sequence"), ("head-dim", 64, "head dimension"),
     ):  # fmt: skip
         parser.add_argument(
             f"--{name}", type=record.positive(int), default=default, help=f"{text} (default: %(default)s)"
         )
     parser.add_argument(
-        "--feature-map", choices=FEATURE_MAPS, default="elu", help="of the states (default: %(default)s)"
+        "--feature-map", choices=FEATURE_MAPS, default="elu", help="feature map of the states (default: %(default)s)"
     )
     parser.add_argument(
         "--prefix-rows", type=record.positive(int), nargs="+", metavar="M", default=[2**i for i in range(10, 19, 2)],
         help="lengths of the exact prefix (default: 1k to 256k)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=record.positive(float), default=5, help="of timing for each length (default: %(default)s)"
+        "--seconds",
+        type=record.positive(float),
+        default=5,
+        help="seconds of timing for each length (default: %(default)s)",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns times by contestant and prefix length, bytes that each reads, and the lengths that do not fit."""
     if arguments.heads % arguments.kv_heads:
         raise SystemExit(f"--heads must be a multiple of --kv-heads, got {arguments.heads} and {arguments.kv_heads}")
-    step = Step(arguments)
-    console = Console()
-    lengths, times, left_out = sorted(set(arguments.prefix_rows)), [], []
-    with Progress(console=console) as progress:
-        task = progress.add_task("decoding", total=len(lengths))
-        for m in lengths:
-            needed = step.bytes_of_exact(m)
-            if needed > 0.7 * _free_bytes(arguments.device):
-                left_out.append(m)
-            else:
-                functions = step.contestants(m)
-                step.check(functions, m)
-                at_m = timing.measure(functions, arguments.device, seconds=arguments.seconds)
-                for name, result in at_m.items():
-                    result["peak_bytes"] = timing.peak_bytes(functions[name], arguments.device)
-                    if torch.device(arguments.device).type == "cuda":
-                        result["host_us"] = timing.host_time(functions[name], arguments.device)
-                times.append(at_m)
-            progress.advance(task)
+    step, lengths = Step(arguments), sorted(set(arguments.prefix_rows))
+    free = 0.7 * _free_bytes(arguments.device)
+    left_out = [m for m in lengths if step.bytes_of_exact(m) > free]
     lengths = [m for m in lengths if m not in left_out]
     if not lengths:
         raise SystemExit(f"no exact prefix of {min(left_out):,} rows fits into memory; try a smaller --batch")
+    times = []
+    task = progress.add_task("decoding", total=len(lengths))
+    for m in lengths:
+        functions = step.contestants(m)
+        step.check(functions, m)
+        at_m = timing.measure(functions, arguments.device, seconds=arguments.seconds)
+        for name, result in at_m.items():
+            result["peak_bytes"] = timing.peak_bytes(functions[name], arguments.device)
+            if torch.device(arguments.device).type == "cuda":
+                result["host_us"] = timing.host_time(functions[name], arguments.device)
+        times.append(at_m)
+        progress.advance(task, step=f"{m:,} rows")
     names = ("dtype", "batch", "heads", "kv_heads", "length", "head_dim", "feature_map")
-    figures = {
+    return {
         "settings": {name: getattr(arguments, name) for name in names},
         "prefix_rows": lengths,
+        "left_out": left_out,
         "milliseconds": {name: [at_m[name] for at_m in times] for name in CONTESTANTS},
         "bytes": {PLAIN: step.cache_bytes, OURS_PLAIN: step.cache_bytes, ONE_TASK: step.cache_bytes + step.state_bytes,
                   MANY_TASKS: step.cache_bytes + arguments.batch * step.state_bytes},
         "copy_gb_per_s": ceilings.copy_bandwidth(arguments.device),
     }  # fmt: skip
-    folder = record.results_folder(arguments)
-    rows = [
-        {"benchmark": "decode", **figures["settings"], "prefix_rows": m, "name": name, **results[i]}
+
+
+def rows_of(figures: dict) -> list[dict]:
+    return [
+        figures["settings"] | {"prefix_rows": m, "name": name} | results[i]
         for name, results in figures["milliseconds"].items()
-        for i, m in enumerate(lengths)
+        for i, m in enumerate(figures["prefix_rows"])
     ]
-    record.save(folder / "decode.json", arguments.device, rows, **figures)
-    plot(folder / "decode.png", figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    for m in left_out:
-        console.print(f"an exact prefix of {m:,} rows for each of {arguments.batch} sequences does not fit into memory")
-    console.print(f"figures: {folder / 'decode.json'}\nplot: {folder / 'decode.png'}", soft_wrap=True)
 
 
 class Step:
-    """The inputs of a decoding step, and who may take it."""
+    """The inputs of a decoding step, and the contestants that may take it."""
 
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
@@ -132,12 +127,12 @@ class Step:
         return 2 * self.key.element_size() * self.kv_heads * self.head_dim * (self.batch * (self.length + m) + m)
 
     def packed(self, query, batch):
-        """The heads of a group as query rows; of a batch that shares its keys, the rows of the batch too."""
+        """Turns the heads of a group into query rows, and so the batch rows unless each has its own keys (`batch`)."""
         query = query.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
         return query if batch else query.transpose(0, 1).flatten(1, 2)[None]
 
     def contestants(self, m: int) -> dict:
-        """out [B, Hkv, G, D] or [B, Hq, 1, D] of each, by name."""
+        """Returns calls by name, whose outputs are [B, Hkv, G, D] or [B, Hq, 1, D]."""
         sdpa = torch.nn.functional.scaled_dot_product_attention
         shared = [self._rand(1, self.kv_heads, m) for _ in range(2)]
         key, value = (
@@ -168,10 +163,7 @@ class Step:
         }
 
     def check(self, functions: dict, m: int) -> None:
-        """Nothing is timed that is wrong: against float64, the exact prefixes against each other.
-
-        Relative errors may be 8 eps of the dtype.
-        """
+        """Compares states with the reference in float64 and exact prefixes with each other; raises RuntimeError."""
         q, k, v = (tensor.double() for tensor in (self.query, self.key, self.value))
         states = self.states.to(torch.float64)
         one = PrefixState(states.z[0], states.k[0], states.feature_map)
@@ -179,9 +171,10 @@ class Step:
         expected[MANY_TASKS] = reference.ntk_attention(q, k, v, states, state_index=self.index)
         expected |= {OURS_PLAIN: expected[PLAIN], CASCADE: functions[EXACT]().double()}
         for name, result in expected.items():
-            error = (functions[name]().double().reshape(self.query.shape) - result.reshape(self.query.shape)).norm()
-            error = (error / result.norm()).item()
-            if not error < 8 * torch.finfo(self.dtype).eps:
+            error = accuracy.relative_error(
+                functions[name]().reshape(self.query.shape), result.reshape(self.query.shape)
+            )
+            if accuracy.is_wrong(error, accuracy.limit_of(self.dtype)):
                 raise RuntimeError(f"{name} is wrong at m = {m:,}: relative error {error:.2g}")
 
 
@@ -192,7 +185,7 @@ def _free_bytes(device: str) -> float:
         with open("/proc/meminfo", encoding="utf-8") as file:
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
-        return math.inf  # not Linux: whoever asks for more than there is finds out
+        return math.inf  # not Linux: a prefix that is too long fails when it is allocated
 
 
 def tables_of(figures: dict) -> list[Table]:
@@ -220,6 +213,14 @@ def tables_of(figures: dict) -> list[Table]:
     table.add_section()
     table.add_row(f"of {copied:,.0f} GB/s", *cells, "")
     return [table]
+
+
+def notes_of(figures: dict) -> list[str]:
+    batch = figures["settings"]["batch"]
+    return [
+        f"an exact prefix of {m:,} rows for each of {batch} sequences does not fit into memory"
+        for m in figures.get("left_out", ())  # older records have none
+    ]
 
 
 def plot(path, figures: dict) -> None:

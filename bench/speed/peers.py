@@ -1,7 +1,7 @@
-"""Who takes part in a comparison: every implementation of plain attention, of exact prefixes and of NTK-Attention.
+"""The implementations that `bench attention` compares: plain attention, exact prefixes and NTK-Attention.
 
-A peer is found missing when it is first called, by whatever it raises then: not installed, not for this device, no
-compiler. So one list serves all machines, and what is missing is reported with the reason.
+A peer that is not installed, not for this device or without a compiler raises at its first call. So one list serves all
+machines, and missing peers are reported with the reason.
 """
 
 import functools
@@ -23,18 +23,18 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute attention: `function` of query, key, value [B, H, L, D] and a state gives [B, H, L, D]."""
+    """An implementation: `function` maps query, key, value [B, H, L, D] and a state to the output [B, H, L, D]."""
 
     name: str
     function: Callable
-    prefix: str = STATE  # what stands in front of the keys
+    prefix: str = STATE  # what is in front of the keys
     ours: bool = False  # must work; others may be missing
-    large: bool = False  # keeps L×L scores
+    large: bool = False  # keeps L×L scores in memory
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a peer may prepare itself for."""
+    """The shape of the calls, which peers may prepare for."""
 
     device: str
     length: int
@@ -49,7 +49,7 @@ class Setting:
 
 
 def all_peers(setting: Setting) -> list[Peer]:
-    """In the order of the tables; `PLAIN`, which the others are compared with, is the first."""
+    """Returns all peers in the order of the tables. The first is `PLAIN`, with which the others are compared."""
     causal = setting.causal
     listed = [Peer(PLAIN, lambda q, k, v, state: sdpa(q, k, v, is_causal=causal), NO_PREFIX)]
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
@@ -65,7 +65,7 @@ def all_peers(setting: Setting) -> list[Peer]:
             Peer("flash-attn 2, no prefix", _flash_attn(causal), NO_PREFIX),
             Peer("flash-attn 4, no prefix", _flash_attn_4(causal), NO_PREFIX),
         ]
-        if causal:  # it has nothing else
+        if causal:  # the only kind that it has
             listed.append(Peer("flash-linear-attention's attention, no prefix", _fla, NO_PREFIX))
     listed.append(Peer("ours, no prefix", _ours(causal, None, with_state=False), NO_PREFIX, ours=True))
     if setting.on_gpu:
@@ -87,7 +87,7 @@ def all_peers(setting: Setting) -> list[Peer]:
             *(
                 Peer(f"SDPA by {name} over {rows}", exact_prefix(setting, backend), EXACT)
                 for name, backend in kernels.items()
-                if name != "math"  # the naive formula does no less
+                if name != "math"  # the naive formula is there already
             ),
             Peer(f"FlexAttention over {rows}", _flex(setting, setting.prefix_rows), EXACT),
         ]
@@ -95,7 +95,7 @@ def all_peers(setting: Setting) -> list[Peer]:
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, state, *, causal: bool) -> Tensor:
-    """The formula as one would write it down: L×L scores, their exponentials, the features, all in memory."""
+    """Evaluates the formula as it is written, with the L×L scores, their exponentials and the features in memory."""
     scale = query.shape[3] ** -0.5
     scores = scale * query @ key.mT
     if causal:
@@ -109,7 +109,7 @@ def naive(query: Tensor, key: Tensor, value: Tensor, state, *, causal: bool) -> 
 
 
 def exact_prefix(setting: Setting, backend: SDPBackend | None = None) -> Callable:
-    """PyTorch's fused attention over a prefix that is copied in front of the keys, every head its own rows."""
+    """Returns PyTorch's fused attention over a prefix, different for each head, that is copied in front of the keys."""
     bias = causal_lower_right(setting.length, setting.prefix_rows + setting.length) if setting.causal else None
     rows = prefix_of(setting)
 
@@ -122,7 +122,7 @@ def exact_prefix(setting: Setting, backend: SDPBackend | None = None) -> Callabl
 
 @functools.cache
 def prefix_of(setting: Setting) -> Tensor:
-    """Keys and values of a prefix [2, 1, H, m, D], the same for every peer."""
+    """Returns keys and values of a prefix [2, 1, H, m, D], the same for every peer."""
     generator = torch.Generator().manual_seed(setting.prefix_rows)
     shape = (2, 1, setting.heads, setting.prefix_rows, setting.head_dim)
     return torch.randn(shape, generator=generator).to(setting.device)
@@ -150,7 +150,7 @@ def _sdpa_by(backend: SDPBackend, causal: bool) -> Callable:
 
 
 def _flex(setting: Setting, prefix_rows: int) -> Callable:
-    """Compiled when it is first called."""
+    """Returns FlexAttention over a causal mask, compiled at its first call."""
     ready = []
 
     def prepare():

@@ -1,9 +1,10 @@
-"""Time and memory against the length of the prefix, of the input, and the size of the state; the break-even lengths.
+"""Time and memory by length of the prefix and of the input and by size of the state; break-even lengths.
 
-Three questions, each by timing in turns: what an exact prefix of m rows costs and what a state in its place; what a
-state adds to plain attention at every input length L; what features, centres and the rank of a low-rank pair cost.
-Exact prefixes lie in front of the keys beforehand, as in a cache, and every token sees every other unless --causal is
-given: the best case for PyTorch's fused attention. Results are compared with float64 before they are timed.
+Answers three questions, each by timing in turns: What does an exact prefix of m rows cost, and what a state in its
+place? What does a state add to plain attention at each input length L? What do features, centres and the rank of a
+low-rank pair cost? Exact prefixes are in front of the keys beforehand, as in a cache, and every token sees every other
+unless --causal is given, which is the best case for PyTorch's fused attention. Results are compared with float64 before
+they are timed.
 """
 
 import argparse
@@ -11,24 +12,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from ntk_kernels import PrefixState, ntk_attention, prefix_to_state, reference
 
-from ..lib import plots, record, tables, timing
+from ..lib import accuracy, plots, record, timing
+from ..lib.progress import Steps
 from . import ceilings
 from .peers import sdpa
 
 PLAIN, EXACT, NAIVE = "SDPA, no prefix", "SDPA, exact prefix", "naive formula, exact prefix"
-MAPS = ("elu", "taylor1", "taylor2")  # one centre each: the states of the first two questions
+MAPS = ("elu", "taylor1", "taylor2")  # the states of the first two questions, with at most one centre each
 RANKS, CENTERS, ROWS = (8, 64), (4, 16, 64), (32, 128)
 _CHECKED_ROWS = 64  # queries of the first head that are compared with float64
-_CONVERTED_ROWS = 256  # of the prefix that states are made from; how many it had makes no difference to the time
-# What fits: a GPU has more of everything.
+_CONVERTED_ROWS = 256  # rows of the prefix that states are converted from, which does not affect their time
+# Sizes that suit each kind of device.
 _DEFAULTS = {
     "cpu": {"heads": 8, "length": 512, "prefix_rows": [64, 256, 1024, 4096, 16384, 65536],
             "lengths": [128, 512, 2048], "naive_bytes": 2**28},
@@ -38,8 +38,8 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Query, key and value [B, H, L, D]; those of an exact prefix in front of key and value, or a state."""
+class Workload:
+    """Query, key and value [B, H, L, D], with an exact prefix in front of key and value, or with a state."""
 
     query: Tensor
     key: Tensor
@@ -54,65 +54,73 @@ class Inputs:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--dtype", choices=record.DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--batch", type=record.positive(int), default=1, help="default: %(default)s")
-    parser.add_argument("--heads", type=record.positive(int), help="default: 8, on a GPU 32")
-    parser.add_argument("--head-dim", type=record.positive(int), default=64, help="default: %(default)s")
-    parser.add_argument("--length", type=record.positive(int), help="tokens, where the prefix or the state varies "
-                        "(default: 512, on a GPU 2048)")  # fmt: skip
-    parser.add_argument("--lengths", type=record.positive(int), nargs="+", metavar="L",
-                        help="of the input (default: 128 to 2k, on a GPU 512 to 16k)")  # fmt: skip
-    parser.add_argument("--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
-                        help="of the exact prefix (default: 64 to 64k, on a GPU 256 to 256k)")  # fmt: skip
-    parser.add_argument("--rows-at-length", type=record.positive(int), default=4096, metavar="M",
-                        help="of the exact prefix where the input's length varies (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--causal", action="store_true", help="no token sees a later one")
-    parser.add_argument("--backward", action="store_true", help="forward and backward instead of the forward")
     parser.add_argument(
-        "--seconds", type=record.positive(float), default=1.5, help="of timing for each size (default: %(default)s)"
+        "--dtype", choices=record.DTYPES, default="float32", help="dtype of query, key and value (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=record.positive(int), default=1, help="batch size (default: %(default)s)")
+    parser.add_argument("--heads", type=record.positive(int), help="number of heads (default: 8, on a GPU 32)")
+    parser.add_argument(
+        "--head-dim", type=record.positive(int), default=64, help="head dimension (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=record.positive(int),
+        help="input length where the prefix or the state varies (default: 512, on a GPU 2048)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lengths", type=record.positive(int), nargs="+", metavar="L",
+        help="input lengths where they vary (default: 128 to 2k, on a GPU 512 to 16k)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix-rows", type=record.positive(int), nargs="+", metavar="M",
+        help="lengths of the exact prefix (default: 64 to 64k, on a GPU 256 to 256k)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows-at-length", type=record.positive(int), default=4096, metavar="M",
+        help="length of the exact prefix where the input length varies (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--causal", action="store_true", help="let no token see a later one")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward instead of the forward")
+    parser.add_argument(
+        "--seconds",
+        type=record.positive(float),
+        default=1.5,
+        help="seconds of timing for each size (default: %(default)s)",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    defaults = _DEFAULTS[torch.device(arguments.device).type]
-    for name, value in defaults.items():
+def stem_of(arguments: argparse.Namespace) -> str:
+    return f"sweep-d{arguments.head_dim}{'-backward' if arguments.backward else ''}"
+
+
+def measure(arguments: argparse.Namespace, progress: Steps) -> dict:
+    """Returns times and bytes by prefix length, by input length and by state, and the states' break-even lengths."""
+    for name, value in _DEFAULTS[torch.device(arguments.device).type].items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
-    console, sweep = Console(), Sweep(arguments)
-    rows, lengths = sorted(set(arguments.prefix_rows)), sorted(set(arguments.lengths))
-    with Progress(console=console) as progress:
-        task = progress.add_task("prefix rows", total=len(rows) + len(lengths) + 1)
+    sweep, rows, lengths = Sweep(arguments), sorted(set(arguments.prefix_rows)), sorted(set(arguments.lengths))
+    task = progress.add_task("timing", total=len(rows) + len(lengths) + 1)
 
-        def step(function, *sizes):
-            result = function(*sizes)
-            progress.advance(task)
-            return result
+    def step(name, function, *sizes):
+        result = function(*sizes)
+        progress.advance(task, step=name)
+        return result
 
-        by_rows = [step(sweep.at_prefix_rows, m) for m in rows]
-        progress.update(task, description="input lengths")
-        by_length = [step(sweep.at_length, length) for length in lengths]
-        progress.update(task, description="states")
-        states = step(sweep.of_states)
+    by_rows = [step(f"{m:,} rows of the prefix", sweep.at_prefix_rows, m) for m in rows]
+    by_length = [step(f"{length:,} tokens", sweep.at_length, length) for length in lengths]
+    states = step("states", sweep.of_states)
+    exact = [times[EXACT]["ratio"] for times in by_rows]
+    for state in states.values():
+        state["break_even"] = timing.crossing(rows, [ratio - state["ratio"] for ratio in exact])
     names = ("dtype", "batch", "heads", "head_dim", "length", "rows_at_length", "causal", "backward")
-    figures = {
+    return {
         "settings": {name: getattr(arguments, name) for name in names},
         "prefix_rows": rows, "by_prefix_rows": by_rows, "lengths": lengths, "by_length": by_length, "states": states,
         "matmul_tflop_per_s": ceilings.matmul_rate(arguments.device, record.DTYPES[arguments.dtype]),
     }  # fmt: skip
-    exact = [times[EXACT]["ratio"] for times in by_rows]
-    for state in states.values():
-        state["break_even"] = timing.crossing(rows, [ratio - state["ratio"] for ratio in exact])
-    folder = record.results_folder(arguments)
-    path = folder / f"sweep-d{arguments.head_dim}{'-backward' if arguments.backward else ''}.json"
-    record.save(path, arguments.device, _rows_of(figures), **figures)
-    plot(path.with_suffix(".png"), figures)
-    for table in tables_of(figures):
-        tables.show(console, table)
-    console.print(f"figures: {path}\nplot: {path.with_suffix('.png')}", soft_wrap=True)
 
 
 class Sweep:
-    """Inputs of every size, and what is timed on them."""
+    """Makes workloads of every size and measures them."""
 
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
@@ -129,11 +137,11 @@ class Sweep:
         return self._measure(contestants)
 
     def of_states(self) -> dict:
-        """By name of the state: times and what it holds."""
-        inputs = self._inputs(self.arguments.length)
+        """Returns, by name of the state, its times and its size."""
+        workload = self._workload(self.arguments.length)
         measured = self._measure(
-            {PLAIN: (_plain, inputs)}
-            | {name: (_ours, _with_state(inputs, state)) for name, state in self.states.items()}
+            {PLAIN: (_plain, workload)}
+            | {name: (_ours, _with_state(workload, state)) for name, state in self.states.items()}
         )
         return {
             name: {
@@ -145,15 +153,15 @@ class Sweep:
             for name, state in self.states.items()
         }
 
-    def _inputs(self, length: int) -> Inputs:
+    def _workload(self, length: int) -> Workload:
         shape = (3, self.batch, self.heads, length, self.head_dim)
-        return Inputs(*torch.randn(shape, device=self.device).to(self.dtype), self.arguments.causal)
+        return Workload(*torch.randn(shape, device=self.device).to(self.dtype), self.arguments.causal)
 
-    def _contestants(self, length: int, m: int) -> dict[str, tuple[Callable, Inputs]]:
-        own, shape = self._inputs(length), (2, self.batch, self.heads, m, self.head_dim)
+    def _contestants(self, length: int, m: int) -> dict[str, tuple[Callable, Workload]]:
+        own, shape = self._workload(length), (2, self.batch, self.heads, m, self.head_dim)
         prefix = torch.randn(shape, device=self.device).to(self.dtype)
         key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, (own.key, own.value), strict=True))
-        exact = Inputs(own.query, key, value, own.causal)
+        exact = Workload(own.query, key, value, own.causal)
         listed = {PLAIN: (_plain, own), EXACT: (_plain, exact)}
         if self.batch * self.heads * length * (m + length) * self.dtype.itemsize <= self.arguments.naive_bytes:
             listed[NAIVE] = (_naive, exact)
@@ -177,32 +185,32 @@ class Sweep:
             states[f"{count} rows"] = PrefixState(keys=key[:, :count], values=value[:, :count])
         return states
 
-    def _measure(self, contestants: dict[str, tuple[Callable, Inputs]]) -> dict[str, dict]:
-        """Checks and times; adds the ratio to plain attention and the bytes beyond query, key and value."""
+    def _measure(self, contestants: dict[str, tuple[Callable, Workload]]) -> dict[str, dict]:
+        """Checks and times contestants; adds ratios to plain attention and bytes beyond query, key and value."""
         own = contestants[PLAIN][1]
         held_by_all = sum(tensor.nbytes for tensor in own.tensors())
         calls = {}
-        for name, (function, inputs) in contestants.items():
-            check(name, function, inputs)
-            calls[name] = self._call(function, inputs)
+        for name, (function, workload) in contestants.items():
+            check(name, function, workload)
+            calls[name] = self._call(function, workload)
         times = timing.measure(calls, self.device, seconds=self.arguments.seconds)
-        for name, (_, inputs) in contestants.items():
-            held = sum(tensor.nbytes for tensor in inputs.tensors()) - held_by_all
+        for name, (_, workload) in contestants.items():
+            held = sum(tensor.nbytes for tensor in workload.tensors()) - held_by_all
             times[name]["ratio"] = times[name]["ms"] / times[PLAIN]["ms"]
             times[name]["bytes"] = held + timing.peak_bytes(calls[name], self.device)
-            work = flops(inputs) * (3.5 if self.arguments.backward else 1)
+            work = flops(workload) * (3.5 if self.arguments.backward else 1)
             times[name]["tflop_per_s"] = work / times[name]["ms"] / 1e9
         return times
 
-    def _call(self, function: Callable, inputs: Inputs) -> Callable:
+    def _call(self, function: Callable, workload: Workload) -> Callable:
         if not self.arguments.backward:
-            return lambda: function(inputs)
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors()]
+            return lambda: function(workload)
+        leaves = [tensor.detach().requires_grad_() for tensor in workload.tensors()]
         query, key, value, *of_state = leaves
-        state = inputs.state
+        state = workload.state
         if state is not None:
             state = replace(state, **dict(zip(state.tensors(), of_state, strict=True)))
-        tracked = Inputs(query, key, value, inputs.causal, state)
+        tracked = Workload(query, key, value, workload.causal, state)
         grad = torch.randn_like(query)
         return lambda: torch.autograd.grad(function(tracked), leaves, grad)
 
@@ -211,70 +219,69 @@ def _label(name: str) -> str:
     return f"ours, {name}"
 
 
-def _with_state(inputs: Inputs, state: PrefixState) -> Inputs:
-    return Inputs(inputs.query, inputs.key, inputs.value, inputs.causal, state)
+def _with_state(workload: Workload, state: PrefixState) -> Workload:
+    return Workload(workload.query, workload.key, workload.value, workload.causal, state)
 
 
-def _plain(inputs: Inputs) -> Tensor:
-    length, num_keys = inputs.query.shape[2], inputs.key.shape[2]
-    if inputs.causal and num_keys > length:
-        return sdpa(inputs.query, inputs.key, inputs.value, attn_mask=causal_lower_right(length, num_keys))
-    return sdpa(inputs.query, inputs.key, inputs.value, is_causal=inputs.causal)
+def _plain(workload: Workload) -> Tensor:
+    length, num_keys = workload.query.shape[2], workload.key.shape[2]
+    if workload.causal and num_keys > length:
+        return sdpa(workload.query, workload.key, workload.value, attn_mask=causal_lower_right(length, num_keys))
+    return sdpa(workload.query, workload.key, workload.value, is_causal=workload.causal)
 
 
-def _naive(inputs: Inputs) -> Tensor:
-    scores = inputs.query @ inputs.key.mT * inputs.query.shape[3] ** -0.5
-    if inputs.causal:
+def _naive(workload: Workload) -> Tensor:
+    scores = workload.query @ workload.key.mT * workload.query.shape[3] ** -0.5
+    if workload.causal:
         later = scores.shape[3] - scores.shape[2] + 1
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(later)
         scores = scores.masked_fill(future, -torch.inf)
-    return scores.softmax(-1) @ inputs.value
+    return scores.softmax(-1) @ workload.value
 
 
-def _ours(inputs: Inputs) -> Tensor:
-    return ntk_attention(inputs.query, inputs.key, inputs.value, inputs.state, is_causal=inputs.causal)
+def _ours(workload: Workload) -> Tensor:
+    return ntk_attention(workload.query, workload.key, workload.value, workload.state, is_causal=workload.causal)
 
 
-def flops(inputs: Inputs) -> int:
-    """Of the matrix products of a forward, over what is visible; a low-rank pair counts as the Z that it stands for."""
-    batch, heads, length, dim = inputs.query.shape
-    keys = length * inputs.key.shape[2]
-    if inputs.causal:
+def flops(workload: Workload) -> int:
+    """Counts the operations of a forward's matrix products over what is visible; a low-rank pair counts as a full Z."""
+    batch, heads, length, dim = workload.query.shape
+    keys = length * workload.key.shape[2]
+    if workload.causal:
         keys -= length * (length - 1) // 2
-    features = features_of(inputs.state)
-    if inputs.state is not None:
-        keys += length * inputs.state.num_rows
+    features = features_of(workload.state)
+    if workload.state is not None:
+        keys += length * workload.state.num_rows
     return batch * heads * (4 * keys * dim + 2 * length * features * (dim + 1))
 
 
 def features_of(state: PrefixState | None) -> int:
-    """Of each head, of all centres."""
+    """Returns the number of features per head, of all centres together."""
     return 0 if state is None or state.k is None else state.num_centers * state.k.shape[-1]
 
 
-def check(name: str, function: Callable, inputs: Inputs) -> None:
-    """The last rows of the first head against float64; an error of 8 eps is allowed, and twice that of float32."""
-    state = inputs.state
+def check(name: str, function: Callable, workload: Workload) -> None:
+    """Compares the last rows of the first head with the reference in float64; raises RuntimeError if they are wrong."""
+    state = workload.state
     if state is not None:
         state = replace(state, **{name: tensor[:1] for name, tensor in state.tensors().items()})
 
     def exact(dtype):
-        query, key, value = (t[:1, :1].to(dtype) for t in (inputs.query, inputs.key, inputs.value))
+        query, key, value = (t[:1, :1].to(dtype) for t in (workload.query, workload.key, workload.value))
         return reference.ntk_attention(
             query[:, :, -_CHECKED_ROWS:], key, value, None if state is None else state.to(dtype),
-            is_causal=inputs.causal,
-        ).double()  # fmt: skip
+            is_causal=workload.causal,
+        )  # fmt: skip
 
     expected = exact(torch.float64)
-    plain = ((exact(torch.float32) - expected).norm() / expected.norm()).item()
-    out = function(inputs)[:1, :1, -_CHECKED_ROWS:].double()
-    error = ((out - expected).norm() / expected.norm()).item()
-    if not error < 8 * torch.finfo(inputs.query.dtype).eps + 2 * plain:
+    limit = accuracy.limit_of(workload.query.dtype, accuracy.relative_error(exact(torch.float32), expected))
+    error = accuracy.relative_error(function(workload)[:1, :1, -_CHECKED_ROWS:], expected)
+    if accuracy.is_wrong(error, limit):
         raise RuntimeError(f"{name} is wrong: relative error {error:.2g} against float64")
 
 
-def _rows_of(figures: dict) -> list[dict]:
-    common, rows = {"benchmark": "sweep", **figures["settings"]}, []
+def rows_of(figures: dict) -> list[dict]:
+    common, rows = figures["settings"], []
     for m, times in zip(figures["prefix_rows"], figures["by_prefix_rows"], strict=True):
         rows += [common | {"prefix_rows": m, "name": name} | result for name, result in times.items()]
     for length, times in zip(figures["lengths"], figures["by_length"], strict=True):
@@ -325,7 +332,7 @@ def _cell(result: dict | None, *, memory: bool) -> str:
 
 
 def crossing_text(m: float | None, lengths: list[int]) -> str:
-    """What `timing.crossing` found, in words."""
+    """Returns the result of `timing.crossing` in words."""
     if m is None:
         return f"> {lengths[-1]:,}"
     return f"≤ {lengths[0]:,}" if m == 0 else f"≈ {float(f'{m:.2g}'):,.0f}"
@@ -349,7 +356,7 @@ def plot(path, figures: dict) -> None:
     time.set(xscale="log", yscale="log", xlabel="rows of the prefix, m", ylabel="ms",
              title=f"Time, {passes}, {settings['length']:,} tokens")  # fmt: skip
     memory.set(xscale="log", yscale="log", xlabel="rows of the prefix, m", ylabel="MiB beyond the input",
-               title="Memory: prefix or state, and at most allocated")  # fmt: skip
+               title="Memory: prefix or state, and peak allocation")  # fmt: skip
     cost.set(xscale="log", yscale="log", xlabel="tokens, L", ylabel="times plain attention",
              title="Cost over plain attention")  # fmt: skip
     for axes, sizes in ((time, rows), (memory, rows), (cost, lengths)):

@@ -1,20 +1,20 @@
-"""Fails if NTK-Attention has become slow next to plain attention or the naive formula, on a CPU.
+"""Fails if NTK-Attention has become slow compared with plain attention or the naive formula, on a CPU.
 
-For continuous integration, where no GPU is to be had and other work may run beside it: ratios of lower quartiles within
-one run, on one thread (threads that wait for each other suffer most from company), with wide margins, and the best of
-five runs. What the kernels for GPUs are made of is watched by `bench static`.
+For continuous integration, without a GPU and beside other work: compares ratios of lower quartiles within one run, on
+one thread (threads that wait for each other suffer most from other work), with wide margins, and fails only if each of
+five runs is too slow. `bench static` checks the kernels for GPUs.
 """
 
 import argparse
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from ..lib import record
+from ..lib.progress import Steps
 from ..speed import attention
 
-# Ratios of ours to a peer that are too much; on a quiet machine they are 1.2, 1.2, 0.15 and 0.25.
+# Maximum ratios of our time to a peer's; on a quiet machine they are 1.2, 1.2, 0.15 and 0.25.
 LIMITS = {
     ("SDPA, no prefix", "forward"): 2.2, ("SDPA, no prefix", "forward + backward"): 2.2,
     ("naive formula", "forward"): 0.5, ("naive formula", "forward + backward"): 0.6,
@@ -26,7 +26,10 @@ _ATTEMPTS = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=record.positive(int), default=1024, help="tokens (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=record.positive(float), default=3, help="of timing for each pass (default: %(default)s)"
+        "--seconds",
+        type=record.positive(float),
+        default=3,
+        help="seconds of timing for each pass (default: %(default)s)",
     )
 
 
@@ -38,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     torch.set_num_threads(1)
     for _ in range(_ATTEMPTS):
-        with Progress(console=console) as progress:
+        with Steps(console) as progress:
             times = attention.measure(settings, progress)["milliseconds"]
         too_slow = []
         for (peer, name), limit in LIMITS.items():

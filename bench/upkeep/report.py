@@ -1,8 +1,8 @@
-"""For maintainers: writes the recorded figures into README.md, docs/ and a page for each device, and draws their plots.
+"""Writes the recorded figures into README.md, docs/ and a page per device, and draws their plots.
 
-README and docs/ get the tables between their markers, <!-- device/record --> and <!-- end -->, or of them the rows that
-a marker lists: <!-- device/record | row | row -->. The page of a device, bench/results/<device>/README.md, has all its
-tables and plots. Everything comes from the JSON of the records.
+In README.md and docs/, the tables of a record go between the markers <!-- device/record --> and <!-- end -->; a marker
+that lists rows, <!-- device/record | row | row -->, takes only those. The page of a device,
+bench/results/<device>/README.md, has all its tables and plots. Everything comes from the JSON of the records.
 """
 
 import argparse
@@ -13,12 +13,13 @@ from types import ModuleType
 from rich.table import Table
 
 from ..lib import record
+from ..registry import BENCHMARKS
 
 RESULTS = record.ROOT / "bench" / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing, but fail if a page is out of date")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,13 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def with_figures(text: str) -> str:
-    """A page with every part between markers taken from the record."""
+    """Returns a page whose parts between markers are taken from the records."""
     marked = r"(<!-- ([\w-]+/[\w-]+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end -->)"
     return re.sub(marked, lambda m: m[1] + tables(RESULTS / m[2], m[3].split(" | ")[1:]) + m[4], text, flags=re.S)
 
 
 def page_of(folder: Path) -> str:
-    """All tables and plots of a device."""
+    """Returns the page with all tables and plots of a device."""
     lines = [f"# Records: {folder.name}", "", "Written by `python -m bench report` from the JSON files beside it.", ""]
     for path in sorted(path for path in folder.glob("*.json") if _module(path) is not None):
         of_run = record.load(path)["environment"]
@@ -58,7 +59,7 @@ def page_of(folder: Path) -> str:
 
 
 def tables(path: Path, rows=()) -> str:
-    """The tables of a record as markdown, and what is to be said about them; or only rows that begin so."""
+    """Returns the tables of a record in Markdown, with its notes; or only the rows whose first cell is in `rows`."""
     module = _module(path)
     if module is None:
         raise ValueError(f"the name of a record must begin with that of a benchmark that has tables, got {path.name!r}")
@@ -70,22 +71,19 @@ def tables(path: Path, rows=()) -> str:
 
 
 def draw(path: Path) -> None:
-    """The plot of a record, if its kind has one."""
+    """Draws the plot of a record, if its benchmark has one."""
     module = _module(path)
     if hasattr(module, "plot"):
         module.plot(path.with_suffix(".png"), record.load(path))
 
 
 def _module(path: Path) -> ModuleType | None:
-    """The benchmark that made a record, which is the first word of its name; None for other files."""
-    from ..__main__ import BENCHMARKS  # which imports this module
-
-    module = BENCHMARKS.get(path.stem.partition("-")[0])
-    return module if hasattr(module, "tables_of") else None
+    """Returns the benchmark that made a record, named by the first word of the file; None for other files."""
+    return BENCHMARKS.get(path.stem.partition("-")[0])
 
 
 def markdown(table: Table, rows=()) -> str:
-    """Its title, then GitHub's table syntax."""
+    """Returns a table in Markdown, with its title above."""
     header, *cells = zip(*([column.header, *column.cells] for column in table.columns), strict=True)
     if missing := set(rows) - {row[0] for row in cells}:
         raise ValueError(f"a table must have the rows that a marker lists, got none for {sorted(missing)}")

@@ -1,9 +1,9 @@
-"""Every benchmark of this machine one after the other, each in a process of its own; goes on where it stopped.
+"""Runs most benchmarks for this machine, one after the other; resumes where it was cut off.
 
-Made to take less than 10 minutes on two cores and less than 9 on a GPU. What has been done at this commit is left out
-(all.json in the folder of figures says what), so that the same command resumes a run that was cut off. Not among the
-parts are `fit`, `prompt` and `finetune`, which take longer, `tune`, which is to run before, and `static`, `gate` and
-`report`, which measure no device.
+Takes less than 10 minutes on two cores and less than 9 on a GPU. Each part runs in its own process. Parts that are done
+at this commit, as listed in all.json in the folder of figures, are skipped, so the same command resumes a run that was
+cut off. `fit`, `prompt` and `finetune` are not included, as they take longer; nor is `tune`, which should run before;
+nor are `static`, `gate` and `report`, which measure no device.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..lib import record
+from ..lib import record, tables
 from ..speed import convert
 
 _HALF = ["--dtype", "bfloat16"]
-_ON_GPU = [kind for kind in convert.KINDS if not kind.endswith("found")]  # which is what a CPU does
+_ON_GPU = [kind for kind in convert.KINDS if not kind.endswith("found")]  # k-means runs on the CPU
 PARTS = {
     "cpu": {
         "ceilings": ["ceilings"],
@@ -56,14 +56,16 @@ PARTS = {
         "demo": ["demo"],
     },
 }  # fmt: skip
-_WITHOUT_DEVICE = ("accounting",)  # nothing runs
+_WITHOUT_DEVICE = ("accounting",)  # it runs nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_arguments(parser)
-    parser.add_argument("--again", action="store_true", help="also what has been done at this commit")
+    parser.add_argument("--again", action="store_true", help="run parts again that are done at this commit")
     parser.add_argument(
-        "--minutes", type=record.positive(float), help="stop after that; the same command goes on (default: no limit)"
+        "--minutes",
+        type=record.positive(float),
+        help="stop after so many minutes; the same command resumes (default: no limit)",
     )
 
 
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table("part", "state")
     for name, state in states.items():
         table.add_row(name, state)
-    console.print(table)
+    tables.show(console, table)
     console.print(f"figures and plots: {folder}", soft_wrap=True)
     missing = [name for name in parts if name not in done]
     if missing:
@@ -107,7 +109,7 @@ def _options(benchmark: str, arguments: argparse.Namespace, folder: Path) -> lis
 
 
 def _run_part(command: list[str], seconds: float) -> int | None:
-    """The exit status; None if the time was up."""
+    """Runs a part for at most that long; returns its exit status, None if it was cut off."""
     try:
         return subprocess.run([sys.executable, "-m", "bench", *command], cwd=record.ROOT, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
@@ -115,7 +117,7 @@ def _run_part(command: list[str], seconds: float) -> int | None:
 
 
 def _done_at(commit: str | None, path: Path) -> dict[str, float]:
-    """Seconds that each part took, by name, if the file is of this commit."""
+    """Returns the seconds that each finished part took, by name, if the file is from this commit."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -10,10 +10,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from bench.__main__ import BENCHMARKS, main
+from bench.__main__ import UPKEEP, main
 from bench.lib import record, timing
 from bench.models import encoder, reading
 from bench.quality import demo
+from bench.registry import BENCHMARKS, ROOMS
 from bench.speed import attention, ceilings, convert, decode, peers, sweep
 from ntk_kernels import ntk_attention, prefix_to_state, reference
 
@@ -86,7 +87,7 @@ def test_crossing(gains, expected):
     [(["demo", "--prefix-rows", "1000"], "must be a multiple of 512, got 1000"),
      (["demo", "--prefix-rows", "-512"], "must be positive, got -512"),
      (["demo", "--seconds", "0"], "must be positive, got 0"),
-     (["demo", "--device", "nowhere"], "'nowhere' is not to be had"),
+     (["demo", "--device", "nowhere"], "'nowhere' is not available"),
      (["attention", "--length", "0"], "must be positive, got 0"),
      (["attention", "--heads", "many"], "invalid int value: 'many'"),
      (["decode", "--prefix-rows", "1", "0"], "must be positive, got 0"),
@@ -295,8 +296,11 @@ def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in BENCHMARKS:
-        assert name in printed
+    for name, module in (BENCHMARKS | UPKEEP).items():
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [name])
+        assert line.split(maxsplit=1)[1] in module.__doc__
+    assert all(f"{room}:" in printed for room in (*ROOMS, "Upkeep"))
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_ceilings(tmp_path):

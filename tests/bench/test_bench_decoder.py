@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
 from bench.__main__ import main
+from bench.lib.progress import Steps
 from bench.models import decoder, reading
 from bench.quality import finetune, finetune_methods, prompt
 from bench.upkeep import report
@@ -215,7 +216,7 @@ def test_what_fails_is_left_out(monkeypatch, tmp_path, capsys):
 def test_losses_that_are_no_numbers(tiny, monkeypatch, tmp_path):
     """A learning rate that gives NaN is not chosen; if all do, the table and the record say so."""
     lora = finetune.METHODS["lora"]
-    with Progress(disable=True) as progress:
+    with Steps(Console(quiet=True)) as progress:
         one = finetune.Method("one", lora.build, (1e37, 1e-3), "rank", size=1)
         none = finetune.Method("none", lora.build, (1e37,), "rank", size=1)
         figures = comparison(tiny).measure([one, none], progress)

@@ -15,9 +15,11 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 class ClusteredReader:
-    """Prefixes in clusters. The decoder has two query heads for each state head, and is causal."""
+    """Prefixes in clusters, of two layers."""
 
-    def __init__(self, prefix_rows, num_inputs, layers=None):
+    is_causal, query_heads = False, 2
+
+    def __init__(self, prefix_rows, num_inputs, layers=(0, 1)):
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape):
@@ -28,29 +30,30 @@ class ClusteredReader:
                 2, prefix_rows, 8
             )
 
-        self.is_causal, heads = (False, 2) if layers is None else (True, 4)
-        self.kept = [
-            encoder.Layer(prefix(), prefix(), *(randn(num_inputs, h, 128, 8) for h in (heads, 2, 2))) for _ in range(2)
+        both = [
+            encoder.Layer(prefix(), prefix(), *(randn(num_inputs, h, 128, 8) for h in (self.query_heads, 2, 2)))
+            for _ in range(2)
         ]
+        self.kept = [both[i] for i in layers]
 
     def layers(self, on_chunk=lambda: None):
         return self.kept
 
 
-@pytest.fixture
-def one_thread():
-    """Many small steps, in which threads of other tests' processes would be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class CausalReader(ClusteredReader):
+    """Two query heads for each state head, as in the decoder."""
+
+    is_causal, query_heads = True, 4
+
+
+READERS = {"encoder": ClusteredReader, "decoder": CausalReader}
 
 
 @pytest.mark.parametrize("model", ["encoder", "decoder"])
-def test_fit(monkeypatch, tmp_path, capsys, one_thread, model):
+def test_fit(monkeypatch, tmp_path, capsys, model):
     """Errors are those that the reference finds on the test's chunks, the first ones."""
-    monkeypatch.setattr({"encoder": encoder, "decoder": decoder}[model], "Reader", ClusteredReader)
-    monkeypatch.setattr(fit, "MOST_BY_LEAST_SQUARES", 18)
+    monkeypatch.setattr({"encoder": encoder, "decoder": decoder}[model], "Reader", READERS[model])
+    monkeypatch.setattr(fit, "MAX_BY_LEAST_SQUARES", 18)
     monkeypatch.setattr(fit, "FAILED", 0.0)
     monkeypatch.setattr(gradient, "_STEPS", 50)
     monkeypatch.setattr(gradient, "_BATCH", 256)
@@ -73,7 +76,7 @@ def test_fit(monkeypatch, tmp_path, capsys, one_thread, model):
     assert [table.row_count for table in tables] == [4, 6, 4, 2, 4]
     assert tables[4].title.endswith("an error above 0.0 with 20 rows by the gradient")
 
-    reader = ClusteredReader(512, 6, *([] if model == "encoder" else [(0, 1)]))
+    reader = READERS[model](512, 6)
     causal = {"is_causal": reader.is_causal}
     for i, layer in enumerate(reader.kept):
         prefix, inputs = layer[:2], layer[2:]
@@ -103,7 +106,7 @@ def test_fit(monkeypatch, tmp_path, capsys, one_thread, model):
         assert gradient_at_18["held_out_error"] == pytest.approx(gradient_at_18["relative_error"], rel=0.3)
 
 
-def test_fit_of_several_lengths(monkeypatch, tmp_path, one_thread):
+def test_fit_of_several_lengths(monkeypatch, tmp_path):
     """The shorter prefix is the end of the longer one, and its figures are those that it has alone."""
     monkeypatch.setattr(encoder, "Reader", ClusteredReader)
     monkeypatch.setattr(gradient, "_STEPS", 50)
@@ -118,13 +121,13 @@ def test_fit_of_several_lengths(monkeypatch, tmp_path, one_thread):
     reader = ClusteredReader(1024, 6)
     layer = reader.kept[1]
     layer = layer._replace(prefix_key=layer.prefix_key[:, -512:], prefix_value=layer.prefix_value[:, -512:])
-    alone = fit.measure(layer, fit.methods_of(8, [4]), 1, is_causal=False)
+    alone = fit.convert(layer, fit.methods_of(8, [4]), 1, is_causal=False)
     for found, expected in zip(short, alone, strict=True):
         assert found["relative_error"] == pytest.approx(expected["relative_error"], rel=1e-3, abs=1e-5)
     assert (tmp_path / "fit-lengths.png").read_bytes()[:8] == PNG
 
 
-def test_fit_of_a_budget(monkeypatch, tmp_path, one_thread):
+def test_fit_of_a_budget(monkeypatch, tmp_path):
     monkeypatch.setattr(encoder, "Reader", ClusteredReader)
     monkeypatch.setattr(gradient, "_STEPS", 50)
     monkeypatch.setattr(gradient, "_BATCH", 256)

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from bench.__main__ import BENCHMARKS, main
+from bench.__main__ import main
+from bench.registry import BENCHMARKS
 from bench.speed import attention, peers
 from bench.upkeep import gate, report, suite
 
