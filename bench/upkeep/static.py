@@ -58,10 +58,12 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "decode", 256): 8,
     ("3.6", "sm100", "merge", 64): 8,  # where a split left something out
     ("3.6", "sm100", "sums_bwd keys", 256): 24,  # taylor2
-    ("3.7", "sm90", "decode", 256): 8,  # elu
-    ("3.7", "sm90", "add_prefix", 128): 32,  # taylor2
+    ("3.7", "sm90", "decode", 256): 16,  # elu
+    ("3.7", "sm90", "add_prefix", 128): 40,  # taylor2
     ("3.7", "sm90", "add_prefix", 256): 8,  # taylor2
     ("3.7", "sm90", "add_resident_bwd", 128): 8,  # taylor1
+    ("3.7", "sm100", "forward", 64): 8,  # without a state
+    ("3.7", "sm100", "rows values", 64): 8,
 }
 _MAY_NOT_GROW = {"registers": 0, "spilled": 0, "shared": 0, "instructions": 0.02}  # with the share that it may
 FEATURE_MAPS = ("none", "elu", "taylor1", "taylor2")

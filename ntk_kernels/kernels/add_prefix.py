@@ -75,6 +75,11 @@ def _ntk_add_prefix_kernel(
         q = load_tile(q_ptr, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True)
         acc, m_i, l_i = attend_rows(acc, m_i, l_i, q, state, state_head, num_rows, scales.logit, dims)
 
+    # 0, as the grid has one dimension, but opaque to the compiler: addresses and masks computed from it do not stay in
+    # registers while the prefix is added.
+    zero = tl.program_id(1)
+    offs_m = start_m + zero + tl.arange(0, dims.BLOCK_M)
+    row_mask = (offs_m < seq_q)[:, None]
     lse = in_log2(lse)
     m_new, shift = running_max(m_i, lse)
     weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)
@@ -84,10 +89,15 @@ def _ntk_add_prefix_kernel(
     acc = acc * inverse[:, None]
     if dims.FEATURE_MAP is not None:
         if any_left_out:
+            q_rows = q_ptr + offs_m.to(tl.int64)[:, None] * query.stride[2]
             shift = tl.where(l_i == 0, 0.0, m_new)
             acc = add_left_out(
-                acc, shift, inverse, massless, q_rows, row_mask, state, state_head, num_centers, scales, dims
+                acc, shift, inverse, massless, q_rows, row_mask, state, state_head + zero, num_centers, scales, dims
             )
+    out_ptrs, out_mask, lse_ptrs = results_of_rows(
+        out, lse_ptr, tensor_batch, head, first_q + zero, start_m, offs_m, seq_q, stride_lse_b, stride_lse_h,
+        dims.VALUE_DIM, dims.BLOCK_M, dims.BLOCK_DV,
+    )  # fmt: skip
     tl.store(lse_ptrs, lse_of(m_new, l_i), mask=offs_m < seq_q)
     tl.store(out_ptrs, rounded_to(acc, out.ptr.dtype.element_ty), mask=out_mask)
 

@@ -23,12 +23,13 @@ from .jit.features import load_columns
 from .jit.row_terms import RowTerms, load_lse, load_rows
 from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to, store_tile
 from .jit.visibility import (
-    band_of_head,
+    Band,
+    HeadKeys,
     bounds_of_zone,
-    keys_of_head,
     locate_keys,
     locate_rows,
     logits_and_slope,
+    mask_offset,
     masked,
     rows_of_keys,
 )
@@ -123,9 +124,10 @@ def _ntk_bwd_dkdv_kernel(
         mask.ptr is not None, dims,
     )  # fmt: skip
 
-    keys = keys_of_head(keys, tensor_batch, head_k, first_k)
-    k = load_tile(keys.k_ptr, start_n, seq_k, keys.stride_k, dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, True)
-    v = load_tile(keys.v_ptr, start_n, seq_k, keys.stride_v, dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, True)
+    k_ptr, v_ptr = head_ptr(keys.k, tensor_batch, head_k, first_k), head_ptr(keys.v, tensor_batch, head_k, first_k)
+    keys = HeadKeys(k_ptr, v_ptr, keys, tensor_batch, head_k, first_k)
+    k = load_tile(keys.k_ptr, start_n, seq_k, keys.keys.k.stride[2], dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, True)
+    v = load_tile(keys.v_ptr, start_n, seq_k, keys.keys.v.stride[2], dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, True)
     slice_ = tl.program_id(1)
     dk = tl.zeros([dims.BLOCK_N, dims.BLOCK_D // dims.SLICES], tl.float32)
     dv = tl.zeros([dims.BLOCK_N, dims.BLOCK_DV // dims.SLICES], tl.float32)
@@ -137,7 +139,7 @@ def _ntk_bwd_dkdv_kernel(
             head_ptr(query, tensor_batch, head, first_q), head_ptr(grad_out, tensor_batch, head, first_q),
             query.stride[2], grad_out.stride[2], row_terms.lse + first_row, row_terms.delta + first_row,
         )  # fmt: skip
-        band = band_of_head(mask, batch, head, zones.stop, key_stop, lower, upper)
+        band = Band(mask, mask_offset(mask, batch, head), zones.stop, key_stop, lower, upper)
         for zone in tl.static_range(3):
             if zone == 2 or (mask.ptr is None and (zone == 1 or dims.HAS_UPPER)):
                 start, stop = bounds_of_zone(zones, zone)

@@ -20,13 +20,14 @@ from .jit.prefix_term_grad import add_own_rows, linear_term_grad
 from .jit.row_terms import RowTerms, load_lse, load_rows
 from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to, store_tile
 from .jit.visibility import (
-    band_of_head,
+    Band,
+    HeadKeys,
     bounds_of_zone,
-    keys_of_head,
     keys_of_rows,
     locate_keys,
     locate_rows,
     logits_and_slope,
+    mask_offset,
     masked,
 )
 
@@ -35,9 +36,11 @@ from .jit.visibility import (
 def _add_keys(dq, q, do, lse, delta, keys, offs_m, start, stop, band, scales, MASKED: tl.constexpr, dims):
     """dq + Σ_j dS_ij k_j over keys from `start` to `stop`; only if MASKED may there be some that a row does not see."""
     for start_n in tl.range(start, stop, dims.BLOCK_N, num_stages=dims.STAGES):
-        k = load_tile(keys.k_ptr, start_n, band.stop, keys.stride_k, dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, MASKED)
+        k = load_tile(
+            keys.k_ptr, start_n, band.stop, keys.keys.k.stride[2], dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, MASKED
+        )
         v = load_tile(
-            keys.v_ptr, start_n, band.stop, keys.stride_v, dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, MASKED
+            keys.v_ptr, start_n, band.stop, keys.keys.v.stride[2], dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, MASKED
         )
         s = dot(q, k.T, None, dims.PRECISION)
         s, slope = logits_and_slope(s, scales, dims)
@@ -99,8 +102,10 @@ def _ntk_bwd_dq_kernel(
         first_k, seq_k, start_n, stop_n, lower, upper = locate_keys(sequences, batch, seq_q, seq_k, lower, upper)
         stop_m = tl.minimum(start_m + dims.BLOCK_M, seq_q)
         zones = keys_of_rows(start_m, stop_m, start_n, stop_n, lower, upper, mask.ptr is not None, dims)
-        keys = keys_of_head(keys, tensor_batch, head // group, first_k)
-        band = band_of_head(mask, batch, head, seq_q, zones.stop, lower, upper)
+        head_k = head // group
+        k_ptr, v_ptr = head_ptr(keys.k, tensor_batch, head_k, first_k), head_ptr(keys.v, tensor_batch, head_k, first_k)
+        keys = HeadKeys(k_ptr, v_ptr, keys, tensor_batch, head_k, first_k)
+        band = Band(mask, mask_offset(mask, batch, head), seq_q, zones.stop, lower, upper)
         for zone in tl.static_range(3):
             if zone == 2 or (mask.ptr is None and (zone == 1 or dims.HAS_LOWER)):
                 start, stop = bounds_of_zone(zones, zone)

@@ -123,12 +123,14 @@ def _ntk_decode_kernel(
     acc, m_i, l_i, massless, any_left_out = _start_from_states(
         q, q_rows, in_range, group_head, state, head, group // dims.STATE_HEADS, batch, split, scales, dims
     )
-    k_ptr, v_ptr = keys.k.ptr + head_k * keys.k.stride[1], keys.v.ptr + head_k * keys.v.stride[1]
+    k_ptr, v_ptr = keys.k.ptr, keys.v.ptr
     if table_ptr is None:
         k_ptr += batch * keys.k.stride[0]
         v_ptr += batch * keys.v.stride[0]
     else:
         table_ptr += batch * stride_table
+    k_ptr += head_k * keys.k.stride[1]
+    v_ptr += head_k * keys.v.stride[1]
     band = Band(mask, 0, seq_q, stop, lower, upper)  # without a mask
     for start_n in tl.range(start, stop, dims.BLOCK_N, num_stages=dims.STAGES):
         k = _load_cache_tile(
@@ -155,6 +157,9 @@ def _ntk_decode_kernel(
         tile + zero, q_ptr, query.stride, seq_q, head, group, dims.BLOCK_M
     )
     inverse = tl.where(l_i == 0, 0.0, 1.0 / l_i)
+    if not dims.SPLIT:
+        acc = acc * inverse[:, None]
+    lse = lse_of(m_i, l_i)
     out_ptr = results.out
     rows = (head + group_head) * stride_out[2] + offs_m * stride_out[3]
     lse_rows = (batch * num_kv_heads * group + head + group_head) * seq_q + offs_m
@@ -167,14 +172,13 @@ def _ntk_decode_kernel(
         tl.store(results.lse + lse_rows, m_i, mask=in_range)
         tl.store(results.sums + lse_rows, l_i, mask=in_range)
     else:
-        acc = acc * inverse[:, None]
         if dims.FEATURE_MAP is not None:
             if any_left_out:
                 acc = _add_left_out_of_states(
                     acc, m_i, l_i, inverse, massless, q_rows, in_range, group_head, state, head,
                     group // dims.STATE_HEADS, batch, scales, dims,
                 )  # fmt: skip
-        tl.store(results.lse + lse_rows, lse_of(m_i, l_i), mask=in_range)
+        tl.store(results.lse + lse_rows, lse, mask=in_range)
     columns = tl.arange(0, dims.BLOCK_DV)[None, :]
     out_ptrs = out_ptr + batch * stride_out[1] + rows[:, None] + columns
     out_mask = in_range[:, None] & (columns < dims.VALUE_DIM)

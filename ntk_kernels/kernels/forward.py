@@ -29,12 +29,13 @@ from .jit.tiles import (
     rounded_to,
 )
 from .jit.visibility import (
-    band_of_head,
+    Band,
+    HeadKeys,
     bounds_of_zone,
-    keys_of_head,
     keys_of_rows,
     locate_keys,
     locate_rows,
+    mask_offset,
     masked,
     soft_capped,
 )
@@ -44,17 +45,24 @@ from .jit.visibility import (
 def _attend_keys(acc, m_i, l_i, q, keys, offs_m, start, stop, band, scales, MASKED: tl.constexpr, dims):
     """Walks the keys from `start` to `stop`; only if MASKED may there be some that a row does not see."""
     for start_n in tl.range(start, stop, dims.BLOCK_N, num_stages=dims.STAGES):
-        if MASKED or keys.k_desc is None:
+        if MASKED or keys.keys.k_desc is None:
             k = load_tile(
-                keys.k_ptr, start_n, band.stop, keys.stride_k, dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, MASKED
+                keys.k_ptr, start_n, band.stop, keys.keys.k.stride[2], dims.BLOCK_N, dims.HEAD_DIM, dims.BLOCK_D, MASKED
             )
             v = load_tile(
-                keys.v_ptr, start_n, band.stop, keys.stride_v, dims.BLOCK_N, dims.VALUE_DIM, dims.BLOCK_DV, MASKED
+                keys.v_ptr,
+                start_n,
+                band.stop,
+                keys.keys.v.stride[2],
+                dims.BLOCK_N,
+                dims.VALUE_DIM,
+                dims.BLOCK_DV,
+                MASKED,
             )
         else:
             row = keys.first + start_n
-            k = load_descriptor_tile(keys.k_desc, keys.batch, keys.head, row, dims.BLOCK_N, dims.BLOCK_D)
-            v = load_descriptor_tile(keys.v_desc, keys.batch, keys.head, row, dims.BLOCK_N, dims.BLOCK_DV)
+            k = load_descriptor_tile(keys.keys.k_desc, keys.batch, keys.head, row, dims.BLOCK_N, dims.BLOCK_D)
+            v = load_descriptor_tile(keys.keys.v_desc, keys.batch, keys.head, row, dims.BLOCK_N, dims.BLOCK_DV)
         s = dot(q, k.T, None, dims.PRECISION)
         if dims.SOFTCAP:
             s = soft_capped(s, scales.logit, scales.softcap)
@@ -101,7 +109,9 @@ def _ntk_fwd_kernel(
         start_m, tl.minimum(start_m + dims.BLOCK_M, seq_q), start_n, stop_n, lower, upper, mask.ptr is not None, dims
     )
     q_ptr = head_ptr(query, tensor_batch, head, first_q)
-    keys = keys_of_head(keys, tensor_batch, head // group, first_k)
+    head_k = head // group
+    k_ptr, v_ptr = head_ptr(keys.k, tensor_batch, head_k, first_k), head_ptr(keys.v, tensor_batch, head_k, first_k)
+    keys = HeadKeys(k_ptr, v_ptr, keys, tensor_batch, head_k, first_k)
     offs_m = start_m + tl.arange(0, dims.BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
 
@@ -120,7 +130,7 @@ def _ntk_fwd_kernel(
     if state.row_keys is not None:
         acc, m_i, l_i = attend_rows(acc, m_i, l_i, q, state, state_head, num_rows, scales.logit, dims)
 
-    band = band_of_head(mask, batch, head, seq_q, zones.stop, lower, upper)
+    band = Band(mask, mask_offset(mask, batch, head), seq_q, zones.stop, lower, upper)
     for zone in tl.static_range(3):
         if zone == 2 or (mask.ptr is None and (zone == 1 or dims.HAS_LOWER)):
             start, stop = bounds_of_zone(zones, zone)

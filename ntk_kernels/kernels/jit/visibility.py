@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, head_ptr
+from .tiles import LOG2_E
 
 _MAX_BIAS = tl.constexpr(2.3e38)
 
@@ -80,15 +80,12 @@ class Band(NamedTuple):
 
 
 class HeadKeys(NamedTuple):
-    """Keys and values of a head, from the first of a sequence on; with descriptors also where those find them."""
+    """Keys and values of a head, from the first of a sequence on. (Up to triton 3.6 a helper cannot return it.)"""
 
     k_ptr: object
     v_ptr: object
-    stride_k: object
-    stride_v: object
-    k_desc: object
-    v_desc: object
-    batch: object
+    keys: object  # Keys, of all heads
+    batch: object  # where descriptors find them
     head: object
     first: object
 
@@ -103,19 +100,9 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def keys_of_head(keys, batch, head, first):
-    """The HeadKeys of a key/value head, from its key `first` on."""
-    return HeadKeys(
-        head_ptr(keys.k, batch, head, first), head_ptr(keys.v, batch, head, first), keys.k.stride[2], keys.v.stride[2],
-        keys.k_desc, keys.v_desc, batch, head, first,
-    )  # fmt: skip
-
-
-@triton.jit
-def band_of_head(mask, batch, head, seq_q, stop, lower, upper):
-    """The Band of a query head."""
-    offset = batch * mask.stride[0] + tl.cast(head, tl.int64) * mask.stride[1]
-    return Band(mask, offset, seq_q, stop, lower, upper)
+def mask_offset(mask, batch, head):
+    """Where the mask of a head begins."""
+    return batch * mask.stride[0] + tl.cast(head, tl.int64) * mask.stride[1]
 
 
 @triton.jit
