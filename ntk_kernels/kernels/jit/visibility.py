@@ -101,7 +101,7 @@ class Keys(NamedTuple):
 
 @triton.jit
 def mask_offset(mask, batch, head):
-    """Where the mask of a head begins."""
+    """Offset of the first number of a head's mask."""
     return batch * mask.stride[0] + tl.cast(head, tl.int64) * mask.stride[1]
 
 
