@@ -37,9 +37,9 @@ def test_many_splits_with_keys(splits, recipe, monkeypatch):
 
     merged, merge_launch = [], decode.merge_launch
 
-    def recording(call, parts, *rest):
-        merged.append(len(parts))
-        return merge_launch(call, parts, *rest)
+    def recording(call, splits, *rest):
+        merged.append(splits.out.shape[0])
+        return merge_launch(call, splits, *rest)
 
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 1000)  # what the default splits for
     monkeypatch.setattr(decode, "merge_launch", recording)
