@@ -94,13 +94,13 @@ def test_a_stack_is_trained_as_its_states_alone():
 
 
 def test_starts_of_elu():
-    """The authors' start, and one whose mass is m times that of a 64th of it."""
+    """The scaled start of m rows has m 64ths of the mass of the authors' start, for 64 rows the same."""
     published, scaled = (approximation.start_of_elu([2, 64], "cpu", scaled=scaled) for scaled in (False, True))
     assert (published.k > 0).all()
     torch.testing.assert_close(scaled.z * 64, published.z)
     query = torch.randn(1, 1, 5, 64, dtype=torch.float64)
     lse = [prefix_attention_state(query, states, state_index=torch.tensor([1]))[1] for states in (published, scaled)]  # fmt: skip
-    torch.testing.assert_close(lse[0], lse[1])  # of 64 rows
+    torch.testing.assert_close(lse[0], lse[1])  # the lse of 64 rows
 
 
 def test_states_without_mass_and_errors_that_are_no_number(of_approximation, tmp_path):

@@ -1,4 +1,4 @@
-"""What readers record, on small random models; the pretrained ones are not downloaded for tests."""
+"""The readers of models, on small random ones; the pretrained ones are not downloaded for tests."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def small():
 
 
 def test_decoder_records_what_its_attention_sees(small, monkeypatch):
-    """Each chunk as if prefix and chunk had been read at once, by transformers' own plain attention."""
+    """Each chunk is recorded as if prefix and chunk had been read at once, by transformers' own plain attention."""
     monkeypatch.setattr(decoder, "CHUNK", 8)
     tokens = torch.randint(40, (44,))
     prefix, chunks = tokens[:20], tokens[20:].split(8)
@@ -85,7 +85,7 @@ class Tokenizer:
 
 
 def test_decoder_keeps_its_model(small, tmp_path):
-    for _ in range(2):  # the second finds that another was first
+    for _ in range(2):  # the second call finds the model that the first has kept
         decoder._keep(small, Tokenizer(), tmp_path / "cache" / "model")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model"]
     again = type(small).from_pretrained(tmp_path / "cache" / "model")
@@ -96,7 +96,7 @@ def test_decoder_keeps_its_model(small, tmp_path):
 
 
 def test_decoder_that_predicts(small, monkeypatch, tmp_path):
-    """The cached model has no head of its own: the decoder's is its embedding."""
+    """The cached model has no head of its own; that of the decoder is its embedding."""
     transformers = reading.quiet_transformers()
     config = transformers.LlamaConfig(**small.config.to_dict() | {"tie_word_embeddings": True})
     model = transformers.LlamaModel(config)

@@ -13,7 +13,7 @@ from ntk_kernels import reference
 
 
 def function_by_hand(rows, signs, inputs):
-    """F of the docstring, one input at a time."""
+    """Computes F of the module's docstring, one input at a time."""
     outs = []
     for x in inputs:
         weights = (rows @ x).exp() / (rows @ x).exp().sum()
@@ -65,7 +65,7 @@ def kernel_by_autograd(rows, signs, inputs):
 
 
 def test_tangent_kernel(monkeypatch):
-    """Of rows that are no longer twins as well: then F is not 0."""
+    """The kernel is right for rows that are no longer twins, too, for which F is not 0."""
     monkeypatch.setattr(scaling, "_KERNEL_ROWS", 4)
     inputs, _ = scaling.task(3, "cpu")
     rows, signs = scaling.draw_prefixes(6, 1, "cpu")
@@ -91,7 +91,7 @@ def test_state_is_trained_by_gradient_descent(feature_map):
     phi = reference.feature_map(inputs, feature_map)
     k = torch.full(phi.shape[1:], 1 / 8, dtype=phi.dtype) if feature_map == "elu" else torch.eye(phi.shape[1], dtype=phi.dtype)[0]  # fmt: skip
     z = torch.zeros(phi.shape[1], 8, dtype=phi.dtype)
-    kernel = 25 * phi @ phi.T / (phi @ k)[:, None] / (phi @ k)  # of Z; k has no derivative where Z = 0
+    kernel = 25 * phi @ phi.T / (phi @ k)[:, None] / (phi @ k)  # kernel of Z; k has no derivative where Z = 0
     step = 0.5 / torch.linalg.eigvalsh(kernel)[-1].item()
     assert figures["step_size"] == pytest.approx(step)
     for _ in range(10):
@@ -116,7 +116,7 @@ def test_what_is_made_of_scaling():
 
 
 def test_prefixes_that_diverge(tmp_path):
-    """A step far beyond 2 / λ: figures say so, table and plot show gaps."""
+    """With a step far beyond 2 / λ the figures say so, and table and plot show gaps."""
     inputs, targets = scaling.task(3, "cpu")
     rows, signs = scaling.draw_prefixes(4, 1, "cpu")
     diverged, trained = (scaling.of_prefix(rows, signs, inputs, targets, step, 2) for step in (math.inf, 0.01))

@@ -1,4 +1,4 @@
-"""`PrefixAccumulator`: a prefix in pieces gives the state of the whole."""
+"""`PrefixAccumulator`: a prefix in chunks gives the state of the whole."""
 
 import math
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_half_precision_rows(feature_map, centers, dtype):
 
 
 def test_sums_move_to_a_mean_that_comes_later():
-    """Exact to float64, although the first chunk is far from the mean of all."""
+    """The sums are exact to float64, although the first chunk is far from the mean of all."""
     keys, values = a_prefix(HEADS, dtype=F64)
     keys[:, 40:] += 5
     for feature_map in ("taylor1", "taylor2"):
@@ -103,7 +103,7 @@ def test_what_is_subtracted_was_never_there(feature_map, centers):
 
 @pytest.mark.parametrize("feature_map, centers", [("taylor1", "mean"), ("taylor1", "given"), ("elu", None)])
 def test_weights_that_are_taken_away_in_other_pieces(feature_map, centers):
-    """Sums of weights are exact enough to see that nothing is left, and that a little is something."""
+    """Sums of weights are exact enough to tell an empty prefix from one with a little weight left."""
     keys, values = a_prefix(HEADS, rows=4096)
     weights = torch.rand(HEADS, 4096, generator=torch.Generator().manual_seed(1))
     ours = accumulator(feature_map, centers_of(centers)).update(keys, values, weights)
@@ -118,7 +118,7 @@ def test_weights_that_are_taken_away_in_other_pieces(feature_map, centers):
 
 @pytest.mark.parametrize("feature_map", ["taylor1", "taylor2"])
 def test_rows_taken_away_before_they_come(feature_map):
-    """The count is 0 in between, but not the sums: they move to the new mean."""
+    """The count is 0 in between, the sums are not: they move to the new mean."""
     (keys, values), (other_keys, other_values) = (a_prefix(HEADS, rows=10, dtype=F64, seed=seed) for seed in (0, 5))
     other_keys = other_keys + 4
     expected = prefix_to_state(keys, values, feature_map)
@@ -172,7 +172,7 @@ def test_before_anything_is_added_it_adds_nothing():
 
 
 def test_a_prefix_of_many_chunks_far_from_the_origin():
-    """float32 keys around 300, 200 chunks: the error against float64 stays that of the keys' own rounding."""
+    """With float32 keys around 300 in 200 chunks, the error against float64 stays that of the keys' own rounding."""
     generator = torch.Generator().manual_seed(0)
     keys = 300 + torch.randn(1, 20_000, DIM, generator=generator)
     values = torch.randn(1, 20_000, VALUE_DIM, generator=generator)
@@ -257,7 +257,7 @@ def test_a_row_that_is_not_finite_is_refused_and_nothing_added():
 
 
 def test_centers_may_change_in_place_between_updates():
-    """What came first is around what they were then: the accumulator has its own."""
+    """The accumulator keeps its own centres: chunks added before the change stay around the old ones."""
     keys, values = a_prefix(HEADS)
     centers = centers_of("given")
     sums = accumulator("taylor1", centers)

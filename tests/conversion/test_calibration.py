@@ -26,7 +26,7 @@ def test_rows_by_gradient_are_the_default_and_the_best():
 
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
 def test_least_squares_in_chunks(args, options, monkeypatch):
-    """However few queries are looked at together, the systems are the same."""
+    """The systems are the same, however few queries are looked at together."""
     sample = Sample()
     whole, _ = sample.convert(*args, **options, method="least_squares")
     monkeypatch.setattr(least_squares, "_CHUNK_WEIGHTS", 700)
@@ -43,7 +43,7 @@ def test_a_descent_is_seeded():
 
 
 def test_a_descent_that_finds_nothing_better_leaves_the_closed_form(monkeypatch):
-    """Steps far too long: head by head what it started from, not what it ended with."""
+    """After steps that are far too long, each head has its start and not the end of the descent."""
     monkeypatch.setattr(gradient, "_RATE", 1e4)
     monkeypatch.setattr(gradient, "_STEPS", 100)
     sample = Sample()
@@ -64,7 +64,7 @@ def test_a_head_of_nan_does_not_spoil_the_others():
 
 
 def test_huge_logits():
-    """Logits of ±1000: the fit stays finite and is no worse than the closed form."""
+    """With logits of ±1000 the fit stays finite and is no worse than the closed form."""
     sample = Sample()
     sample.query *= 300
     sample.attention = ntk_attention(sample.query, sample.key, sample.value, is_causal=True, return_lse=True)
@@ -82,7 +82,7 @@ def test_fitted_rows_beat_the_expansion():
 
 
 def test_what_a_state_can_hold_it_holds():
-    """A prefix of few different rows, each many times."""
+    """A prefix of few different rows, each many times, is fitted exactly."""
     sample = Sample()
     sample.prefix_key = sample.prefix_key[:, :7].repeat(1, 40, 1)
     sample.prefix_value = sample.prefix_value[:, :7].repeat(1, 40, 1)
@@ -92,7 +92,7 @@ def test_what_a_state_can_hold_it_holds():
 
 
 def test_a_sink_is_kept():
-    """One row with most of the attention, whose value is small: kept exactly, in every head its own."""
+    """A row with most of the attention and a small value is kept exactly, in every head its own."""
     sample = Sample()
     toward = sample.query.unflatten(1, (HEADS, -1)).mean((0, 2, 3))
     sinks = torch.tensor([17, 230])
@@ -112,7 +112,7 @@ def test_a_sink_is_kept():
 
 @pytest.mark.parametrize("options", [{"keep": 9}, {"num_rows": 9}, {"num_rows": 5, "keep": 4}, {}], ids=str)
 def test_keeping_everything(options):
-    """No more rows in the prefix than the state may have: they stay as they are."""
+    """A prefix with no more rows than the state may have keeps all of them as they are."""
     sample = Sample(rows=9)
     state, report = sample.convert(**options)
     assert state.num_rows == report.rows_per_head == report.kept_rows == 9
@@ -126,7 +126,7 @@ def test_keeping_everything(options):
 
 
 def test_an_infinite_lse_marks_a_query_that_saw_nothing():
-    """Whatever stands beside it, in the conventions of FlashAttention and of math attention."""
+    """Its output is ignored, in the conventions of FlashAttention and of math attention."""
     sample = Sample()
     out, lse = (tensor.clone() for tensor in sample.attention)
     out[:, :, :3], lse[:, :, :3] = 0, -math.inf
@@ -155,7 +155,7 @@ def test_one_sequence_holds_out_its_last_tokens():
     state, report = sample.convert(num_rows=8, method="least_squares")
     assert report.held_out_queries == 100  # 50 tokens of two heads
     changed = Sample(batch=1, length=200)
-    changed.query[:, :, 150:] *= 1.5  # held out: not fitted to
+    changed.query[:, :, 150:] *= 1.5  # the held-out part
     changed.attention = ntk_attention(changed.query, changed.key, changed.value, is_causal=True, return_lse=True)
     other, other_report = changed.convert(num_rows=8, method="least_squares")
     assert not torch.equal(report.error, other_report.error)
@@ -164,7 +164,7 @@ def test_one_sequence_holds_out_its_last_tokens():
 
 
 def test_ridge_regression_by_another_way(monkeypatch):
-    """One ridge, features only: the solution of the two stacked least-squares systems by QR."""
+    """With one ridge and features only, QR of the two stacked least-squares systems gives the same solution."""
     monkeypatch.setattr(least_squares, "_RIDGES", (1e-3,))
     sample = Sample()
     closed, _ = sample.convert("taylor1", method="closed_form")
@@ -200,7 +200,8 @@ def test_ridge_regression_by_another_way(monkeypatch):
 
 
 def test_candidates_are_judged_where_they_are_worst():
-    """Of the closed form and three more: one that fails for a query of the fit, the best, one for queries held out."""
+    """The closed form competes with three candidates: one fails for a query of the fit, one is the best, one fails for
+    held-out queries."""
     held_out, fitted = [0.4, 0.2, 0.3, 0.5], [0.5, 0.9, 0.3, 0.1]
     judged = least_squares._larger_errors(held_out, fitted, held_out[0])
     assert judged[:3] == [0.5, 0.9, 0.3]
@@ -264,7 +265,7 @@ def test_result_is_a_state():
 @pytest.mark.parametrize("options", [{"num_rows": 8}, {"feature_map": "taylor1", "centers": 2}], ids=str)
 @pytest.mark.parametrize("spread", [6.0, 16.0, 100.0])
 def test_terms_that_no_query_sees_stay_finite(spread, options):
-    """Any value of such a row would do for the queries; it must fit into the dtype of the state all the same."""
+    """Any value of such a row suits the queries, but it must fit into the dtype of the state."""
     sample = outshining(spread)
     state, report = sample.convert(**options, method="least_squares")
     values = [tensor for name, tensor in state.tensors().items() if name in ("z", "k", "values")]

@@ -1,4 +1,4 @@
-"""Calibration that cannot be done: `prefix_to_state(..., query=...)` with bad input."""
+"""Calibration that is refused: `prefix_to_state(..., query=...)` with bad input."""
 
 import math
 
@@ -13,7 +13,8 @@ from ntk_kernels.conversion.recipe import Recipe
 
 @pytest.mark.parametrize("args, options", STATES.values(), ids=STATES)
 def test_numbers_of_queries(args, options, monkeypatch):
-    """A descent needs one for each of its unknowns, over the number of values; least squares one for each term."""
+    """A descent needs as many queries as it has unknowns, divided by the number of values; least squares needs one for
+    each term."""
     sample = Sample()
     monkeypatch.setattr(gradient, "_STEPS", 1)
     state = sample.convert(*args, **options | {"keep": 0}, return_report=False)
@@ -26,7 +27,8 @@ def test_numbers_of_queries(args, options, monkeypatch):
 
 
 def test_too_few_queries_are_refused_at_once(monkeypatch):
-    """Before the exact attention, which may take minutes; for a budget by what needs most."""
+    """The error comes before the exact attention, which may take minutes; a budget needs as many as its most demanding
+    candidate."""
     sample = Sample()
     monkeypatch.setattr(targets, "ntk_attention", lambda *_, **__: 1 / 0)
     for options in ({"num_rows": 300}, {"budget": 300}):

@@ -1,4 +1,4 @@
-"""What a conversion says of itself: the report of `prefix_to_state`."""
+"""The report of `prefix_to_state`."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_report_as_text():
 
 @pytest.mark.parametrize("method", ["closed_form", "least_squares", "gradient"])
 def test_the_report_is_true_where_the_mass_is_cut_off(method):
-    """Features around 0 give many of these queries a mass below 0: the op then keeps their numerator."""
+    """Features around 0 give many of these queries a mass below 0; the op then keeps their numerator."""
     torch.manual_seed(0)
     sample = Sample(rows=1)
     sample.prefix_key = 1.5 * torch.randn(HEADS, 100, DIM, dtype=F64) + 0.5
@@ -58,7 +58,7 @@ def test_the_report_is_true_where_the_mass_is_cut_off(method):
 
 
 def test_the_report_is_true_of_a_prefix_that_outshines_the_input():
-    """By so much that 1 - ρ is rounded to 0."""
+    """The prefix has so much of the mass that 1 - ρ is rounded to 0."""
     sample = outshining(16.0)
     sample.prefix_key[:, 0] *= 4
     state, report = sample.convert(num_rows=8, method="closed_form")

@@ -48,7 +48,7 @@ def test_mean_is_one_centre_at_the_mean():
 
 
 def error_of(state, keys, values):
-    """Relative error against exact prefix attention, and that of leaving the prefix out."""
+    """Returns the relative error against exact prefix attention, and that of leaving the prefix out."""
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(1, 4, 7, 6, dtype=F64, generator=generator)
     key, value = (torch.randn(1, 2, 9, dim, dtype=F64, generator=generator) for dim in (6, 5))
@@ -60,7 +60,7 @@ def error_of(state, keys, values):
 @pytest.mark.parametrize("feature_map, order", [("taylor1", 1), ("taylor2", 2)])
 @pytest.mark.parametrize("centers", [None, "mean"])
 def test_error_has_the_order_of_the_expansion(feature_map, order, centers):
-    """Keys half as far from the centre: an error 2^(order + 1) times smaller."""
+    """With keys half as far from the centre, the error is 2^(order + 1) times smaller."""
     keys, values = a_prefix(2, rows=320, dtype=F64)
     errors = [
         error_of(prefix_to_state(size * keys, values, feature_map, centers=centers), size * keys, values)
@@ -146,7 +146,7 @@ def test_an_empty_prefix_adds_nothing(centers):
 
 
 def test_a_million_rows_in_float16():
-    """10 rows, each 100,000 times, against the ten rows counted once with their weight."""
+    """Ten rows, each 100,000 times, give the state of the ten rows counted once with their weight."""
     keys, values = (tensor.to(torch.float16) for tensor in a_prefix(1, rows=10, magnitude=0.2))
     state = prefix_to_state(keys.repeat(1, 100_000, 1), values.repeat(1, 100_000, 1))
     assert state.log_scale.item() == pytest.approx(math.log(1e6))
@@ -248,7 +248,7 @@ def test_centers_are_finer_than_the_keys():
 
 
 def test_clusters_around_a_large_mean():
-    """The nearest centre is found although distances are small beside what all keys have in common."""
+    """The nearest centre is found although distances are small compared with the keys' common mean."""
     generator = torch.Generator().manual_seed(0)
     clusters = torch.randn(2, 16, 1, 8, generator=generator)
     keys = 4096 + (clusters + 0.01 * torch.randn(2, 16, 25, 8, generator=generator)).flatten(1, 2)

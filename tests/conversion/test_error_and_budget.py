@@ -1,4 +1,4 @@
-"""`error=` and `budget=` of prefix_to_state: what is tried, and what is taken."""
+"""`error=` and `budget=` of prefix_to_state: the candidates and the choice among them."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_the_smallest_state_with_an_error(monkeypatch):
 
 
 def test_a_budget(monkeypatch):
-    """All that is tried has the size of the budget, and the state is the best of it."""
+    """All candidates have the size of the budget, and the state is the best of them."""
     monkeypatch.setattr(gradient, "_STEPS", 100)
     sample = Sample()
     state, report = sample.convert(budget=20)
@@ -50,7 +50,7 @@ def test_a_budget(monkeypatch):
 
 
 def test_a_budget_goes_to_what_the_prefix_is_like():
-    """Clusters for which rows are made; logits so small that exp is linear; every map in a budget large enough."""
+    """Clusters get rows, logits so small that exp is linear get features, and a budget large enough tries every map."""
     sample = Sample()
     state, report = sample.convert(budget=20, method="least_squares")
     assert (state.k, state.num_rows) == (None, 20)
@@ -79,7 +79,7 @@ def test_searches_go_by_the_heads_that_are_numbers(monkeypatch):
 
 @pytest.mark.parametrize("failing", ["features", "rows"])
 def test_a_candidate_without_an_error_replaces_nothing(monkeypatch, failing):
-    """Candidates whose error is NaN in every head: the best of the others is taken, wherever they stand."""
+    """Candidates whose error is NaN in every head lose to the best of the others, in any order."""
     sample = Sample()
     judge = fit.held_out_errors
 
@@ -118,7 +118,7 @@ def test_an_error_is_found_in_short_prefixes_too(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:prefix_to_state")
 def test_an_error_that_more_queries_would_reach(monkeypatch):
-    """Sizes that cannot be fitted to so few are left out: after them comes the prefix itself."""
+    """Sizes that cannot be fitted to so few queries are left out; the prefix itself is taken instead."""
     monkeypatch.setattr(gradient, "_STEPS", 50)
     sample = Sample(batch=1, length=60)
     state, report = sample.convert(error=1e-9)

@@ -54,7 +54,8 @@ def test_head_dimensions(head_dim, value_dim, feature_map, backend):
 @fused_backends
 @pytest.mark.parametrize("centers", [1, 3])
 def test_strides(centers, backend):
-    """[m, H, D] seen as [H, m, D], parts of wider rows, weights and centres for all heads at once."""
+    """Strided inputs give the same: [m, H, D] seen as [H, m, D], slices of wider rows, weights and centres expanded
+    over the heads."""
     keys, values, _, mu = a_prefix(3, centers=centers)
     far = [tensor.new_zeros(40, 3, 16) for tensor in (keys, values)]
     views = [wide[..., : t.shape[2]].transpose(0, 1) for wide, t in zip(far, (keys, values), strict=True)]
@@ -117,7 +118,7 @@ def test_pieces_give_the_same(feature_map, centers, elements, monkeypatch):
 @pytest.mark.parametrize("multiprocessors, most", [(1, 2**15), (1, 32), (1000, 2**15)])
 @pytest.mark.parametrize("centers", [1, 3])
 def test_rows_split_among_programs(centers, multiprocessors, most, monkeypatch):
-    """In one piece, in as many as there may be rows, and in as many as there are tiles."""
+    """The rows are in one part, in as many as there may be rows, or in as many as there are tiles."""
     from ntk_kernels.kernels import sums as convert
     from ntk_kernels.kernels.host import configs
 
@@ -130,7 +131,7 @@ def test_rows_split_among_programs(centers, multiprocessors, most, monkeypatch):
 @pytest.mark.parametrize("centers", [None, 3])
 @pytest.mark.parametrize("strides", [(2**31, 8, 1), (16, 2**31 // 35, 1)], ids=["heads", "rows"])
 def test_offsets_beyond_two_to_the_31(strides, centers):
-    """Address space only: pages that nobody touches take no memory."""
+    """The tensors take address space only: untouched pages take no memory."""
     keys, values, _, mu = a_prefix(centers=centers, dtype=torch.float16)
     storage = torch.empty(2**31 + 2**29, dtype=torch.float16)
     expected = sum_features(keys, values, None, mu, "taylor1", 0.7, "triton")
@@ -143,7 +144,7 @@ def test_offsets_beyond_two_to_the_31(strides, centers):
 
 @fused_backends
 def test_rows_that_are_taken_away(backend):
-    """Once with weight 1, once with -1: nothing."""
+    """Rows that come once with weight 1 and once with -1 leave nothing."""
     keys, values, _, mu = a_prefix(centers=2)
     twice = [torch.cat([tensor, tensor], 1) for tensor in (keys, values)]
     weights = torch.ones(2, 80)
@@ -194,7 +195,7 @@ def test_opcheck(centers, weighted, backend):
     for needs in ([True, True, mu is not None], [False, True, False]):
         torch.library.opcheck(
             sum_features_backward, (z, k, keys, values, weights, mu, *options, needs),
-            # There is no second derivative: the next test sees to the error.
+            # There is no second derivative; the next test checks the error.
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -208,7 +209,7 @@ def test_double_backward_is_refused(backend):
         torch.autograd.grad(grad.sum(), keys)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # raised inside PyTorch
 @fused_backends
 def test_forward_mode_is_refused(backend):
     keys, values, _, _ = a_prefix()

@@ -1,4 +1,4 @@
-"""The terms of a state: ψ·Z and ψ·k are its numerator and its mass by the reference."""
+"""The terms of a state: by the reference, ψ·Z is its numerator and ψ·k its mass."""
 
 import pytest
 import torch

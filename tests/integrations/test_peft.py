@@ -13,19 +13,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from model_cases import (
-    BY_NAME,
-    FAMILIES,
-    VOCABULARY,
-    all_families,
-    build,
-    close,
-    inputs,
-    some,
-    visible_logits,
-    with_labels,
-)
-from oracle import F64
+from model_cases import BY_NAME, FAMILIES, VOCABULARY, all_families, build, inputs, some, visible_logits, with_labels
+from oracle import F64, close
 from peft import PeftModel, get_peft_model
 from peft_cases import LLAMA, adapted, config_of, outputs, quiet, snapshot
 from safetensors.torch import load_file
@@ -43,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def trained(name, folder):
-    """Losses on the way, and the results of the adapter that `folder / name` then has."""
+    """Trains an adapter and saves it as `folder / name`; returns the losses, and the results of the trained model."""
     family = BY_NAME[name]
     model = build(family)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -131,7 +120,7 @@ def test_training_goes_on_after_loading(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path / "a", is_trainable=True)
     loaded.load_adapter(tmp_path / "b", "b", is_trainable=True)
-    loaded.set_requires_grad("b")  # which PEFT 0.18 leaves to us
+    loaded.set_requires_grad("b")  # PEFT 0.18 leaves it to the user
     loaded(**with_labels(LLAMA, inputs(LLAMA)), adapter_names=["default", "b"]).loss.backward()
     assert all(p.grad.norm() > 0 for n, p in loaded.named_parameters() if ".ntk_states." in n)
 
@@ -140,7 +129,7 @@ def test_training_goes_on_after_loading(tmp_path):
 
 
 def converted(model, **options):
-    """States of a real text, of all modules."""
+    """Returns the states of a real text in all modules."""
     tokens = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         layers = model(tokens, use_cache=True).past_key_values.layers

@@ -7,8 +7,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, IMAGE, all_families, build, close, inputs, llava, some, visible_logits, with_labels
-from oracle import F64
+from model_cases import BATCH, IMAGE, all_families, build, inputs, llava, some, visible_logits, with_labels
+from oracle import F64, close
 from peft import get_peft_model
 from peft_cases import LLAMA, adapted, by_adapter, config_of, prefixes_of, quiet, randomise
 from torch._dynamo.testing import CompileCounter
@@ -49,7 +49,7 @@ GENERATIONS = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}
 @pytest.mark.parametrize("options", GENERATIONS, ids=lambda options: "-".join(options) or "greedy")
 @some("llama", "gpt2", "opt", "mistral", "gpt_oss", "whisper", "t5")
 def test_generating_from_a_mixed_batch(family, options):
-    """With caches, beams, padding and an encoder, whose batch has no beams."""
+    """Rows keep their adapters with caches, beams, padding and an encoder, whose batch has no beams."""
     model, given = adapted(family), inputs(family, padding="left" if family.kind == "decoder" else None)
     given.pop("decoder_input_ids", None)
     each = options.get("num_return_sequences", 1)
@@ -81,7 +81,7 @@ def test_beams_of_the_models_own_generation_config():
 
 
 def test_rows_of_images_are_not_rows_of_prompts():
-    """Two images in the first prompt, none in the second."""
+    """The first prompt has two images, the second none."""
     prompts = torch.tensor([[*IMAGE, 5, *IMAGE, 6], [*range(3, 13)]])
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=F64)
 
@@ -138,7 +138,7 @@ def test_adapters_of_different_layers_in_one_batch():
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @some("llama", "gpt2", "bert")
 def test_training_on_mixed_batches(family, reentrant):
-    """Each adapter gets the gradient of its rows, also where blocks are computed again, after other forwards."""
+    """Each adapter gets the gradient of its rows, even if checkpointed blocks are recomputed after other forwards."""
     model, given = adapted(family, dtype=F64), inputs(family)
     batches = [["a", "b"], ["b", "b"], ["__base__", "a"]]
 
@@ -162,7 +162,7 @@ def test_training_on_mixed_batches(family, reentrant):
     for name, gradient in expected.items():
         close(model.get_parameter(name).grad, gradient)
     checkpoints = [m._gradient_checkpointing_func for m in model.modules() if "_gradient_checkpointing_func" in vars(m)]
-    assert len(checkpoints) == 0 if reentrant is None else len(set(checkpoints)) == 1  # as they were before
+    assert len(checkpoints) == 0 if reentrant is None else len(set(checkpoints)) == 1  # the same as before
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -180,7 +180,7 @@ def test_checkpointing_with_one_adapter(reentrant):
 
 
 def test_compiled_with_mixed_batches():
-    """In one graph, which serves other rows of the same adapters."""
+    """One graph serves other rows of the same adapters."""
     model, given = adapted(LLAMA, dtype=F64), inputs(LLAMA) | {"use_cache": False}
     batches = [["b", "a"], ["a", "b"], ["a", "a"]]
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_active_adapters_act_as_one_prefix_after_the_other(pair):
 
 
 def test_rows_of_active_adapters_are_the_tokens_of_two_prefixes():
-    """By the definition: softmax attention over the rows of both, and the tokens."""
+    """By the definition, attention is a softmax over the rows of both adapters and the tokens."""
     rows = {"feature_map": None, "rank": None, "num_rows": 2}
     model = adapted(LLAMA, {"a": config_of(LLAMA, **rows), "b": config_of(LLAMA, **rows)}, dtype=F64)
     model.base_model.set_adapter(["a", "b"])

@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import BATCH, BY_NAME, build, close, inputs, visible_logits
-from oracle import F64
+from model_cases import BATCH, BY_NAME, build, inputs, visible_logits
+from oracle import F64, close
 from peft import PeftModel, get_peft_model
 from peft_cases import LLAMA, adapted, by_adapter, config_of, lora, quiet, randomise, snapshot
 from safetensors.torch import load_file
@@ -57,7 +57,7 @@ def test_lora_put_after_it():
         if ".lora_" in name:
             model.get_parameter(name).data.copy_(parameter)
     assert torch.equal(visible_logits(model, given), expected)
-    close(visible_logits(model.merge_and_unload(), given), expected)  # of LoRA; the prefixes stay
+    close(visible_logits(model.merge_and_unload(), given), expected)  # LoRA is merged, the prefixes stay
     assert not torch.equal(alone, expected)
 
 

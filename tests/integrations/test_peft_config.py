@@ -1,4 +1,4 @@
-"""What NTKConfig says, and what is refused, in which case nothing of the model has changed."""
+"""NTKConfig, and adapters that are refused without a change to the model."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def test_targets(options, names, tmp_path):
     config = NTKConfig(**options)
     model = get_peft_model(build(LLAMA), config)
     assert list(prefixes_of(model, "default")) == names == list(model.peft_config["default"].shapes)
-    assert config.shapes is None  # so that it may go to other models
+    assert config.shapes is None  # the configuration may serve other models
     randomise(model, "default").save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path)
     assert list(prefixes_of(loaded, "default")) == names
@@ -56,7 +56,7 @@ def test_targets(options, names, tmp_path):
 
 
 def test_many_layers():
-    """From twenty on, PEFT shortens lists of targets."""
+    """PEFT shortens lists of twenty targets and more."""
     names = [f"model.layers.{i}.self_attn" for i in range(22)]
     model = get_peft_model(build(LLAMA, num_hidden_layers=24), NTKConfig(target_modules=names))
     assert list(prefixes_of(model, "default")) == names
@@ -167,7 +167,7 @@ def test_models_that_do_not_fit():
 
 
 def test_a_second_adapter_by_get_peft_model():
-    """Of another name, it joins the first, whichever PeftModel is asked."""
+    """An adapter of another name joins the first, whichever PeftModel is asked."""
     base, given = build(LLAMA), inputs(LLAMA)
     expected = visible_logits(base, given)
     get_peft_model(base, config_of(LLAMA), adapter_name="a")
@@ -205,7 +205,7 @@ def test_failing_half_way_changes_nothing(first, options, monkeypatch):
 
 
 def rewritten(folder, weights=None, **options):
-    """The files of an adapter, with other weights or configuration."""
+    """Rewrites the files of an adapter with other weights or another configuration."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     if weights is not None:

@@ -1,4 +1,4 @@
-"""PEFT adapters of NTK-Attention disabled, deleted, unloaded; what must never leave one out."""
+"""PEFT adapters of NTK-Attention disabled, deleted and unloaded, and refusals to run without an active one."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
-from model_cases import all_families, build, close, inputs, visible_logits
-from oracle import F64
+from model_cases import all_families, build, inputs, visible_logits
+from oracle import F64, close
 from peft import PeftModel, get_peft_model
 from peft_cases import LLAMA, adapted, config_of, lora, quiet, randomise, snapshot
 
@@ -61,7 +61,7 @@ def test_another_implementation_never_leaves_an_adapter_out():
         assert torch.equal(visible_logits(model, given), visible_logits(build(LLAMA), given))
         for module in model.modules():
             if isinstance(module, NTKLayer):
-                module.enable_adapters(True)  # as LoRA beside it does, which knows nothing of implementations
+                module.enable_adapters(True)  # LoRA beside it does so and knows nothing of implementations
         with refused:
             model(**given)
     assert torch.equal(visible_logits(model, given), expected)
@@ -89,7 +89,7 @@ def test_unload_gives_the_base_model_back(family):
     ours = snapshot(base)
     assert ours[1:] == expected[1:]
     assert {n: values for n, (values, _) in ours[0].items()} == {n: values for n, (values, _) in expected[0].items()}
-    assert not any(trained for _, trained in ours[0].values())  # as PEFT leaves it
+    assert not any(trained for _, trained in ours[0].values())  # PEFT leaves it so
     get_peft_model(base, config_of(family))
 
 
@@ -142,7 +142,7 @@ def test_merging_is_refused(merge):
 
 @pytest.mark.parametrize("first", ["lora", "ntk"])
 def test_unload_leaves_lora_beside_it(first):
-    """With all that is its own, a head that both have among it."""
+    """LoRA keeps all that is its own, a head that both adapters train among it."""
     given = inputs(LLAMA)
     configs = {"lora": lora(), "ntk": config_of(LLAMA, modules_to_save=["lm_head", "model.norm"])}
     configs["lora"].modules_to_save = ["lm_head"]

@@ -44,7 +44,7 @@ def positions(start, length):
 
 
 def with_prompt(text, start=0, prompt=None):
-    """Arguments of a model: the prompt in front of each row from position `start` on, no cache."""
+    """Returns the arguments of a model: the prompt in front of each row from position `start` on, no cache."""
     prompt = tokens(M) if prompt is None else prompt
     whole = torch.cat([prompt.expand(len(text), -1), text], dim=1)
     return {"input_ids": whole, "position_ids": positions(start, whole.shape[1]), "use_cache": False}
@@ -72,13 +72,13 @@ def test_all_rows_are_the_prompt(name, options, position):
 
 
 def in_a_row(rows):
-    """One row of the batch after the other."""
+    """Puts the rows of the batch one after the other."""
     return torch.cat(rows.split(1), dim=2)
 
 
 @pytest.mark.parametrize("name, options", [("llama", {}), ("gpt_oss", WIDE), ("opt", {})])
 def test_what_the_fit_is_given(name, options, monkeypatch):
-    """Keys, queries and attention of a forward without cache, taken apart by the definition."""
+    """Keys, queries and attention are those of a forward without cache, taken apart by the definition."""
     position = M if name == "opt" else 0
     given, seen = [], []
     monkeypatch.setattr(prompt, "prefix_to_state", lambda **options: given.append(options) or (None, None))
@@ -86,7 +86,7 @@ def test_what_the_fit_is_given(name, options, monkeypatch):
     convert(model, text, text_position=position)
 
     def record(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
-        if name == "opt":  # which scales its query itself
+        if name == "opt":  # OPT scales its query itself
             query, scaling = query * query.shape[-1] ** 0.5, query.shape[-1] ** -0.5
         seen.append((query, key, value, scaling, s_aux))
         return AttentionInterface()["ntk"](
@@ -119,7 +119,8 @@ def test_what_the_fit_is_given(name, options, monkeypatch):
 
 
 def test_few_rows_come_near(monkeypatch):
-    """With a report, and features, and a smallest error; shorter descents than usual."""
+    """States of few rows, of features and of the smallest size for an error come near, after shorter descents than
+    usual."""
     monkeypatch.setattr(gradient, "_STEPS", 100)
     model, text = build(BY_NAME["llama"]), tokens(4, LENGTH, seed=2)
     expected, without = logits_after_prompt(model, text, -M), logits_at(model, text, 0)
@@ -146,7 +147,7 @@ def test_generating_without_the_prompt():
 
 
 def test_shapes_of_the_arguments_and_dtypes():
-    """A prompt as tokenizers give it, one text instead of many, texts of several lengths, modules; bfloat16."""
+    """A prompt may be as tokenizers give it, texts one or many, of several lengths, the model in bfloat16."""
     model = build(BY_NAME["llama"])
     convert(model, [tokens(1, 1, seed=1), tokens(7, seed=2), tokens(1, 30, seed=3)], num_rows=M)
     whole = convert(model, tokens(1, 40, seed=1), num_rows=M)
@@ -169,7 +170,7 @@ def test_text_for_a_model_of_images():
 
 
 def test_the_model_is_what_it_was(monkeypatch):
-    """Also when the fit fails, or the reading."""
+    """The model is unchanged afterwards, even if the fit fails, or the reading."""
     model = build(BY_NAME["llama"]).requires_grad_(False)
     model.train()
     model.model.layers[0].eval()
@@ -204,13 +205,13 @@ def test_the_bar_is_for_those_who_want_it(capsys):
 
 
 def hybrid():
-    """One layer of convolution, one of attention."""
+    """Builds a model of one layer of convolution and one of attention."""
     config = transformers.Lfm2Config(**DECODER | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48})
     return sharpened(transformers.Lfm2ForCausalLM(config)).eval()
 
 
 def parallel():
-    """Attention and a recurrence in each layer."""
+    """Builds a model with attention and a recurrence in each layer."""
     of_recurrence = {
         "mamba_d_ssm": 64,
         "mamba_n_heads": 8,
@@ -223,7 +224,7 @@ def parallel():
 
 
 def dynamic():
-    """Rotary embeddings whose frequencies depend on the length."""
+    """Builds a model whose rotary frequencies depend on the length."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     rope = {"rope_parameters": rope} if transformers.__version__.startswith("5") else {"rope_scaling": rope}
     return build(BY_NAME["llama"], **rope, max_position_embeddings=16)
@@ -299,7 +300,7 @@ def test_modules_in_spite_of_layers_without_attention():
 
 
 def test_where_tokens_go():
-    """Weights that are offloaded, and outputs that are tuples by default."""
+    """Weights may be offloaded, and outputs may be tuples by default."""
     accelerate = pytest.importorskip("accelerate")
     model = build(BY_NAME["llama"], return_dict=False)
     expected = convert(model, num_rows=M)
@@ -311,7 +312,7 @@ def test_where_tokens_go():
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_two_prompts_in_one_batch():
-    """Adapters of PEFT that hold all rows of their prompts."""
+    """Adapters of PEFT hold all rows of their prompts."""
     peft = pytest.importorskip("peft")
     from ntk_kernels.integrations.peft import NTKConfig
 

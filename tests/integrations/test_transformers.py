@@ -107,7 +107,7 @@ def positions(mask):
 
 @some("llama", "gemma2", "gpt_oss", "gpt2", "opt", "bert", "esm")
 def test_padding_does_not_spoil_valid_rows(family):
-    """The first row alone, padded left and right, and beside a row that is padding from end to end."""
+    """The first row gives the same alone, padded left and right, and beside a row that is all padding."""
     model = build(family)
     randomise(attach(family, model))
     ids = inputs(family)["input_ids"][:1, :6]

@@ -16,7 +16,6 @@ from model_cases import (
     all_families,
     attach,
     build,
-    close,
     generated,
     inputs,
     no_softcap,
@@ -26,7 +25,7 @@ from model_cases import (
     visible_logits,
     with_labels,
 )
-from oracle import F64
+from oracle import F64, close
 
 from ntk_kernels import prefix_to_state
 from ntk_kernels.integrations.transformers import (
@@ -48,7 +47,7 @@ def test_attach_train_save_load_generate(family, tmp_path):
     fresh = copy.deepcopy(model)
     base = copy.deepcopy(model.state_dict())
     given = inputs(family)
-    prefixes = attach(family, model, rank=4, init_mass=0.1)  # for a training as short as this
+    prefixes = attach(family, model, rank=4, init_mass=0.1)  # enough for so short a training
     assert len(prefixes) >= 2
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == sum(len(list(prefix.parameters())) for prefix in prefixes.values())
@@ -107,7 +106,7 @@ def implementations(model):
 
 @all_families
 def test_every_configuration_is_put_back(family):
-    """Models have several, copies too."""
+    """A model may have several, copies too."""
     model = build(family)
     before = implementations(model)
     names = attach(family, model)
@@ -149,7 +148,7 @@ def test_a_copy_of_a_model_is_a_model_of_its_own():
 
 
 def test_models_of_one_configuration():
-    """It says "ntk" until the last of them has no prefixes any more."""
+    """The configuration says "ntk" until the last of the models has no prefixes any more."""
     config, given = build(BY_NAME["llama"]).config, inputs(BY_NAME["llama"])
     models = [transformers.LlamaForCausalLM(config).eval() for _ in range(2)]
     plain = [visible_logits(model, given) for model in models]
@@ -193,7 +192,7 @@ def test_another_implementation_never_leaves_a_prefix_out(setting, copied):
 
 
 def test_another_implementation_under_checkpointing():
-    """Set between forward and backward."""
+    """The implementation changes between forward and backward."""
     model, given = build(BY_NAME["llama"]).train(), with_labels(BY_NAME["llama"], inputs(BY_NAME["llama"]))
     attach_prefix(model)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -221,7 +220,7 @@ def test_checkpointing_gives_the_same_gradients(family, reentrant):
 
 
 def test_a_converted_prefix_does_what_the_prefix_did():
-    """Keys and values of a prefix, all of its rows kept, instead of the prefix in the cache."""
+    """A state that keeps all rows of a prefix replaces the prefix in the cache."""
     model = build(BY_NAME["llama"], dtype=F64)
     ids = torch.cat([inputs(BY_NAME["llama"])["input_ids"]] * 2, dim=1)[:1]
     prefix, rest = ids[:, :8], ids[:, 8:]
@@ -258,6 +257,6 @@ def test_compiles_in_one_graph():
     expected = visible_logits(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(visible_logits(compiled, given), expected)
-    model.set_attn_implementation("sdpa")  # what that raises, a graph cannot hold
+    model.set_attn_implementation("sdpa")  # a graph cannot hold the error that this raises
     with pytest.raises(RuntimeError, match="Observed exception"):
         compiled(**given)

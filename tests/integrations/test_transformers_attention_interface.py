@@ -22,7 +22,7 @@ def warn_again(monkeypatch):
 
 
 def test_opt_scales_its_query_and_features_see_it_unscaled():
-    """The one state gives the same in a model that scales its query and in one that leaves it to attention."""
+    """One state gives the same in a model that scales its query and in one that leaves it to attention."""
     query, key, value = torch.randn(3, 1, 2, 5, 16).unbind()
     state = PrefixState(torch.randn(2, 16, 16), torch.rand(2, 16), "elu")
     explicit = PrefixState(state.z, state.k, "elu", feature_scale=0.7)
@@ -50,9 +50,9 @@ def test_softcap_never_touches_the_prefix():
 
 @pytest.mark.parametrize("seq_k", [3, 5, 9])
 def test_causal_without_a_mask_is_aligned_top_left(seq_k):
-    """As transformers means it: the rest of a static cache is not filled yet."""
+    """transformers means it like that: the rest of a static cache is not filled yet."""
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, seq_k, 8), torch.randn(1, 2, seq_k, 8)
-    module = torch.nn.Module()  # a module that does not say so is causal
+    module = torch.nn.Module()  # a module without `is_causal` is causal
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     ours, _ = ntk_attention_forward(module, query, key, value, None)
     torch.testing.assert_close(ours, expected.transpose(1, 2))
@@ -94,7 +94,7 @@ def test_a_mask_may_have_room_for_more_keys():
 
 @pytest.mark.parametrize("mask", ["bool", "additive", None])
 def test_position_bias(mask):
-    """T5's: added to the scores, with whatever mask there is."""
+    """T5's bias is added to the scores, with any mask."""
     query, key, value = torch.randn(3, 2, 2, 5, 8).unbind()
     bias = torch.randn(1, 2, 5, 5)
     keep = torch.rand(2, 1, 5, 5) < 0.7
@@ -110,7 +110,7 @@ def test_position_bias(mask):
 
 
 def test_sinks_share_the_softmax_with_a_prefix():
-    """Gradients included; a row that sees nothing is 0, and its sink has a gradient of 0 from it."""
+    """The gradients are right too; a row that sees nothing is 0, and gives its sink a gradient of 0."""
     query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
     sinks = torch.randn(4, requires_grad=True)
     module = torch.nn.Module()

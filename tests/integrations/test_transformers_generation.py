@@ -1,4 +1,4 @@
-"""Generating with prefixes in transformers models: caches, beams."""
+"""Generation with prefixes in transformers models: caches, beams."""
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from model_cases import (
     attach,
     build,
     check_logits,
-    close,
     generated,
     inputs,
     no_softcap,
@@ -22,7 +21,7 @@ from model_cases import (
     some,
     visible_logits,
 )
-from oracle import F64
+from oracle import F64, close
 
 from ntk_kernels import ntk_attention_decode
 from ntk_kernels.integrations.transformers import attach_prefix, attention_interface
@@ -32,7 +31,8 @@ pytestmark = no_softcap
 
 @pytest.mark.parametrize("family", GENERATING, ids=lambda family: family.name)
 def test_generation_with_a_cache_is_generation_without(family):
-    """Greedy and by beams, with left padding where there is a mask, against the whole sequence again in each step."""
+    """Greedy search and beams, with left padding where there is a mask, give what recomputing the whole sequence
+    gives."""
     model = build(family)
     given = inputs(family, padding="left" if family.kind == "decoder" else None)
     plain = generated(model, given)
@@ -45,7 +45,7 @@ def test_generation_with_a_cache_is_generation_without(family):
 
 
 def test_a_token_takes_the_kernel_for_it(monkeypatch):
-    """`ntk_attention_decode`, where nothing is hidden and nothing is to be differentiated."""
+    """`ntk_attention_decode` serves a token if nothing is hidden and nothing is to be differentiated."""
     calls = []
 
     def decode(query, *args, **options):
@@ -71,7 +71,7 @@ def test_static_caches(family):
 
 @some("llama", "mistral", "gpt2")
 def test_prefill_in_pieces(family):
-    """More queries than one against more keys than queries, without a padding mask."""
+    """There are more queries than one against more keys than queries, without a padding mask."""
     model = build(family)
     randomise(attach(family, model))
     given = inputs(family)

@@ -161,7 +161,7 @@ def test_parts_that_cannot_have_prefixes_are_left_out(monkeypatch):
 
 
 def test_continuous_batching_is_refused(monkeypatch):
-    """Also where flash attention is installed, which it would take."""
+    """It is refused even if flash attention is installed, which it would take."""
     api = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
     managers = [c for c in vars(api).values() if hasattr(c, "switch_to_cb_friendly_attn")]
     if not managers:
@@ -201,7 +201,7 @@ def test_models_whose_weights_are_offloaded(tmp_path):
 
 
 def test_modules_whose_weights_are_buffers():
-    """As quantized ones are: the prefix is where they are."""
+    """The prefix goes where the buffers are, which hold the weights of quantized modules."""
     model = build(BY_NAME["llama"])
     for linear in model.model.layers[1].self_attn.children():
         weight = linear.weight.detach().to("meta")

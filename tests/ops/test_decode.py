@@ -1,4 +1,4 @@
-"""Decode: a few queries against a cache, as if the whole sequence were there."""
+"""Decode: a few queries against a cache give the rows of the whole sequence."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_against_the_reference(name, backend):
     "name, backend", [case for case in SERVED if case[0] in ("elu", "all_parts", "window", "plain")]
 )
 def test_where_lengths_cannot_be_read(name, backend, monkeypatch):
-    """The way of the torch backend on a GPU, where reading them would wait."""
+    """The torch backend goes this way on a GPU, as reading them would wait."""
     monkeypatch.setattr(cached, "_lengths_are_free", lambda query: False)
     query, key_cache, value_cache, state, options = make_call(name)
     for page_size in (None, 16):
@@ -42,7 +42,7 @@ def test_where_lengths_cannot_be_read(name, backend, monkeypatch):
 @all_backends
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_step_by_step_is_the_whole_sequence(rows, backend):
-    """A cache that grows by `rows` tokens a step, for two sequences of which one starts later (left padding)."""
+    """A cache grows by `rows` tokens a step, for two sequences of which one starts later (left padding)."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 48, 16, generator=generator) for heads in (4, 2, 2))
     state = make_state(generator, heads=2, head_dim=16, value_dim=16, **ALL_PARTS)
@@ -99,7 +99,7 @@ def test_mixed_tasks_are_as_each_alone_bit_for_bit(recipe, splits, backend):
 
 @fused_backends
 def test_lengths_index_and_table_are_data(backend):
-    """The same tensors with other values, as a replayed CUDA graph has them."""
+    """The same tensors get other values, as in a replayed CUDA graph."""
     query, key_cache, value_cache, state, options = make_call("index")
     *caches, table = in_pages(key_cache, value_cache, options["cache_seqlens"], 16)
     lengths = options["cache_seqlens"].clone()
@@ -130,7 +130,7 @@ def test_nothing_at_all(batch, rows, size, backend):
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize("batch, rows", [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_layouts_with_dimensions_of_one(batch, rows, heads, backend):
-    """[B, L, H, D] views, in which some dimensions have any stride."""
+    """The inputs are [B, L, H, D] views, in which some dimensions have any stride."""
     num_heads, kv_heads = heads
     query = torch.randn(batch, rows, num_heads, 8).transpose(1, 2)
     cache = torch.randn(batch, 20, kv_heads, 8).transpose(1, 2)
@@ -240,7 +240,7 @@ def test_autocast(backend):
 @triton_only
 @pytest.mark.parametrize("far", ["heads of queries", "rows of pages"])
 def test_offsets_beyond_two_to_the_31(far):
-    """Address space only: pages that nobody touches take no memory."""
+    """The tensors take address space only: untouched pages take no memory."""
     query, cache = torch.randn(1, 5, 1, 16).half(), torch.randn(3, 1, 256, 16).half()
     tensors = make_state(
         torch.Generator(), heads=1, head_dim=16, value_dim=16, feature_map="taylor1", mass="none"

@@ -13,7 +13,8 @@ from ntk_kernels import PrefixState, ntk_attention_decode, reference
 @triton_only
 @pytest.mark.parametrize("name", [name for name in CALLS if served(name, "triton")])
 def test_splits(name):
-    """Three; by default the interpreter, which counts as four multiprocessors, has one for these calls."""
+    """Three splits are asked for; by default the interpreter, which counts as four multiprocessors, has one for these
+    calls."""
     call = make_call(name)
     check(name, call, run(decode_by("triton", num_splits=3), *call), call[0].dtype)
 
@@ -22,7 +23,7 @@ def test_splits(name):
 @pytest.mark.parametrize("splits", [2, 20])
 @pytest.mark.parametrize("name", ["elu", "all_parts", "no_mass", "window", "index"])
 def test_other_numbers_of_splits(name, splits):
-    """With 20, most of them get no keys."""
+    """With 20 splits, most get no keys."""
     call = make_call(name)
     check(name, call, run(decode_by("triton", num_splits=splits), *call), call[0].dtype)
 
@@ -31,7 +32,7 @@ def test_other_numbers_of_splits(name, splits):
 @pytest.mark.parametrize("recipe", [None, {}, {"mass": "none"}], ids=["plain", "elu", "no_mass"])
 @pytest.mark.parametrize("splits", [None, 33, 80])
 def test_many_splits_with_keys(splits, recipe, monkeypatch):
-    """More than the 32 that the interpreter merges at once, and most of them with keys: 59 tiles and a part of one."""
+    """More splits than the 32 that the interpreter merges at once have keys: 59 tiles and a part of one."""
     from ntk_kernels.kernels import decode
     from ntk_kernels.kernels.host import configs
 
@@ -41,7 +42,7 @@ def test_many_splits_with_keys(splits, recipe, monkeypatch):
         merged.append(splits.out.shape[0])
         return merge_launch(call, splits, *rest)
 
-    monkeypatch.setattr(configs, "multiprocessors", lambda device: 1000)  # what the default splits for
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 1000)  # the default splits for as many
     monkeypatch.setattr(decode, "merge_launch", recording)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
@@ -58,7 +59,7 @@ def test_many_splits_with_keys(splits, recipe, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("mass", [1e-37, 1e-36])
 def test_a_prefix_with_next_to_no_mass(mass, splits):
-    """N / M exceeds float32, what it adds to the softmax does not; also where its split has no keys."""
+    """N / M exceeds float32, its part in the softmax does not, even if its split has no keys."""
     query, key, value = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 150, 16), torch.randn(1, 1, 150, 16)
     state = PrefixState(torch.full((1, 16, 16), 1e3), torch.full((1, 16), mass), "elu")
     out, lse = ntk_attention_decode(

@@ -17,7 +17,7 @@ state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
 
 @pytest.fixture
 def served_by(monkeypatch):
-    """Names of the backends that served, in order."""
+    """Returns the names of the backends that served, in order."""
     names = []
     modules = {"reference": (reference, "ntk_attention"), "torch": (torch_backend, "forward")}
     if "triton" in FUSED:
@@ -122,7 +122,7 @@ def test_wide_heads_on_a_gpu(head_dim, value_dim, dtype, expected, monkeypatch):
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
-    """In a process of its own: the interpreter is chosen when Triton's kernels load."""
+    """A process of its own is needed: the interpreter is chosen when Triton's kernels load."""
     code = (
         "import torch; from ntk_kernels import ntk_attention; q = torch.randn(1, 1, 4, 8)\n"
         "try: ntk_attention(q, q, q, backend='triton')\n"
@@ -162,7 +162,7 @@ def test_other_devices_go_to_the_reference():
     ids=str,
 )
 def test_default_on_a_hopper_gpu(changes, expected, monkeypatch):
-    """PyTorch's attention over the keys of long inputs, the kernels for all else."""
+    """PyTorch's attention serves long inputs, the kernels all else."""
     call = {"length": 4096, "head_dim": 128, "dtype": torch.bfloat16, "is_square": True, "deterministic": False,
             "hopper": True} | changes  # fmt: skip
     tensor = SimpleNamespace(

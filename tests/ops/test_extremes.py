@@ -1,4 +1,4 @@
-"""NaN, huge logits, rows and centres of nothing: what they may reach, and that gradients stay finite."""
+"""NaN, huge logits, empty rows and centres: they stay where they belong, and gradients stay finite."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_nan_is_not_hidden(recipe, seq_k, backend):
 
 @all_backends
 def test_nan_in_a_padding_row_stays_there(backend):
-    """Left padding: row 0 sees nothing and is 0, and what stands in it reaches no other row."""
+    """With left padding row 0 sees nothing and is 0, and its content reaches no other row."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
     visible = torch.ones(2, 1, 21, 21, dtype=torch.bool).tril()
     visible[:, :, :, 0] = False
@@ -47,7 +47,7 @@ def test_nan_in_a_padding_row_stays_there(backend):
 
 @all_backends
 def test_switched_off_parts_add_nothing(backend):
-    """log_scale = -inf and bias = -inf: as if the centre or row were not there, with gradients of 0 and no NaN."""
+    """A centre or row with log_scale or bias -inf adds nothing; its gradients are 0 and not NaN."""
     query, key, value = qkv(backend)
     full = a_state(backend, centers=3, log_scale=True, rows=3, feature_map="taylor1")
     tensors = full.tensors()
@@ -70,7 +70,7 @@ def test_switched_off_parts_add_nothing(backend):
 
 @all_backends
 def test_a_centre_without_content_outshines_nobody(backend):
-    """z_c = k_c = 0 at a logit of +480: as if it were not there. Its gradient is there, though: it may be trained."""
+    """A centre with z_c = k_c = 0 at a logit of +480 adds nothing, yet has gradients, so that it can be trained."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
     state = a_state(backend, feature_map="taylor1", centers=2, dtype=torch.float32)
     z, k, centers = state.z.clone(), state.k.clone(), state.centers.clone()
@@ -88,7 +88,7 @@ def test_a_centre_without_content_outshines_nobody(backend):
 @all_backends
 @pytest.mark.parametrize("above", [5.0, 120.0])  # e^120: more than float32 can hold
 def test_a_centre_of_values_alone_hides_no_mass(above, backend):
-    """k_c = 0, z_c not: the mass of the others stays, however much larger the weight of this centre."""
+    """With k_c = 0 and z_c not, the mass of the others stays, however much larger the weight of this centre."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
     tensors = a_state(backend, feature_map="taylor1", centers=2, log_scale=True, dtype=torch.float32).tensors()
     tensors["k"][:, 1] = 0
@@ -107,7 +107,7 @@ def test_a_centre_of_values_alone_hides_no_mass(above, backend):
 
 @all_backends
 def test_a_zero_state_can_be_trained(backend):
-    """Zeros everywhere, several centres: z and k must get a gradient, or they stay zeros."""
+    """z and k of several centres, all 0, get gradients; without them they would stay 0."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
     z, k = torch.zeros(2, 3, 9, 8, requires_grad=True), torch.zeros(2, 3, 9, requires_grad=True)
     out = ntk_attention(query, key, value, PrefixState(z, k, "taylor1", centers=torch.randn(2, 3, 8)), backend=backend)
@@ -151,7 +151,7 @@ def test_a_zero_state_at_logits_of_minus_1000_has_finite_gradients(feature_map, 
 
 @all_backends
 def test_states_do_not_reach_rows_that_use_none(backend):
-    """Not even a NaN of state 0, which index -1 might pick by accident."""
+    """Not even a NaN of state 0 does, which index -1 might pick by accident."""
     query, key, value = qkv(backend)
     stack = PrefixState.stack([a_state(backend, rows=1)] * 2)
     for tensor in stack.tensors().values():
@@ -169,7 +169,8 @@ def test_states_do_not_reach_rows_that_use_none(backend):
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("how", ["mask", "additive", "key_stop", "causal"])
 def test_what_stands_in_padding_stays_there(content, how, backend):
-    """Keys and values that a mask hides from every row, as the unused end of a static cache; gradients too."""
+    """Keys and values hidden from every row, as the unused end of a static cache is, reach neither results nor
+    gradients."""
     query, key, value = (tensor.float() for tensor in qkv(backend, seq_k=30))
     options = {
         "mask": {"attn_mask": (torch.arange(30) < 22)[None]},
@@ -177,7 +178,7 @@ def test_what_stands_in_padding_stays_there(content, how, backend):
         "key_stop": {"key_stop": torch.tensor([22, 22])},
         "causal": {"is_causal": True, "causal_offset": 1},
     }[how]
-    state, grad_out = a_state(backend), torch.randn(2, 4, 21, 8)
+    state, grad_out = a_state(backend, dtype=torch.float32), torch.randn(2, 4, 21, 8)
 
     def results(key, value, **options):
         leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, state.z, state.k)]
@@ -231,7 +232,7 @@ def test_a_state_that_is_switched_off_leaves_empty_rows_empty(how, backend):
 @all_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_finite_masks_for_hidden_keys(dtype, backend):
-    """finfo.min instead of -inf: a row of it weighs its keys equally, as in PyTorch."""
+    """A row of finfo.min instead of -inf weighs its keys equally, as in PyTorch."""
     query, key, value = (tensor.float() for tensor in qkv(backend))
     mask = torch.zeros(21, 21).masked_fill(torch.rand(21, 21) < 0.5, torch.finfo(dtype).min).to(dtype)
     mask[3] = torch.finfo(dtype).min
@@ -255,7 +256,7 @@ BLIND = {  # rows 0 and 1 of every batch row, in three ways
     ids=["mass", "rows", "none"],
 )
 def test_the_gradient_of_an_lse_of_nothing_goes_nowhere(recipe, blind, backend):
-    """Of a row that sees nothing; merging two such parts gives NaN for it."""
+    """The lse of a row that sees nothing has no gradient; merging two such parts gives it NaN."""
     leaves, state = [tensor.requires_grad_() for tensor in qkv(backend)], None
     if recipe is not None:
         tensors = a_state(backend, **recipe).tensors()

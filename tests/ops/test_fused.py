@@ -1,4 +1,4 @@
-"""PyTorch's fused ops as we call them. What they compute is covered by test_attention.py (and, on a GPU, test_gpu.py)."""
+"""PyTorch's fused ops as we call them. Their results are covered by test_attention.py (and, on a GPU, test_gpu.py)."""
 
 import math
 
@@ -13,7 +13,7 @@ from ntk_kernels.backends.torch import fused
 @pytest.mark.parametrize("op", [fused._Flash, fused._Cudnn, fused._Efficient], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 def test_gpu_ops_take_our_arguments(op, has_bias, monkeypatch):
-    """Without a GPU: schema and shapes only."""
+    """Without a GPU, schema and shapes are checked and nothing else."""
     if has_bias and op is not fused._Efficient:
         pytest.skip("only the efficient op is called with a bias")
     monkeypatch.setattr(fused, "_op", lambda *args: op)
@@ -30,7 +30,8 @@ def test_gpu_ops_take_our_arguments(op, has_bias, monkeypatch):
 
 
 def test_combined_lse_gives_the_gradients_of_a_part():
-    """What the torch backend rests on: a flash backward with the out and lse of a larger softmax is exact for its keys."""
+    """The torch backend relies on it: a flash backward with the out and lse of a larger softmax is exact for its
+    keys."""
     query, key, value = (torch.randn(1, 2, n, 8, dtype=torch.float64) for n in (5, 12, 12))
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     out = torch.nn.functional.scaled_dot_product_attention(*leaves, scale=0.3)

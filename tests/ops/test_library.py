@@ -49,7 +49,8 @@ def op_arguments(case, *, requires_grad, backend="torch"):
 
 
 def one_group(name):
-    """A case with the heads of one group only: what is checked here has to do with their number only in time."""
+    """Returns a case with the heads of one group only, as these checks depend on the number of heads in nothing but
+    time."""
     case = case_named(name)
     return replace(case, heads=case.heads // case.kv_heads, kv_heads=1)
 
@@ -91,7 +92,7 @@ def test_opcheck_backward(name, backend):
     ):
         torch.library.opcheck(
             attention_backward, (torch.randn_like(out), torch.randn_like(lse), *args, out, lse, needs),
-            # There is no second derivative: the next test sees to the error.
+            # There is no second derivative; the next test checks the error.
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -272,7 +273,7 @@ def test_vmap():
     torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch, of its own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # raised inside PyTorch
 @fused_backends
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
 def test_forward_mode_is_refused(needs_grad, backend):
@@ -299,7 +300,7 @@ def test_autocast_casts_the_model_and_not_the_state(backend):
     state = PrefixState(torch.rand(2, 8, 8).requires_grad_(), torch.rand(2, 8), "elu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ntk_attention(query, key, value, state, backend=backend)
-        mixed = ntk_attention(query, key, value.bfloat16(), state, backend=backend)  # as a rotation leaves them
+        mixed = ntk_attention(query, key, value.bfloat16(), state, backend=backend)  # a rotation leaves them so
     expected = ntk_attention(*(tensor.bfloat16() for tensor in (query, key, value)), state, backend=backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected) and torch.equal(mixed, expected)

@@ -1,4 +1,4 @@
-"""Parts of a softmax, merged; the prefix as a part."""
+"""Parts of a softmax merged, and the prefix as one of the parts."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_two_halves_of_the_keys_are_the_whole(dtype, backend):
     {"heads": 4, "feature_map": "taylor2"},
 ], ids=["elu", "all_parts", "rows_only", "per_query_head"])  # fmt: skip
 def test_a_prefix_beside_another_kernel(recipe, backend):
-    """With gradients of everything, through lse as well."""
+    """Everything has gradients, through lse as well."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, heads, 12, 16, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     state = make_state(generator, **{"heads": 2, "head_dim": 16, "value_dim": 16} | recipe)
@@ -64,7 +64,7 @@ def test_the_prefix_of_each_task(backend):
 
 
 def test_rows_that_saw_nothing():
-    """Marked by -inf, or +inf as FlashAttention 2 does; whatever their out."""
+    """An lse of -inf, or +inf as in FlashAttention 2, marks them; their out is ignored."""
     out = torch.tensor([[1.0], [2.0], [math.nan], [math.nan]], requires_grad=True)
     other = torch.tensor([[3.0], [math.nan], [5.0], [7.0]], requires_grad=True)
     lse = torch.tensor([0.0, 1.0, math.inf, -math.inf], requires_grad=True)
@@ -84,7 +84,7 @@ def test_rows_that_saw_nothing():
     ((torch.float16, torch.float32, torch.bfloat16, torch.float64), torch.float32, torch.float64),
 ])  # fmt: skip
 def test_dtypes(dtypes, out_dtype, lse_dtype):
-    """Of out_a, lse_a, out_b, lse_b: nothing is computed in less than the widest of them, or than float32."""
+    """Nothing is computed in less than float32 or the widest dtype of out_a, lse_a, out_b and lse_b."""
     values = (torch.tensor([[1.0]]), torch.tensor([5.25]), torch.tensor([[0.0]]), torch.tensor([5.125]))
     out, lse = merge_attention(*(value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)))
     assert out.dtype == out_dtype and lse.dtype == lse_dtype

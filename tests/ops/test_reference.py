@@ -1,4 +1,4 @@
-"""The oracle itself: against the formula written as loops over numbers, and its gradients against differences."""
+"""The reference against the formula written as loops over numbers, and its gradients against differences."""
 
 import math
 
@@ -17,7 +17,7 @@ LOOPED = [
 
 
 def by_loops(case, query, key, value, state, options):
-    """Section 2 of the definition, one number at a time; returns out and lse of a few rows."""
+    """Computes out and lse of a few rows by the definition, one number at a time."""
     _, heads, seq_q, dim = query.shape
     seq_k = key.shape[2]
     scale = options.get("scale", dim**-0.5)

@@ -1,4 +1,5 @@
-"""Tiles of query rows and ranges of keys: together they show each row the keys that mask, window and diagonal show it."""
+"""Tiles of query rows and ranges of keys: together they show each row the keys that mask, window and diagonal show
+it."""
 
 import math
 import sys
@@ -22,7 +23,7 @@ MASKS = {
 
 
 def shown(tiles, seq_q, seq_k, left, right, offset, mask):
-    """How often row i gets key j, [2, 3, Lq, Lk]."""
+    """Returns how often row i gets key j, [2, 3, Lq, Lk]."""
     times = torch.zeros(2, 3, seq_q, seq_k, dtype=torch.int64)
     for tile in tiles:
         for keys in tile.ranges:

@@ -1,4 +1,4 @@
-"""A small training: fit a state to the effect of a real prefix. All backends go the same way down."""
+"""A small training fits a state to the effect of a real prefix; all backends have the same losses on the way."""
 
 import math
 
@@ -12,7 +12,7 @@ HEADS, DIM, STEPS = 2, 16, 10
 
 
 def trained(backend, feature_map, num_centers, dtype=torch.float32, device="cpu"):
-    """The losses of a training with Adam, and the state it ends with."""
+    """Returns the losses of a training with Adam, and the state it ends with."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, HEADS, 24, DIM, generator=generator).to(device, dtype).unbind()
     prefix_key, prefix_value = torch.randn(2, HEADS, 100, DIM, generator=generator).to(device, dtype).unbind()

@@ -1,4 +1,4 @@
-"""Packed sequences: each as if it were alone."""
+"""Packed sequences: each gives the same as alone."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def bounds(lengths):
 
 
 def make_call(name, dtype=torch.float32, spare=0):
-    """query, key, value, state and options; `spare` rows belong to no sequence."""
+    """Returns query, key, value, state and options; `spare` rows belong to no sequence."""
     generator = torch.Generator().manual_seed(0)
     recipe, options = CALLS[name]
     query = torch.randn(sum(LENGTHS_Q) + spare, 4, 16, generator=generator, dtype=F64).to(dtype)
@@ -87,13 +87,13 @@ def test_each_sequence_is_as_if_alone(backend):
 @all_backends
 @pytest.mark.parametrize("layout", ["dense", "last stride not 1"])
 def test_rows_of_no_sequence_are_zero(layout, backend):
-    """Forward and backward, whatever stands there."""
+    """They are 0 forward and backward, whatever they hold."""
     query, key, value, state, options = make_call("elu", spare=7)
     if layout != "dense":
         query = query.permute(0, 2, 1).contiguous().permute(0, 2, 1)
     key[-7:], value[-7:] = float("nan"), float("nan")
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    torch.empty(query.numel()).fill_(float("nan"))  # freed at once: what an uninitialised result would show
+    torch.empty(query.numel()).fill_(float("nan"))  # freed at once, so that an uninitialised result would show it
     out, lse = varlen(backend)(*leaves, state, **options, return_lse=True)
     assert out.isfinite().all() and (out[-7:] == 0).all() and (lse[:, -7:] == -torch.inf).all()
     torch.empty(query.numel()).fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""What a fresh interpreter sees."""
+"""The package in a fresh interpreter."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def run(code):
 
 
 def test_import_needs_neither_triton_nor_a_device():
-    """Blocks triton and the optional packages, and lets any touch of CUDA fail."""
+    """The test blocks triton and the optional packages, and lets any touch of CUDA fail."""
     result = run(
         """
 import sys

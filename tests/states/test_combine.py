@@ -64,7 +64,7 @@ def test_merge_with_rows_keeps_the_feature_scale():
 
 
 def test_merge_of_what_is_switched_off():
-    """log_scale = -inf in one state, in the other, in both: no NaN, not in the gradient either."""
+    """A log_scale of -inf in one state, in the other or in both gives no NaN, not in the gradient either."""
     states, leaves = [], []
     for seed, off in enumerate(([0, 2], [1, 2])):
         state = a_state(seed, feature_map="taylor1", centers=4)

@@ -1,4 +1,4 @@
-"""`PrefixState`: properties, files, casts, what it refuses."""
+"""`PrefixState`: properties, files, casts, refused arguments."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""NTKPrefix: starts as next to nothing, trains from the first step, and is a converted state to the bit."""
+"""NTKPrefix starts as next to nothing, trains from the first step, and can be a converted state to the bit."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ def inputs(value_dim=DIM, dtype=torch.float32):
 
 
 def randomise(prefix):
-    """Far from its start: masses of about 1, values of either sign."""
+    """Moves a prefix far from its start: masses of about 1, values of either sign."""
     with torch.no_grad():
         for name, parameter in prefix.named_parameters():
             parameter.normal_(std=0.3)
@@ -51,7 +51,7 @@ def randomise(prefix):
 
 @all_options
 def test_starts_as_next_to_nothing(options):
-    """The mass of the prefix is about `init_mass`, of the first row's softmax the exponential of its logit."""
+    """The mass of the prefix is about `init_mass`; that of the first row's softmax is the exponential of its logit."""
     prefix = make(options, dtype=F64)
     query, key, value = inputs(prefix.value_dim, F64)
     without, lse = ntk_attention(query, key, value, is_causal=True, return_lse=True)
@@ -60,7 +60,7 @@ def test_starts_as_next_to_nothing(options):
     parts = (options.get("feature_map", "elu") is not None) + (options.get("num_rows", 0) > 0)
     assert mass.min() > 0
     assert mass.max() < 10 * parts * 1e-6
-    share = (mass / lse_with.exp())[..., None]  # values are 0, so that is what is missing
+    share = (mass / lse_with.exp())[..., None]  # values are 0: this share of the output is missing
     torch.testing.assert_close(with_prefix, (1 - share) * without)
 
 
@@ -70,7 +70,7 @@ def test_every_parameter_has_a_gradient_from_the_start(options):
     query, key, value = inputs(prefix.value_dim)
     ntk_attention(query, key, value, prefix(), is_causal=True).square().sum().backward()
     zero = [name for name, parameter in prefix.named_parameters() if not parameter.grad.abs().sum() > 0]
-    # What multiplies Z = 0 and nothing else waits for the first step of it.
+    # z_a multiplies z_b = 0, and gets a gradient after the first step of z_b.
     assert zero == (["z_a"] if "rank" in options else [])
 
 
@@ -177,7 +177,7 @@ def test_from_state_is_exact(kind):
 @pytest.mark.parametrize("positive", ["softplus", "exp"])
 @pytest.mark.parametrize("kind", ["elu", "taylor2", "centers", "low_rank"])
 def test_from_state_with_a_parametrisation_is_exact_up_to_rounding(kind, positive, scale_by_k):
-    """The logarithm of k is rounded to float32, relative to its size: that is the relative error of k."""
+    """The logarithm of k is rounded to float32 relative to its size, which is the relative error of k."""
     state = converted(kind)
     got = NTKPrefix.from_state(state, positive=positive, scale_by_k=scale_by_k)()
     eps = torch.finfo(torch.float32).eps

@@ -12,7 +12,7 @@ HALF, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Defaults are the dullest that still has B > 1, grouped heads and lengths that divide nothing."""
+    """One call. Defaults are the simplest that still have B > 1, grouped heads and lengths that divide nothing."""
 
     id: str
     reason: str
@@ -24,23 +24,23 @@ class Case:
     head_dim: int = 16
     value_dim: int | None = None
     dtype: torch.dtype = F32
-    magnitude: float = 1.0  # of queries and keys
+    magnitude: float = 1.0  # standard deviation of queries and keys
     layout: str = "BHLD"
     mask: str | None = None
-    state: dict | None = field(default_factory=dict)  # of `make_state`
+    state: dict | None = field(default_factory=dict)  # arguments of `make_state`
     state_index: tuple | None = None
     key_start: tuple | None = None
     key_stop: tuple | None = None
-    options: dict = field(default_factory=dict)  # of `ntk_attention`
-    roundings: int = 1  # of the size of a gradient
+    options: dict = field(default_factory=dict)  # arguments of `ntk_attention`
+    roundings: int = 1  # eps of its size that a gradient may err by
 
 
 def make_state(
     generator, *, head_dim, value_dim, heads, feature_map="elu", stack=None, centers=None, rank=None, rows=0,
     empty_rows=False, bias=True, log_scale=False, feature_scale=None, dtype=F32, mass="positive", center_magnitude=1.0,
 ):  # fmt: skip
-    """A random state. `mass`: "positive" (k is a sum of features, as of a real prefix), "mixed" (any sign, so that
-    the clamp acts on some rows), "constant" (k has the constant feature only) or "none" (k = 0)."""
+    """Returns a random state. `mass`: "positive" (k is a sum of features, as of a real prefix), "mixed" (any sign, so
+    that the clamp acts on some rows), "constant" (k has the constant feature only) or "none" (k = 0)."""
 
     def rand(*shape):
         return torch.randn(*shape, generator=generator, dtype=F64)
@@ -105,7 +105,7 @@ def make_mask(kind, case, generator):
 
 
 def make_inputs(case, seed=0):
-    """query, key, value, state and the options of the call."""
+    """Returns query, key, value, state and the options of the call."""
     generator = torch.Generator().manual_seed(seed)
     value_dim = case.head_dim if case.value_dim is None else case.value_dim
 
@@ -136,7 +136,7 @@ TAYLOR1 = {"feature_map": "taylor1"}
 TAYLOR2 = {"feature_map": "taylor2"}
 
 CASES = [
-    # feature maps and what a state may hold
+    # feature maps and parts of a state
     Case("plain", "no state: scaled_dot_product_attention", state=None, options=CAUSAL),
     Case("elu", "the authors' map", options=CAUSAL),
     Case("taylor1", "first order", state=TAYLOR1, options=CAUSAL),
@@ -152,7 +152,7 @@ CASES = [
     Case("clamped_centres", "the clamp is on the sum over centres", state={"mass": "mixed", "centers": 4} | TAYLOR1),
     Case("no_mass", "k = 0: the prefix adds to the numerator only", state={"mass": "none"}, options=CAUSAL),
     Case("low_rank", "z_a @ z_b", state={"rank": 3} | TAYLOR1, options=CAUSAL),
-    Case("low_rank_taylor2", "which kernels may leave as a pair", state={"rank": 3} | TAYLOR2, options=CAUSAL),
+    Case("low_rank_taylor2", "kernels may leave it a pair", state={"rank": 3} | TAYLOR2, options=CAUSAL),
     Case("low_rank_taylor2_index", "stacked pairs", state={"rank": 2, "stack": 2, "centers": 1, "log_scale": True} | TAYLOR2,
          state_index=(1, -1)),
     Case("low_rank_wide", "a pair of higher rank than Dv", state={"rank": 7} | TAYLOR2, value_dim=5),
@@ -303,7 +303,7 @@ assert len({case.id for case in CASES}) == len(CASES)
 
 
 def served_by(backend):
-    """The cases that a backend computes itself."""
+    """Returns the cases that a backend computes itself."""
     return [
         case
         for case in CASES

@@ -65,7 +65,8 @@ CALLS = {
 
 
 def make_call(name):
-    """query, key_cache, value_cache, state and the options of a call; what no sequence has in the cache is NaN."""
+    """Returns query, key_cache, value_cache, state and the options of a call; cache entries beyond a sequence's length
+    are NaN."""
     recipe, options, sizes = CALLS[name]
     sizes = {"rows": 2, "kv_heads": 2, "head_dim": 16, "dtype": F32, "layout": "BHLD", "lengths": LENGTHS} | sizes
     value_dim = sizes.get("value_dim", sizes["head_dim"])
@@ -92,7 +93,7 @@ def make_call(name):
 
 
 def in_pages(key_cache, value_cache, lengths, page_size, generator=None):
-    """The caches as pages in a random order, and the block table; NaN and page number -1 where there is nothing."""
+    """Returns the caches as pages in a random order, and the block table; unused entries are NaN and page number -1."""
     batch, heads, size, _ = key_cache.shape
     per_row = -(-size // page_size)
     order = torch.randperm(batch * per_row + 3, generator=generator)  # three belong to nobody

@@ -30,7 +30,7 @@ class Sample:
         return prefix_to_state(self.prefix_key, self.prefix_value, *args, **options)
 
     def errors(self, state, batch_rows=slice(None)) -> torch.Tensor:
-        """Of each state head, by the reference, from the inputs themselves."""
+        """Returns the error of each state head, by the reference, from the inputs themselves."""
         inputs = [tensor[batch_rows] for tensor in (self.query, self.key, self.value)]
         exact = reference.prefix_attention(*inputs, self.prefix_key, self.prefix_value, is_causal=True)
         out = reference.ntk_attention(*inputs, state, is_causal=True)
@@ -50,7 +50,7 @@ STATES = {
 
 
 def outshining(spread: float) -> Sample:
-    """Half of the prefix lies where no query looks, the other where all look; the further apart, the more."""
+    """Returns a sample half of whose prefix lies far from all queries, the further the larger `spread`."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, and a second way to compute what their attention should give."""
+"""Tiny random models of many families, and their attention computed a second time by the definition."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from oracle import F64, assert_as_accurate, nudged
+from oracle import F64, assert_as_accurate, close, nudged
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -33,7 +33,7 @@ class Family:
     options: dict
     own: str = "sdpa"
     kind: str = "decoder"
-    attention: str = r"self_attn$"  # where its prefixes go in most tests
+    attention: str = r"self_attn$"  # modules that get prefixes in most tests
     since: int = 4  # the major version of transformers in which it dispatches its attention
 
 
@@ -116,7 +116,7 @@ def some(*names):
 
 
 def build(family, implementation=None, dtype=torch.float32, **options):
-    """The same random weights for a family every time, large enough that attention is far from uniform."""
+    """Returns a model with the same random weights every time, large enough that attention is far from uniform."""
     config = getattr(transformers, family.config)(**family.options | options)
     own = "definition64" if family.own == "eager" and dtype == F64 else family.own  # eager takes softmax in float32
     config._attn_implementation = implementation or own
@@ -140,7 +140,7 @@ IMAGE = [VOCABULARY] * 4  # the tokens of one image, for `llava`
 
 
 def llava():
-    """Images and text: a tower whose rows are images, and a decoder whose rows are prompts."""
+    """Returns a model of images and text: a tower whose rows are images, and a decoder whose rows are prompts."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
     )
@@ -153,7 +153,7 @@ def llava():
 
 
 def inputs(family, dtype=torch.float32, padding=None):
-    """What a model of the family takes. `padding`: "left" or "right", three tokens of the first row."""
+    """Returns the inputs of a model. `padding`: "left" or "right", three tokens of the first row."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
     if family.kind == "image":
@@ -178,7 +178,7 @@ def with_labels(family, given):
 
 
 def randomise(prefixes, seed=3):
-    """Prefixes with about as much mass as the tokens have."""
+    """Gives prefixes about as much mass as the tokens have."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for prefix in prefixes.values():
@@ -190,7 +190,7 @@ def randomise(prefixes, seed=3):
 
 
 class Tasks(torch.nn.Module):
-    """As an adapter with several tasks is to be: a stack of states, and an index for each row."""
+    """A stack of states, and an index for each row, as an adapter with several tasks has them."""
 
     def __init__(self, *prefixes, index):
         super().__init__()
@@ -205,14 +205,14 @@ def attach(family, model, *args, **options):
 
 
 def visible_logits(model, given):
-    """The logits [n, V] of the positions that are no padding."""
+    """Returns the logits [n, V] of the positions that are no padding."""
     with torch.no_grad():
         logits = model(**given).logits
     return logits[given["attention_mask"].bool()] if "attention_mask" in given else logits
 
 
 def by_definition(model, dtype):
-    """A copy of a model in `dtype`, whose attention, prefixes included, is computed by the definition."""
+    """Returns a copy of a model in `dtype`, whose attention, prefixes included, is computed by the definition."""
     model = copy.deepcopy(model).to(dtype)
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._attn_implementation = "definition64" if dtype == F64 else "definition32"
@@ -260,16 +260,6 @@ def check_logits(model, given, dtype=torch.float32, first=0, **logits):
         assert_as_accurate(name, ours, samples, expected, dtype, amplified=amplified)
 
 
-def close(ours, expected):
-    """Asserts that two computations in float64 agree, whatever a stack of layers makes of their roundings.
-
-    They differ by 1e-14 or so; by up to 1e-7 where a norm or a router, which round to float32 in any model, round to
-    the other side.
-    """
-    assert ours.dtype == expected.dtype == F64
-    assert (ours - expected).norm() < 1e-6 * expected.norm()
-
-
 def generated(model, given, **options):
     given = {name: x for name, x in given.items() if name != "decoder_input_ids"}
     with warnings.catch_warnings():
@@ -283,8 +273,8 @@ def _by_definition(compute_dtype):
         module, query, key, value, attention_mask, scaling=None, is_causal=None, softcap=None, s_aux=None,
         position_bias=None, **kwargs,
     ):  # fmt: skip
-        """The definition in one dtype: causality as SDPA has it, sinks as one more key, queries that OPT and Whisper
-        have scaled put back."""
+        """Computes the definition in one dtype: causality as in SDPA, sinks as one more key, the queries that OPT and
+        Whisper have scaled put back."""
         state, index = module.ntk_prefix.state_and_index(len(key)) if hasattr(module, "ntk_prefix") else (None, None)
         seq_q, head_dim = query.shape[2:]
         if type(module).__name__.startswith(("OPT", "Whisper")):
@@ -324,6 +314,6 @@ for name in ("definition32", "definition64"):
 
 
 def snapshot(model):
-    """What attaching a prefix changes, and detaching it puts back."""
+    """Returns all that attaching a prefix changes and detaching it puts back."""
     training = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     return list(model.state_dict()), training, model.config._attn_implementation, set(vars(model))

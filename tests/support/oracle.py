@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 def leaves(query, key, value, state, dtype=None):
-    """Every differentiable input by name, as fresh leaves (in `dtype`), and the state made of them."""
+    """Returns every differentiable input by name, as fresh leaves (in `dtype`), and the state made of them."""
     inputs = {"query": query, "key": key, "value": value}
     if state is not None:
         inputs |= {f"state.{name}": tensor for name, tensor in state.tensors().items()}
@@ -33,7 +33,7 @@ def leaves(query, key, value, state, dtype=None):
 
 
 def op_inputs(query, key, value, state, options, backend):
-    """What `ntk_attention` calls the op with, but for its scales."""
+    """Returns the inputs that `ntk_attention` calls the op with, but for the scales."""
     left, right = options.get("window", (-1, -1))
     mask = options.get("attn_mask")
     return Inputs(
@@ -46,7 +46,7 @@ def op_inputs(query, key, value, state, options, backend):
 
 
 def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse=None, dtype=None, device="cpu"):
-    """{"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input, all on the CPU."""
+    """Returns {"out", "lse"} and, given grad_out (and grad_lse), the gradient of every input, all on the CPU."""
     query, key, value = (tensor.to(device) for tensor in (query, key, value))
     state = None if state is None else state.to(device)
     options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -68,7 +68,7 @@ def run(attention, query, key, value, state, options, *, grad_out=None, grad_lse
 
 
 def nudged(tensor, dtype, generator):
-    """`tensor` with each entry changed by up to half an eps of `dtype` and rounded again."""
+    """Returns `tensor` with each entry changed by up to half an eps of `dtype` and rounded again."""
     change = torch.rand(tensor.shape, generator=generator, dtype=F64) - 0.5
     return (tensor * (1 + torch.finfo(dtype).eps * change)).to(tensor.dtype)
 
@@ -126,6 +126,16 @@ def assert_as_accurate(name, ours, eager, exact, dtype, *, lse_size=0.0, roundin
         )
 
 
+def close(ours, expected):
+    """Asserts that two computations of a model in float64 agree, whatever a stack of layers makes of their roundings.
+
+    They differ by 1e-14 or so, and by up to 1e-7 if a norm or a router, which round to float32 in every model, round to
+    the other side.
+    """
+    assert ours.dtype == expected.dtype == F64
+    assert (ours - expected).norm() < 1e-6 * expected.norm()
+
+
 def check_case(case_inputs, dtype, *, backend, backward=False, grad_lse=False, device="cpu", **tolerance):
     """Runs a call by `backend`, by the reference in float32 and in float64, and compares them."""
     query, key, value, state, options = case_inputs
@@ -160,7 +170,8 @@ NAN_STATES = {
 
 
 def check_nan(recipe, seq_k, backend, device="cpu", head_dim=8, dtype=torch.float32):
-    """NaN in a query, a mask or a state is neither hidden, where the reference has it, nor spread to other heads."""
+    """Asserts that NaN in a query, a mask or a state is neither hidden, where the reference has it, nor spread to other
+    heads."""
 
     def inputs():
         generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ntk_kernels.integrations.peft import NTKConfig, NTKLayer
 
-# What PEFT and transformers warn of in tests.
+# Warnings of PEFT and transformers in tests.
 quiet = [
     no_softcap,
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),  # PEFT, of models without a name
@@ -26,13 +26,13 @@ TASKS = {"decoder": "CAUSAL_LM", "text_to_text": "SEQ_2_SEQ_LM"}
 
 
 def config_of(family, **options):
-    """An adapter in the modules that most tests of a family use, with mass enough to be seen."""
+    """Returns an adapter for the modules that most tests of a family use, with mass enough to be seen."""
     options = {"rank": 3, "init_mass": 0.1, "task_type": TASKS.get(family.kind)} | options
     return NTKConfig(target_modules=rf".*{family.attention}", **options)
 
 
 def randomise(model, name, seed=3):
-    """An adapter of about as much mass as the tokens have."""
+    """Gives an adapter about as much mass as the tokens have."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -42,7 +42,7 @@ def randomise(model, name, seed=3):
 
 
 def adapted(family, configs=None, dtype=torch.float32, **options):
-    """A model with random adapters, "a" and "b" or those of `configs`; the first is active."""
+    """Returns a model with random adapters, "a" and "b" or those of `configs`; the first is active."""
     configs = configs or {"a": config_of(family, **options), "b": config_of(family, **options)}
     model = build(family, dtype=dtype)
     for name, config in configs.items():
@@ -56,7 +56,7 @@ def adapted(family, configs=None, dtype=torch.float32, **options):
 
 
 def snapshot(model):
-    """Names, values and trainability of all parameters, the modules, and the attention implementations."""
+    """Returns names, values and trainability of all parameters, the modules, and the attention implementations."""
     parameters = {n: (p.detach().clone().numpy().tobytes(), p.requires_grad) for n, p in model.named_parameters()}
     modules = {name: type(module) for name, module in model.named_modules()}
     configs = {n: m.config._attn_implementation for n, m in model.named_modules() if hasattr(m, "config")}
@@ -72,7 +72,7 @@ def prefixes_of(model, name):
 
 
 def by_adapter(model, names, function):
-    """Row i of what `function` gives with adapter `names[i]` alone."""
+    """Returns row i of the result of `function` with adapter `names[i]` alone."""
     rows = []
     for i, name in enumerate(names):
         if name == "__base__":

@@ -5,7 +5,7 @@ from cases import F64, make_state
 
 
 def dtype_of(backend):
-    """The widest that a backend computes in."""
+    """Returns the widest dtype that a backend computes in."""
     return torch.float32 if backend == "triton" else F64
 
 

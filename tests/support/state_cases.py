@@ -1,4 +1,4 @@
-"""Small states for tests of states, and what one adds to attention."""
+"""Small states for tests of states, and their numerators and masses."""
 
 import torch
 from cases import make_state
@@ -12,7 +12,7 @@ def a_state(seed=0, **recipe):
 
 
 def numerator_and_mass(state, query):
-    """N and M of a state: its attention without other keys is N/M, and lse is log M."""
+    """Returns N and M of a state: without other keys its attention is N/M, and lse is log M."""
     nothing = query.new_zeros(query.shape[0], state.num_heads, 0, state.head_dim)
     out, lse = ntk_attention(
         query, nothing, query.new_zeros(*nothing.shape[:3], state.value_dim), state, return_lse=True

@@ -10,7 +10,7 @@ F64 = torch.float64
 
 
 def a_prefix(heads=2, rows=40, head_dim=3, value_dim=2, centers=None, weighted=False, dtype=torch.float32):
-    """keys, values, weights, centres of which the last, if there are several, is far from every key."""
+    """Returns keys, values, weights and centres, the last of which, if there are several, is far from every key."""
     keys, values = torch.randn(heads, rows, head_dim), torch.randn(heads, rows, value_dim)
     weights = torch.randn(heads, rows) if weighted else None
     mu = None if centers is None else 0.5 * torch.randn(heads, centers, head_dim)
@@ -29,7 +29,7 @@ def by_reference(prefix, feature_map, key_scale, dtype=F64):
 
 
 def results(function, prefix, *options):
-    """The sums, and gradients of keys, values and centres for fixed gradients of the sums."""
+    """Returns the sums, and the gradients of keys, values and centres for fixed gradients of the sums."""
     tensors = [t.detach().clone().requires_grad_() if i != 2 and t is not None else t for i, t in enumerate(prefix)]
     z, k, count = function(tensors, *options)
     generator = torch.Generator().manual_seed(1)
