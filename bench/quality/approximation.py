@@ -105,9 +105,6 @@ def rows_of(figures: dict) -> list[dict]:
     ]
 
 
-# Data and targets ------------------------------------------------------------------------------------------------
-
-
 class Sample(NamedTuple):
     """Queries, keys and values of n inputs [n, 1, L, D]; keys and values of the longest prefix [1, m, D]."""
 
@@ -153,9 +150,6 @@ def exact(sample: Sample, lengths: list[int], on_length=lambda: None) -> tuple[T
         shares.append((lse_prefix - lse_input).sigmoid().mean().item())
         on_length()
     return torch.stack(outs), {"log_mass_of_input": lse_input.mean().item(), "prefix_share": shares}
-
-
-# States ----------------------------------------------------------------------------------------------------------
 
 
 def convert(sample: Sample, lengths: list[int], feature_map: str, centers, on_length=lambda: None) -> PrefixState:
@@ -256,9 +250,6 @@ def _finite(values: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
-# Tables and plots ------------------------------------------------------------------------------------------------
-
-
 def tables_of(figures: dict) -> list[Table]:
     return [_table(figures, data) for data in figures["data"]]
 
@@ -285,13 +276,8 @@ def _cell(error: float | None) -> str:
 
 
 def notes_of(figures: dict) -> list[str]:
-    """Explains errors: states without mass, states that training does not move, the difference from the script."""
-    notes = [f"{data}: {note}" for data in figures["data"] for note in _notes_of_data(figures, data)]
-    return [
-        *notes,
-        "In contrast to the authors' script the states stand in place of the prefix, not beside it; more differences: "
-        "python -m bench approximation --help",
-    ]
+    """Explains errors: states without mass, and states that training does not move."""
+    return [f"{data}: {note}" for data in figures["data"] for note in _notes_of_data(figures, data)]
 
 
 def _notes_of_data(figures: dict, data: str) -> list[str]:

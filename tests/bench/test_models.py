@@ -1,4 +1,4 @@
-"""What readers record, on small random models; the pretrained ones are not downloaded for tests."""
+"""Attention inputs that the readers record, on small random models; pretrained ones are not downloaded for tests."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def small():
 
 
 def test_decoder_records_what_its_attention_sees(small, monkeypatch):
-    """Each chunk as if prefix and chunk had been read at once, by transformers' own plain attention."""
+    """Attention over the recorded tensors is that of transformers when it reads prefix and chunk at once."""
     monkeypatch.setattr(decoder, "CHUNK", 8)
     tokens = torch.randint(40, (44,))
     prefix, chunks = tokens[:20], tokens[20:].split(8)
@@ -49,7 +49,7 @@ def test_decoder_records_what_its_attention_sees(small, monkeypatch):
 
 
 def test_encoder_records_what_its_attention_sees():
-    """Of each chunk, read by itself; the prefix's chunks one after the other."""
+    """Each chunk is read by itself, and the chunks of the prefix are in order."""
     transformers = reading.quiet_transformers()
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3,
@@ -96,7 +96,7 @@ def test_decoder_keeps_its_model(small, tmp_path):
 
 
 def test_decoder_that_predicts(small, monkeypatch, tmp_path):
-    """The cached model has no head of its own: the decoder's is its embedding."""
+    """The cached model has no language-model head; the decoder uses its embedding."""
     transformers = reading.quiet_transformers()
     config = transformers.LlamaConfig(**small.config.to_dict() | {"tie_word_embeddings": True})
     model = transformers.LlamaModel(config)
