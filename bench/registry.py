@@ -1,4 +1,4 @@
-"""Every benchmark that leaves figures, by what it is for. The modules are described in `lib/run.py`."""
+"""The benchmarks by subject. `lib/run.py` describes their modules."""
 
 from .quality import accounting, approximation, demo, finetune, fit, prompt, scaling
 from .speed import attention, ceilings, convert, decode, sweep

@@ -1,4 +1,4 @@
-"""Whether a result is right: relative errors against float64, and how large they may be."""
+"""Checks of results: relative errors against float64 and their limits."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How far a benchmark is: bars on a terminal, elsewhere a line for each step that is done."""
+"""Progress of a benchmark: bars on a terminal, elsewhere a line for each finished step."""
 
 import time
 

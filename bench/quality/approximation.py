@@ -105,9 +105,6 @@ def rows_of(figures: dict) -> list[dict]:
     ]
 
 
-# Data and targets ------------------------------------------------------------------------------------------------
-
-
 class Sample(NamedTuple):
     """Queries, keys and values of n inputs [n, 1, L, D]; keys and values of the longest prefix [1, m, D]."""
 
@@ -153,9 +150,6 @@ def exact(sample: Sample, lengths: list[int], on_length=lambda: None) -> tuple[T
         shares.append((lse_prefix - lse_input).sigmoid().mean().item())
         on_length()
     return torch.stack(outs), {"log_mass_of_input": lse_input.mean().item(), "prefix_share": shares}
-
-
-# States ----------------------------------------------------------------------------------------------------------
 
 
 def convert(sample: Sample, lengths: list[int], feature_map: str, centers, on_length=lambda: None) -> PrefixState:
@@ -254,9 +248,6 @@ def movement(start: PrefixState, trained: PrefixState) -> list[float | None]:
 def _finite(values: Tensor) -> list[float | None]:
     """Replaces infinities and NaN, which JSON does not have, with None."""
     return [x if math.isfinite(x) else None for x in values.tolist()]
-
-
-# Tables and plots ------------------------------------------------------------------------------------------------
 
 
 def tables_of(figures: dict) -> list[Table]:

@@ -4,8 +4,8 @@ Takes the keys and values that a pretrained encoder makes of 32,256 tokens of te
 input, converts the prefix to states of several sizes, and compares each with exact attention over the whole prefix.
 Prints tables and leaves demo.json, demo.csv and demo.png in the folder it names.
 
-To take one to two minutes on two cores, it compares three of the encoder's six layers (--layers), and the fitted state
-has only 32 rows per head, fitted to 8 chunks of 512 tokens. `bench fit` compares all layers, sizes and methods.
+To take about two minutes on two idle cores, it compares three of the encoder's six layers (--layers), and the fitted
+state has only 32 rows per head, fitted to 8 chunks of 512 tokens. `bench fit` compares all layers, sizes and methods.
 """
 
 import argparse
@@ -222,12 +222,16 @@ def _error_table(figures: dict) -> Table:
     )
     table.add_column("state", no_wrap=True)
     table.add_column("rows per head", justify="right")
-    for i in figures["layers"]:
+    for i in _layers_of(figures):
         table.add_column(f"layer {i}", justify="right")
     for name, per_layer in errors.items():
         cells = [f"{_short(sum(heads) / len(heads))} ({_short(max(heads))})" for heads in per_layer]
         table.add_row(name, str(sizes[name]), *cells)
     return table
+
+
+def _layers_of(figures: dict) -> list[int]:
+    return figures.get("layers", list(range(len(figures["relative_error"][NO_PREFIX]))))  # older records have all
 
 
 def _short(x: float) -> str:
@@ -262,15 +266,15 @@ def plot(path, figures: dict) -> None:
     errors, lengths, settings = figures["relative_error"], figures["prefix_lengths"], figures["settings"]
     times, held = figures["milliseconds"], figures["bytes_held"]
     figure, (left, middle, right) = plots.canvas(3, width=5.3)
-    colors = {name: f"C{i}" for i, name in enumerate((NO_PREFIX, "exact", *STATES))}
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((NO_PREFIX, "exact", *figures["state_rows"])))}
     for name, per_layer in errors.items():
         means = [sum(heads) / len(heads) for heads in per_layer]
         label = name if min(means) < ERROR_SHOWN else f"{name} (above: {_short(min(means))} to {_short(max(means))})"
-        left.plot(figures["layers"], means, marker="o", label=label, color=colors[name],
+        left.plot(_layers_of(figures), means, marker="o", label=label, color=colors[name],
                   ls=":" if name == NO_PREFIX else "-")  # fmt: skip
     left.set(ylim=(0, ERROR_SHOWN), xlabel="layer", ylabel="relative error, mean over heads",
              title=f"Error of the state of a {settings['prefix_rows']:,}-row prefix")  # fmt: skip
-    left.set_xticks(figures["layers"])
+    left.set_xticks(_layers_of(figures))
     for name, results in times.items():
         ms = [result["ms"] for result in results]
         style = {

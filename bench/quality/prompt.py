@@ -1,4 +1,4 @@
-"""What a decoder predicts after a long prompt, without it, and with states in its place.
+"""Predictions of a decoder after a long prompt, without it, and with states in its place.
 
 The prompt is the beginning of the Python language reference, each paragraph once. `prompt_to_states` converts the keys
 and values that the decoder (`bench/models/decoder.py`) makes of it to rows in every layer, fitted to chunks of the text

@@ -1,4 +1,4 @@
-"""How far training moves prefixes of 2 to 16,384 rows, and a state in their place, on one small task.
+"""Movement of prefixes of 2 to 16,384 rows, and of states in their place, in training on one small task.
 
 This illustrates the claim of the paper (arXiv 2406.14036, section 3) that longer prefixes move less. n inputs x of unit
 norm attend only to a prefix of m rows. Each row w_r is a key and, up to a fixed sign a_r, a value:
@@ -98,9 +98,6 @@ def rows_of(figures: dict) -> list[dict]:
         steps_to = {f"steps_to_{goal}": state["steps_to"][j] for j, goal in enumerate(GOALS)}
         rows.append({"name": name, "step_size": state["step_size"], "final_loss": state["final_loss"]} | steps_to)
     return [figures["settings"] | row for row in rows]
-
-
-# Task and training -----------------------------------------------------------------------------------------------
 
 
 def task(num_inputs: int, device: str):
@@ -218,9 +215,6 @@ def of_state(feature_map: str, factor: float, inputs, targets, steps: int, on_st
         "curve": [_finite(share[step]) for step in curve_steps(steps)],
         "smallest_mass": _finite(log_mass.min().exp().item()),
     }
-
-
-# Tables and plots ------------------------------------------------------------------------------------------------
 
 
 def curve_steps(steps: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What this machine reaches when it copies memory and multiplies matrices (upper quartile of the runs)."""
+"""Rates at which this machine copies memory and multiplies matrices (upper quartile of the runs)."""
 
 import argparse
 

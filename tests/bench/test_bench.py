@@ -78,7 +78,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
     "gains, expected", [([-1, 1, 2], 15), ([1, 1, 1], 0), ([-1, -1, -1], None), ([1, -1, 3], 22.5)]
 )
 def test_crossing(gains, expected):
-    """From where on one stays ahead."""
+    """The crossing is where the gain becomes positive for good."""
     assert timing.crossing([10, 20, 30], gains) == expected
 
 
@@ -115,7 +115,7 @@ SMALL = ["attention", "--device", "cpu", "--length", "256", "--heads", "2", "--s
 
 
 def test_attention(tmp_path, capsys, monkeypatch):
-    """All peers of a CPU but those that have to be compiled; FlexAttention is, once, and has no backward."""
+    """Runs all peers of a CPU except compiled ones; of those only FlexAttention, which has no backward there."""
     monkeypatch.setenv("COLUMNS", "200")
     names = ("SDPA", "ours", "naive formula", "reference", "FlexAttention, no")
     monkeypatch.setattr(attention, "all_peers", lambda s: [p for p in peers.all_peers(s) if "compiled" not in p.name])
@@ -145,7 +145,7 @@ def test_attention_refuses_peers_that_are_none(tmp_path):
 
 
 def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
-    """Of ours it is an error; of a peer, a reason to leave it out."""
+    """A wrong result of ours is an error; a peer with a wrong result is left out."""
     monkeypatch.setattr(peers, "ntk_attention", lambda q, *args, **kwargs: q)
     with pytest.raises(RuntimeError, match="ours, no prefix is wrong: relative error"):
         main([*SMALL, "--only", "ours", "--out", str(tmp_path)])
@@ -159,7 +159,7 @@ def test_attention_refuses_to_time_what_is_wrong(monkeypatch, tmp_path):
 
 
 def test_peers_that_only_gpus_have(monkeypatch):
-    """They get [B, L, H, D] and give it back; without their packages they say so."""
+    """Peers with layout [B, L, H, D] are called in it; without their packages they raise ImportError."""
     setting = peers.Setting("cuda", 8, 2, 4)
     query, key, value = torch.randn(3, 1, 2, 8, 4).unbind()
     theirs = {peer.name.partition(",")[0]: peer.function for peer in peers.all_peers(setting)}
@@ -319,7 +319,7 @@ def test_timing_takes_turns():
 
 
 def test_a_gpu_is_busy_as_long_as_python_needs(monkeypatch):
-    """Flushes before each call, of 0.5 ms as the events say: one, and as many as the 2 ms of the slow call take."""
+    """A flush takes 0.5 ms by the events: the fast call gets one, the slow one as many as its 2 ms take."""
     log = []
 
     class Event:

@@ -21,7 +21,7 @@ SMALL = ["--device", "cpu", "--steps", "3", "--batch", "2", "--length", str(LENG
 
 
 class Tokenizer:
-    """Gives the same 40 sequences, whatever the text."""
+    """Returns the same 40 sequences for any text."""
 
     def __call__(self, text, add_special_tokens):
         generator = torch.Generator().manual_seed(1)
@@ -30,7 +30,7 @@ class Tokenizer:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Takes the place of the decoder: two layers, 4 query and 2 key/value heads, D = 8."""
+    """Replaces the decoder by one with two layers, 4 query and 2 key/value heads and D = 8."""
     transformers = reading.quiet_transformers()
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -51,7 +51,7 @@ def comparison(model, **options):
 
 
 def loss_of(model, sequences):
-    """A token at a time, without what transformers makes of `labels`."""
+    """Returns the mean loss per token, computed from the logits of one sequence at a time."""
     model.eval()
     with torch.no_grad():
         log_p = torch.cat([model(input_ids=sequence[None]).logits for sequence in sequences]).log_softmax(-1)
@@ -59,7 +59,7 @@ def loss_of(model, sequences):
 
 
 def test_every_method(tiny, tmp_path, capsys):
-    """The record holds what a direct evaluation gives; parameters are equal; the given model is not changed."""
+    """The record agrees with a direct evaluation; parameters are equal; the given model is not changed."""
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     main(["finetune", *SMALL, "--budget", "640", "--out", str(tmp_path)])
     assert tiny.state_dict().keys() == before.keys()
@@ -101,7 +101,7 @@ def test_every_method(tiny, tmp_path, capsys):
 
 
 def test_sizes_are_the_nearest(tiny):
-    """No other whole size is nearer to the budget; Z in full where that is nearer or no larger."""
+    """No other integer size is closer to the budget; Z is full where that is closer or not larger."""
     for budget in (100, 300, 1000, 5000):
         same = comparison(tiny, budget=budget)
         for method in finetune.METHODS.values():
@@ -118,7 +118,7 @@ def test_sizes_are_the_nearest(tiny):
 
 
 def test_starts_from_text(tiny):
-    """From text, both kinds of prefix are the model with that text before its input."""
+    """Both kinds of prefix, started from text, predict what the model predicts after that text."""
     same = comparison(tiny)
     sequences = same.parts.test
     # With one token besides the row, the expansion around the mean key is exact.
@@ -133,7 +133,7 @@ def test_starts_from_text(tiny):
 
 
 def test_rows_fitted_to_text(tiny):
-    """A few rows do what the model with four sequences before its input does."""
+    """A few rows predict what the model predicts with four sequences before its input."""
     same = comparison(tiny)
     sequences = same.parts.test
     text = same.parts.train.roll(-finetune._order(len(same.parts.train), 1)[0], dims=0)[:4].flatten()
@@ -160,7 +160,7 @@ def test_starts_as_the_model(tiny):
 
 
 def test_all_methods_see_the_same(tiny):
-    """Batches depend on the seed alone, each sequence comes once in an epoch, the parts of the text are apart."""
+    """Batches depend only on the seed, each sequence comes once per epoch, and the parts do not overlap."""
     same = comparison(tiny)
     assert [len(part) for part in same.parts] == [34, 3, 3]
     tokens = torch.tensor(Tokenizer()("", False)["input_ids"])
@@ -264,8 +264,8 @@ def test_without_the_decoder(monkeypatch):
 
 
 def test_prompt(tiny, monkeypatch, tmp_path, capsys):
-    """Losses are those of the model itself on prompt and chunk at once; as many rows as tokens would be the prompt.
-    Training brings them nearer."""
+    """Losses with the prompt are those of the model on prompt and chunk at once; states come close, trained ones
+    closer."""
     monkeypatch.setattr(prompt, "CHUNK", LENGTH)
     monkeypatch.setattr(decoder, "CHUNK", LENGTH)
     main(["prompt", "--device", "cpu", "--prompt", "30", "--rows", "2", "16", "--calibration", "20", "--test", "3",

@@ -41,7 +41,7 @@ class ClusteredReader:
 
 
 class CausalReader(ClusteredReader):
-    """Two query heads for each state head, as in the decoder."""
+    """A causal reader with two query heads per state head, as in the decoder."""
 
     is_causal, query_heads = True, 4
 
@@ -51,7 +51,7 @@ READERS = {"encoder": ClusteredReader, "decoder": CausalReader}
 
 @pytest.mark.parametrize("model", ["encoder", "decoder"])
 def test_fit(monkeypatch, tmp_path, capsys, model):
-    """Errors are those that the reference finds on the test's chunks, the first ones."""
+    """Errors agree with the reference on the chunks of the test, which are the first ones."""
     monkeypatch.setattr({"encoder": encoder, "decoder": decoder}[model], "Reader", READERS[model])
     monkeypatch.setattr(fit, "MAX_BY_LEAST_SQUARES", 18)
     monkeypatch.setattr(fit, "FAILED", 0.0)
@@ -107,7 +107,7 @@ def test_fit(monkeypatch, tmp_path, capsys, model):
 
 
 def test_fit_of_several_lengths(monkeypatch, tmp_path):
-    """The shorter prefix is the end of the longer one, and its figures are those that it has alone."""
+    """The shorter prefix is the end of the longer one, and has the same figures as alone."""
     monkeypatch.setattr(encoder, "Reader", ClusteredReader)
     monkeypatch.setattr(gradient, "_STEPS", 50)
     monkeypatch.setattr(gradient, "_BATCH", 256)

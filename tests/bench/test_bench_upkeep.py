@@ -1,4 +1,4 @@
-"""The benchmarks that are for maintainers: tune, all, gate, report."""
+"""The benchmarks for maintainers: tune, all, gate, report."""
 
 import argparse
 import json
@@ -146,7 +146,7 @@ def test_parts_of_all_are_commands_that_exist():
 
 
 def test_gate(monkeypatch, capsys):
-    """Passes if one of five runs does; says what is too slow."""
+    """The gate passes if one of five runs does, and prints what is too slow."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     runs = []
@@ -172,7 +172,7 @@ def test_gate(monkeypatch, capsys):
 
 
 def test_report_of_every_record():
-    """Pages and README come from the records alone."""
+    """Pages and README are up to date, and pages have every plot."""
     main(["report", "--check"])
     for folder in report.RESULTS.iterdir():
         page = (folder / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""What benchmarks share: tables that fit the screen, progress without a terminal, work in threads."""
+"""Shared parts of the benchmarks: tables that fit the screen, progress without a terminal, work in threads."""
 
 import io
 import threading
@@ -21,13 +21,13 @@ def printed(show, width: int) -> list[str]:
 
 
 def columns_of(lines: list[str], border: str) -> list[list[str]]:
-    """What stands between the borders, column by column."""
+    """Returns the text between the borders, column by column."""
     rows = [[cell.strip() for cell in line[1:-1].split(border)] for line in lines if line.startswith(border)]
     return [[cell for cell in column if cell] for column in zip(*rows, strict=True)]
 
 
 def check_shows_all_of(table: Table, width: int) -> None:
-    """Every column once and the first in each part, whole figures, nothing beyond the screen."""
+    """Checks that the parts have every column once and the first in each, with whole figures, within the screen."""
     lines = printed(lambda console: tables.show(console, table), width)
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
@@ -68,7 +68,7 @@ def test_wide_cells_are_broken_and_not_cut():
 
 
 def test_progress_without_a_terminal():
-    """A line for each step that has a name, and for every tenth of the others."""
+    """Steps with a name get a line each; the others one for every tenth of the task."""
 
     def work(console):
         with progress.Steps(console) as steps:
@@ -84,7 +84,7 @@ def test_progress_without_a_terminal():
 
 
 def test_threads():
-    """Every item is worked on, operations are not split meanwhile, and what goes wrong is raised."""
+    """Each item gets its result, operations are not split meanwhile, and errors are raised."""
     torch.set_num_threads(2)
     both = threading.Barrier(2, timeout=30)
 

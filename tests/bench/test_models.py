@@ -1,4 +1,4 @@
-"""The readers of models, on small random ones; the pretrained ones are not downloaded for tests."""
+"""Attention inputs that the readers record, on small random models; pretrained ones are not downloaded for tests."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_decoder_records_what_its_attention_sees(small, monkeypatch):
 
 
 def test_encoder_records_what_its_attention_sees():
-    """Of each chunk, read by itself; the prefix's chunks one after the other."""
+    """Each chunk is read by itself, and the chunks of the prefix are in order."""
     transformers = reading.quiet_transformers()
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3,
