@@ -151,7 +151,7 @@ def check_state_fits(state, query: Tensor, key: Tensor, value: Tensor, state_ind
     if state.device != query.device:
         raise ValueError(f"`state` must be on the device of `query`, {query.device}, got {state.device}")
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    if state.num_heads not in (num_heads, num_kv_heads):
+    if state.num_heads != num_heads and state.num_heads != num_kv_heads:  # no `in`: Dynamo finds 2 in no SymInts
         raise ValueError(
             f"`state` must have Hq={num_heads} or Hkv={num_kv_heads} heads, one for each head of `query` or of "
             f"`key` (tensors are [B, H, L, D]), got {state.num_heads}"

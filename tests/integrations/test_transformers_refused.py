@@ -30,6 +30,7 @@ from ntk_kernels.integrations.transformers import (
     load_prefix,
     save_prefix,
 )
+from ntk_kernels.integrations.transformers.attention_interface import ntk_attention_forward
 
 pytestmark = no_softcap
 
@@ -255,3 +256,14 @@ def test_files_that_do_not_fit(tmp_path):
     refused(written({key: tensor for key, tensor in tensors.items() if key != name}), 'Missing key.* "z"')
     with pytest.raises(ValueError, match="must have no prefixes yet"):
         load_prefix(model, path)
+
+
+def test_a_part_of_the_heads_is_refused():
+    """A rank of two has 2 of 4 query heads and 1 of 2 key/value heads; the state's 2 heads would fit the former."""
+    model = build(BY_NAME["llama"])
+    attach_prefix(model)
+    module = model.model.layers[0].self_attn
+    dim = module.head_dim
+    query, key = torch.randn(1, 2, 5, dim), torch.randn(1, 1, 5, dim)
+    with pytest.raises(NotImplementedError, match="all Hq=4 query heads of the module, got 2; under tensor parallel"):
+        ntk_attention_forward(module, query, key, key, None)

@@ -61,3 +61,19 @@ def test_rows_without_visible_keys():
     grads = fused.backward(torch.randn_like(out), query, key, value, out, lse, 0.3, False, bias)
     assert all(grad.isfinite().all() for grad in grads)
     assert (grads[0][:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_negative_scale_rounds_nothing(dtype):
+    """Queries times -32 would not fit in float16, and in bfloat16 be other numbers."""
+    query, key, value, grad = (torch.randn(1, 2, 6, 8).to(dtype) for _ in range(4))
+    query[0, 0, 0, 0] = 4096
+    for scale in (-0.1, -32.0):
+        (out, lse), (expected, expected_lse) = (
+            fused.forward(q, key, value, x, False, None) for q, x in ((query, scale), (-query, -scale))
+        )
+        torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=0, atol=0)
+        grads, expected_grads = (
+            fused.backward(grad, q, key, value, out, lse, x, False, None) for q, x in ((query, scale), (-query, -scale))
+        )
+        torch.testing.assert_close(grads, (-expected_grads[0], *expected_grads[1:]), rtol=0, atol=0)

@@ -161,6 +161,19 @@ def test_compile_dynamic_compiles_once(backend):
     assert counter.frame_count == 1
 
 
+@fused_backends
+def test_compile_dynamic_takes_a_state_of_fixed_size(backend):
+    torch._dynamo.reset()
+    state = PrefixState(torch.rand(2, 8, 8), torch.rand(2, 8), "elu")
+
+    def attend(query, key, value):
+        return ntk_attention(query, key, value, state, is_causal=True, backend=backend)
+
+    call = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*call), attend(*call), rtol=0, atol=0)
+
+
 def test_compile_inductor_forward_and_backward():
     query, key, value = torch.randn(3, 2, 2, 24, 8)
     state = PrefixState(torch.rand(2, 9, 8), torch.rand(2, 9), "taylor1")

@@ -43,7 +43,7 @@ def backward(
     bias: Tensor | None,
 ):  # fmt: skip
     """Gradients of `q`, `k`, `v` through these keys, where `out` and `lse` are those of the whole softmax."""
-    head_dim, value_dim, to_query = q.shape[3], v.shape[3], scale
+    head_dim, value_dim, sign = q.shape[3], v.shape[3], (scale > 0) - (scale < 0)
     q, k, v = _pad(q, k, v)
     q, scale = _positive_scale(q, scale)
     if v.shape[3] != value_dim:
@@ -51,8 +51,8 @@ def backward(
     out, grad_out = (_unit_stride(t) for t in (out, grad_out))
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # rows that see nothing: P = 0
     grad_q, grad_k, grad_v = _op(q, k, v, is_causal, bias).backward(grad_out, q, k, v, out, lse, scale, is_causal, bias)
-    if scale != to_query:
-        grad_q = grad_q * to_query
+    if sign != 1:
+        grad_q = grad_q * sign
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :value_dim]
 
 
@@ -69,7 +69,9 @@ def _pad(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The ops hide keys by -inf and then multiply by the scale, which must not be 0 or negative."""
-    return (q, scale) if scale > 0 else (q * scale, 1.0)
+    if scale < 0:
+        return -q, -scale  # q · scale would be rounded
+    return (q, scale) if scale else (q * 0.0, 1.0)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

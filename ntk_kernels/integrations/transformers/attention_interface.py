@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from ...attention import ntk_attention
 from ...decode import ntk_attention_decode
 from ...state import PrefixState
+from .attention_modules import find_shape
 from .observer import Observer
 
 IMPLEMENTATION = "ntk"  # no part of it may be a word that transformers looks for ("flash", "sdpa", "paged|", ...)
@@ -63,7 +64,8 @@ def ntk_attention_forward(
         out [B, Lq, Hq, Dv], 0 for a query that sees neither key nor prefix, and None for the attention weights.
 
     Raises:
-        NotImplementedError: the model passes an argument that changes attention in a way unknown here.
+        NotImplementedError: the model passes an argument that changes attention in a way unknown here, or, to a module
+            with a prefix, a part of its heads (tensor parallelism).
     """
     _check_call(module, dropout, kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, shared by all rows
@@ -72,6 +74,8 @@ def ntk_attention_forward(
     scale = 1 / math.sqrt(head_dim) if scaling is None else scaling
     query_scale = _query_scale(module, scale, head_dim)
     child = getattr(module, CHILD, None)
+    if child is not None:
+        _check_all_heads(module, query)
     state, state_index = (None, None) if child is None else _prefix_of(child, query.shape[0], query_scale)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -115,6 +119,16 @@ def _check_call(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> No
         )
     if kwargs.get("output_attentions"):
         _warn("attention weights are never computed: `output_attentions` gives None for them")
+
+
+def _check_all_heads(module: nn.Module, query: Tensor) -> None:
+    """Refuses a part of the module's heads: the Hkv heads of a state would be taken for them if they are as many."""
+    shape = find_shape(module)
+    if shape is not None and query.shape[1] < shape.num_heads:
+        raise NotImplementedError(
+            f"a prefix of {type(module).__name__} must meet all Hq={shape.num_heads} query heads of the module, got "
+            f"{query.shape[1]}; prefixes are not supported under tensor parallelism, where a rank has a part of the heads"
+        )
 
 
 def _warn(what: str) -> None:
