@@ -127,7 +127,7 @@ def _check_all_heads(module: nn.Module, query: Tensor) -> None:
     if shape is not None and query.shape[1] < shape.num_heads:
         raise NotImplementedError(
             f"a prefix of {type(module).__name__} must meet all Hq={shape.num_heads} query heads of the module, got "
-            f"{query.shape[1]}; prefixes are not supported under tensor parallelism, where a rank has a part of the heads"
+            f"{query.shape[1]}; under tensor parallelism, where a rank has a part of the heads, none is supported"
         )
 
 
