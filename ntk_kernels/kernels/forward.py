@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import replay
 from .host import configs
 from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, signature, strided
 from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
@@ -163,6 +164,7 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
     kind, keys = call.kind, call.keys
     if config.use_descriptors and configs.can_describe(keys.k.ptr) and configs.can_describe(keys.v.ptr):
+        replay.refuse("tensor descriptors hold addresses")
         keys = keys._replace(
             k_desc=_descriptor(keys.k.ptr, config.block_n, kind.blocks.block_d),
             v_desc=_descriptor(keys.v.ptr, config.block_n, kind.blocks.block_dv),

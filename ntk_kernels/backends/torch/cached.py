@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...inputs import DecodeInputs
+from ...replay import refuse
 from ..results import empty_out, lse_dtype
 
 
@@ -57,6 +58,8 @@ def _parts(inputs: DecodeInputs) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
     """Batch rows, the keys and values that one of their queries sees, and where among those their diagonal is."""
     batch, _, seq_q, _ = inputs.query.shape
     size = inputs.cache_size
+    if inputs.cache_seqlens is not None or inputs.key_start is not None:
+        refuse("lengths are read")
     stops = [size] * batch if inputs.cache_seqlens is None else inputs.cache_seqlens.tolist()
     starts = [0] * batch if inputs.key_start is None else inputs.key_start.tolist()
     ranges = []

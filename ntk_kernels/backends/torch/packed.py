@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...inputs import NUM_DIFFERENTIABLE, Inputs, Leaves
+from ...replay import refuse
 from ..results import empty_grad, empty_out, lse_dtype
 
 
 def _sequences(inputs: Inputs) -> Iterator[tuple[slice, slice, Inputs]]:
     """Rows, keys and inputs of each sequence, with the differentiable tensors of all but query, key, value whole."""
+    refuse("lengths are read")
     bounds_q, bounds_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):
         rows, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])

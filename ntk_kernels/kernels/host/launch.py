@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ... import replay
 from ..jit.dims import dims_for
 from ..jit.prefix_term import State
-from ..jit.tiles import LOG2_E, Scales, Strided
+from ..jit.tiles import INTERPRETED, LOG2_E, Scales, Strided
 from ..jit.visibility import Keys, Sequences
 from . import autotune, configs
 
@@ -29,7 +30,8 @@ class Plan:
 
     def __init__(self, kernel, grid: tuple, scalars: tuple, options: dict):
         self.kernel, self.grid, self.scalars, self.options = kernel, grid, scalars, options
-        self.run = None  # the compiled kernel, for tensors at multiples of 16 bytes
+        self.compiled = None  # the kernel, for tensors at multiples of 16 bytes
+        self.run = None
 
 
 class Launch(NamedTuple):
@@ -44,17 +46,55 @@ class Launch(NamedTuple):
 
     def __call__(self) -> None:
         plan = self.plan
-        if plan.run is not None and _addresses(self.tensors) % 16 == 0:
-            plan.run(*self.tensors, *plan.scalars)
-        elif all(plan.grid):
-            self._compile_and_run()
+        if not all(plan.grid):
+            return
+        is_aligned = _addresses(self.tensors) % 16 == 0
+        recording = replay.current_recording()
+        if recording is None:
+            self._run(is_aligned)
+        else:
+            with recording.paused():  # Triton's interpreter copies tensors
+                self._run(is_aligned)
+            self._record(recording, is_aligned)
 
-    def _compile_and_run(self) -> None:
+    def _run(self, is_aligned: bool) -> None:
+        plan = self.plan
+        if plan.run is not None and is_aligned:
+            plan.run(*self.tensors, *plan.scalars)
+        else:
+            self._compile_and_run(is_aligned)
+
+    def _compile_and_run(self, is_aligned: bool) -> None:
         """Slow path: Triton's launcher, whose inspection of the arguments takes longer than most of these kernels."""
         plan = self.plan
         compiled = plan.kernel[plan.grid](*self.args, **plan.options)
-        if isinstance(compiled, triton.compiler.CompiledKernel) and _addresses(self.tensors) % 16 == 0:
-            plan.run = compiled[(*plan.grid, 1, 1)[:3]]
+        if isinstance(compiled, triton.compiler.CompiledKernel) and is_aligned:
+            plan.compiled, plan.run = compiled, compiled[_in_three(plan.grid)]
+
+    def _record(self, recording: "replay.Recording", is_aligned: bool) -> None:
+        plan = self.plan
+        if INTERPRETED:
+            recording.launch(partial(plan.kernel[plan.grid], **plan.options), self.args)
+        elif is_aligned:
+            kernel = plan.compiled
+            no_hooks = (None, None, None)
+            recording.launch(
+                kernel.run, self.args, _in_three(plan.grid), (kernel.function, kernel.packed_metadata, *no_hooks)
+            )
+        else:
+            replay.refuse("addresses are no multiples of 16 bytes")
+
+
+def _in_three(grid: tuple) -> tuple[int, int, int]:
+    return (*grid, 1, 1)[:3]
+
+
+def _has_hooks() -> bool:
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+replay.watchers.append(_has_hooks)
 
 
 def _addresses(tensors: tuple) -> int:
@@ -331,6 +371,7 @@ def run_with_best_tiles(
         launch_with(config)()
 
     if autotune.enabled():
+        replay.refuse("launches are measured")
         config = autotune.fastest(kind.shape_class(kernel), candidates, run, configs.device_name(kind.device))
         for tensor, before in kept:
             tensor.copy_(before)

@@ -1,0 +1,476 @@
+"""Calls like an earlier one, without the Python that led the earlier one to its kernels.
+
+Of a call, a `Recording` notes what is done to tensors: PyTorch's operations, and launches of kernels. Views are not
+among it: a kernel takes an address, and where an operation takes a view, its place in memory is known. What is left is
+written out as a Python function of the call's tensors (`Program.function`). For the forward with an `elu` state that is
+
+    def replay(x0, x1, x2, x3, x4):
+        if current_device() != 0:
+            with device(0):
+                return replay(x0, x1, x2, x3, x4)
+        a0 = x0.data_ptr()
+        ...
+        if (a0 | a1 | a2 | a4) & 15:
+            return None
+        x5 = empty_like(x0)
+        a5 = x5.data_ptr()
+        x6 = empty(c1, dtype=c2, device=c3)
+        a6 = x6.data_ptr()
+        x7 = x3.to(c4)
+        a7 = x7.data_ptr()
+        f5(256, 1, 1, stream(0), ..., (a0, c5), ((a1, c6), (a2, c7), None, None), (a7, None, a4, ...), ..., c8)
+        return (x5, x6)
+
+A call is of a kind with another if all that the recorded code looks at is the same: shapes, strides, dtypes and devices
+of tensors, options, and modes of PyTorch (`kind_of`). Code that looks at the numbers in a tensor cannot be recorded.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MAX_KINDS = 1024
+_MAX_STEPS = 200  # a longer recording, of a loop over chunks, gains nothing
+_ALIGNMENT = 16  # of the addresses that the kernels are compiled for
+_SCRATCH_ALIGNMENT = 128
+_aten = torch.ops.aten
+_ALLOCATIONS = (
+    _aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)  # fmt: skip
+_NEEDS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+_active = threading.local()
+
+
+def refuse(reason: str) -> None:
+    """Tells the recording that the caller is part of, if there is one, that the call cannot be replayed."""
+    if (recording := current_recording()) is not None:
+        recording.problem = reason
+
+
+def current_recording() -> "Recording | None":
+    """Returns the recording that the caller is part of."""
+    return getattr(_active, "recording", None)
+
+
+# Programs --------------------------------------------------------------------------------------------------------
+
+
+class Register(NamedTuple):
+    """A tensor of a program: one of its inputs, or made by a step."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int  # of its storage
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Register":
+        nbytes = tensor.untyped_storage().nbytes()
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, nbytes)
+
+
+class View(NamedTuple):
+    """A tensor in the memory of a register, `offset` elements behind its first."""
+
+    register: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Operation(NamedTuple):
+    """An operation of PyTorch. The results are numbers of registers, -1 for what is no tensor."""
+
+    call: Callable
+    args: Any
+    kwargs: dict[str, Any]
+    results: tuple[int, ...]
+    is_pure: bool  # it changes no tensor
+
+
+class KernelLaunch(NamedTuple):
+    """A launch, `run(*grid, stream, *fixed, *args)` with addresses for tensors; `run(*args)` if `grid` is None."""
+
+    run: Callable
+    grid: tuple[int, int, int] | None
+    fixed: tuple
+    args: Any
+    results: tuple = ()
+    is_pure: bool = False
+
+
+class Program:
+    """Everything that a call did to its tensors, which come first among the registers."""
+
+    def __init__(self, registers: list[Register], num_inputs: int, steps: list, results: list[View | None]):
+        self.registers, self.num_inputs, self.results = registers, num_inputs, results
+        used, self.steps = set(_registers_in(results)), []
+        for step in reversed(steps):
+            if step.is_pure and used.isdisjoint(step.results):
+                continue
+            used.update(_registers_in(tuple(step)))
+            self.steps.insert(0, step)
+
+    @functools.cached_property
+    def replay(self) -> Callable:
+        """The program as a function of tensors as they were."""
+        return self.function()
+
+    def function(self, given: Sequence[Tensor] | None = None, finish: Callable | None = None) -> Callable:
+        """Returns the program as a function of its tensors that returns a tuple of results, or None where the addresses
+        of the tensors are no multiples of 16 bytes.
+
+        Args:
+            given: tensors as the function gets them, if they have other shapes than the program's; the same numbers
+                must lie at the same places.
+            finish: picks and changes results: of a list of them it makes one of None and of pairs, the place of a
+                result and a view of it.
+        """
+        registers = [*self.registers]
+        for i, tensor in enumerate(given or ()):
+            registers[i] = Register.of(tensor)
+        results = self.results
+        if finish is not None:
+            models = [x and torch.empty_strided(x.shape, x.stride, device="meta") for x in self.results]
+            results = [pair and _as(self.results[pair[0]], pair[1]) for pair in finish(models)]
+        return _Writer(registers, self.num_inputs, self.steps, results).function()
+
+
+def _as(view: View, model: Tensor) -> View:
+    """The view as the tensor `model`, which was made of one with its shape and strides."""
+    return View(view.register, tuple(model.shape), model.stride(), view.offset + model.storage_offset())
+
+
+def _registers_in(item: Any) -> Iterable[int]:
+    """The registers in nested records."""
+    if isinstance(item, View):
+        yield item.register
+    elif isinstance(item, tuple | list):
+        for x in item:
+            yield from _registers_in(x)
+    elif isinstance(item, dict):
+        yield from _registers_in(tuple(item.values()))
+
+
+class _Writer:
+    """Writes a program as Python. xi is the tensor of register i, ai its address; c and f are constants and functions."""
+
+    def __init__(self, registers: list[Register], num_inputs: int, steps: list, results: list):
+        self.registers, self.num_inputs, self.steps, self.results = registers, num_inputs, steps, results
+        self.lines: list[str] = []
+        self.values: dict[str, Any] = {}
+        self.names: dict[int, str] = {}  # of values, by id
+        launches = [step for step in steps if isinstance(step, KernelLaunch)]
+        operations = [step for step in steps if isinstance(step, Operation)]
+        self.takes_addresses = any(step.grid is not None for step in launches)
+        self.addressed = set(_registers_in([step.args for step in launches])) if self.takes_addresses else set()
+        made = {number for step in operations if step.call in _ALLOCATIONS for number in step.results}
+        as_tensors = set(_registers_in([results, [(step.args, step.kwargs) for step in operations]]))
+        # Room that only kernels see is allocated at once.
+        self.scratch = sorted((made & self.addressed) - as_tensors)
+
+    def function(self) -> Callable:
+        inputs = ", ".join(f"x{i}" for i in range(self.num_inputs))
+        if self.takes_addresses:
+            self._write_start(inputs)
+        last_uses = self._last_uses()
+        for i, step in enumerate(self.steps):
+            self._write_step(step)
+            if done := last_uses.get(i):
+                self.lines.append(f"del {', '.join(f'x{number}' for number in done)}")
+        self.lines.append(f"return ({''.join(f'{self._tensor(view)}, ' for view in self.results)})")
+        source = f"def replay({inputs}):\n" + "".join(f"    {line}\n" for line in self.lines)
+        exec(source, self.values)  # as dataclasses do; nothing is in it but what is written here
+        replay = self.values["replay"]
+        replay.source = source
+        return replay
+
+    def _last_uses(self) -> dict[int, list[int]]:
+        """The registers that are not needed any more after each step."""
+        last = {}
+        for i, step in enumerate(self.steps):
+            last |= dict.fromkeys((*_registers_in(tuple(step)), *step.results), i)
+        kept = {-1, *range(self.num_inputs), *self.scratch, *_registers_in(self.results)}
+        return {i: [number for number in last if last[number] == i and number not in kept] for i in set(last.values())}
+
+    def _write_start(self, inputs: str) -> None:
+        index = self._device().index
+        self.values |= {"device": torch.cuda.device, "current_device": torch._C._cuda_getDevice,
+                        "stream": torch._C._cuda_getCurrentRawStream}  # fmt: skip
+        self.lines += [f"if current_device() != {index}:", f"    with device({index}):",
+                       f"        return replay({inputs})"]  # fmt: skip
+        given = [i for i in sorted(self.addressed) if i < self.num_inputs]
+        self.lines += [f"a{i} = x{i}.data_ptr()" for i in given]
+        addresses = " | ".join(f"a{i}" for i in given)
+        self.lines += [f"if ({addresses}) & {_ALIGNMENT - 1}:", "    return None"]
+        size = 0
+        for i in self.scratch:
+            self.lines.append(f"a{i} = a + {size}")
+            size += -(-self.registers[i].nbytes // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+        if self.scratch:
+            of_scratch = len(self.lines) - len(self.scratch)
+            options = f"dtype={self._constant(torch.uint8)}, device={self._constant(self._device())}"
+            self.lines[of_scratch:of_scratch] = [f"x = {self._name(torch.empty)}(({size},), {options})", "a = x.data_ptr()"]
+
+    def _device(self) -> torch.device:
+        return self.registers[0].device
+
+    def _write_step(self, step: Operation | KernelLaunch) -> None:
+        if isinstance(step, KernelLaunch):
+            self.lines.append(self._launch(step))
+            return
+        if step.results and step.results[0] in self.scratch:
+            return
+        value = self._allocation(step) if step.call in _ALLOCATIONS else self._operation(step)
+        targets = ["_" if number < 0 else f"x{number}" for number in step.results]
+        self.lines.append(f"{', '.join(targets)} = {value}" if targets else value)
+        self.lines += [f"a{i} = x{i}.data_ptr()" for i in step.results if i in self.addressed]
+
+    def _allocation(self, step: Operation) -> str:
+        (number,) = step.results
+        made = self.registers[number]
+        if step.call is _aten.empty_like.default:
+            model = self.registers[step.args[0].register]
+            if made[:4] == model[:4]:
+                return f"{self._name(torch.empty_like)}({self._tensor(step.args[0])})"
+        options = f"dtype={self._constant(made.dtype)}, device={self._constant(made.device)}"
+        if made.stride == torch.empty(made.shape, device="meta").stride():
+            return f"{self._name(torch.empty)}({self._constant(made.shape)}, {options})"
+        return f"{self._name(torch.empty_strided)}({self._constant(made.shape)}, {self._constant(made.stride)}, {options})"
+
+    def _operation(self, step: Operation) -> str:
+        if step.call is _aten._to_copy.default and list(step.kwargs) == ["dtype"]:  # faster than the op by its name
+            return f"{self._tensor(step.args[0])}.to({self._constant(step.kwargs['dtype'])})"
+        arguments = [self._expression(x, self._tensor) for x in step.args]
+        arguments += [f"{name}={self._expression(x, self._tensor)}" for name, x in step.kwargs.items()]
+        return f"{self._name(step.call)}({', '.join(arguments)})"
+
+    def _launch(self, step: KernelLaunch) -> str:
+        if step.grid is None:
+            arguments = [self._expression(x, self._tensor) for x in step.args]
+        else:
+            arguments = [*map(str, step.grid), f"stream({self._device().index})", *map(self._constant, step.fixed)]
+            arguments += [self._expression(x, self._address) for x in step.args]
+        return f"{self._name(step.run)}({', '.join(arguments)})"
+
+    def _expression(self, item: Any, of_view: Callable[[View], str]) -> str:
+        """Nested records as an expression; those without tensors are a constant."""
+        if isinstance(item, View):
+            return of_view(item)
+        if not isinstance(item, tuple | list) or not any(True for _ in _registers_in(item)):
+            return self._constant(item)
+        items = "".join(f"{self._expression(x, of_view)}, " for x in item)
+        if hasattr(item, "_fields") and not self.takes_addresses:
+            return f"{self._name(type(item))}({items})"
+        return f"[{items}]" if isinstance(item, list) else f"({items})"
+
+    def _address(self, view: View) -> str:
+        nbytes = view.offset * self.registers[view.register].dtype.itemsize
+        return f"a{view.register} + {nbytes}" if nbytes else f"a{view.register}"
+
+    def _tensor(self, view: View | None) -> str:
+        if view is None:
+            return "None"
+        name, register = f"x{view.register}", self.registers[view.register]
+        if view.offset == 0 and view[1:3] == register[:2]:
+            return name
+        offset = str(view.offset)
+        if view.register < self.num_inputs:
+            offset = f"{name}.storage_offset()" + (f" + {offset}" if view.offset else "")
+        return f"{name}.as_strided({self._constant(view.shape)}, {self._constant(view.stride)}, {offset})"
+
+    def _constant(self, value: Any) -> str:
+        return repr(value) if value is None or type(value) in (bool, int) else self._name(value, "c")
+
+    def _name(self, value: Any, letter: str = "f") -> str:
+        if id(value) not in self.names:
+            self.names[id(value)] = name = f"{letter}{len(self.names)}"
+            self.values[name] = value
+        return self.names[id(value)]
+
+
+# Recording -------------------------------------------------------------------------------------------------------
+
+
+class Recording(TorchDispatchMode):
+    """What is done, while it is entered, to the tensors of `arguments` and to those made of them.
+
+    The recorded code has to take `arguments` from here: they are other objects than those given, so that two tensors
+    that are the same, or share memory, can be told apart. It is entered by `record`.
+    """
+
+    def __init__(self, arguments: Iterable[Any]):
+        super().__init__()
+        self.arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        self.problem: str | None = None  # why there is no program
+        self._is_paused = False
+        self._inputs = [x for x in self.arguments if isinstance(x, Tensor)]
+        self._registers: list[Register] = []
+        self._offsets: list[int] = []  # of registers in their storages
+        self._in_storage: dict[int, list[int]] = {}
+        self._steps: list[Operation | KernelLaunch] = []
+        for tensor in self._inputs:
+            numbers = self._in_storage.get(tensor.untyped_storage()._cdata, [])
+            self._in_storage[tensor.untyped_storage()._cdata] = [*numbers, self._add(tensor)]
+
+    @contextmanager
+    def paused(self):
+        self._is_paused = True
+        yield
+        self._is_paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.problem is not None or self._is_paused:
+            return func(*args, **kwargs)
+        with self:  # ops that consist of others arrive whole below autograd
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        if func.is_view or func is _aten._unsafe_view.default:
+            return result
+        if _NEEDS_NUMBERS & set(func.tags) or len(self._steps) == _MAX_STEPS:
+            self.problem = f"{func} needs numbers of a tensor, or is one operation too many"
+            return result
+        is_pure, numbers = not func._schema.is_mutable, []
+        taken, named = self._refer(args), {name: self._refer(x) for name, x in kwargs.items()}
+        for x in (result if isinstance(result, tuple | list) else (result,)) if is_pure else ():
+            numbers.append(self._add(x) if isinstance(x, Tensor) else -1)
+            if isinstance(x, Tensor):  # whatever was in such a storage before is gone
+                self._in_storage[x.untyped_storage()._cdata] = [numbers[-1]]
+        self._steps.append(Operation(func, taken, named, tuple(numbers), is_pure))
+        return result
+
+    def launch(self, run: Callable, args: tuple, grid: tuple[int, int, int] | None = None, fixed: tuple = ()) -> None:
+        """Adds the launch of a kernel, with the arguments of `KernelLaunch`."""
+        if self.problem is None:
+            self._steps.append(KernelLaunch(run, grid, fixed, self._refer(args)))
+
+    def program(self, results: Iterable[Tensor | None]) -> Program | None:
+        """Returns what was done to get `results`, None if it depends on more than the kind of the call."""
+        views = [None if result is None else self._locate(result) for result in results]
+        if self.problem is not None:
+            return None
+        return Program(self._registers, len(self._inputs), self._steps, views)
+
+    def _add(self, tensor: Tensor) -> int:
+        self._registers.append(Register.of(tensor))
+        self._offsets.append(tensor.storage_offset())
+        return len(self._registers) - 1
+
+    def _refer(self, item: Any) -> Any:
+        """The item with views of registers for tensors."""
+        if isinstance(item, Tensor):
+            return self._locate(item)
+        if isinstance(item, tuple | list):
+            items = [self._refer(x) for x in item]
+            return type(item)(*items) if hasattr(item, "_fields") else type(item)(items)
+        return item
+
+    def _locate(self, tensor: Tensor) -> View | None:
+        candidates = self._in_storage.get(tensor.untyped_storage()._cdata, [])
+        if len(candidates) > 1:  # inputs that share a storage
+            of_it = [i for i in candidates if self._inputs[i] is tensor]
+            candidates = of_it or [i for i in candidates if self._offsets[i] == tensor.storage_offset()]
+        if len(candidates) != 1 or self._registers[candidates[0]].dtype != tensor.dtype:
+            self.problem = "a tensor is not a view of one that is known"
+            return None
+        (number,) = candidates
+        return View(number, tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - self._offsets[number])
+
+
+@contextmanager
+def record(arguments: Iterable[Any]):
+    """Makes a recording of a call with `arguments`, of which what runs inside is a part."""
+    before, recording = current_recording(), Recording(arguments)
+    _active.recording = recording
+    try:
+        with recording:
+            yield recording
+    finally:
+        _active.recording = before
+
+
+# Kinds -----------------------------------------------------------------------------------------------------------
+
+_names = ("NTK_KERNELS_BACKEND", "NTK_KERNELS_AUTOTUNE", "NTK_KERNELS_CHECK")
+# os.environ decodes and encodes at each look, which takes longer than a launch.
+_environment = getattr(os.environ, "_data", os.environ)
+_backend, _autotune, _check = (
+    os.environ.encodekey(name) if hasattr(os.environ, "encodekey") else name for name in _names
+)
+
+
+def modes() -> tuple:
+    """Returns all that calls look at beside their arguments."""
+    return (
+        _environment.get(_backend), _environment.get(_autotune), _environment.get(_check),
+        torch.are_deterministic_algorithms_enabled(), torch._C._get_cudnn_sdp_enabled(),
+        torch._C._get_flash_sdp_enabled(), torch._C._get_mem_efficient_sdp_enabled(),
+    )  # fmt: skip
+
+
+def kind_of(arguments: Iterable[Any]) -> tuple:
+    """Returns the kind of a call of an op's implementation."""
+    kind: list[Any] = [modes()]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kind += x.shape, x.stride(), x.dtype, x.device
+        else:
+            kind.append(tuple(x) if isinstance(x, list) else x)
+    return tuple(kind)
+
+
+class Replayed:
+    """A function of tensors and options that returns tensors (or None), recorded when a call of a kind comes for the
+    second time and replayed from then on."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor | None]]):
+        self._function = function
+        self._known: dict[tuple, Program | bool] = {}  # True after the first call; False if there is no program
+
+    def __call__(self, *arguments: Any) -> Sequence[Tensor | None]:
+        kind = kind_of(arguments)
+        known = None if is_watched() else self._known.get(kind, ())
+        if isinstance(known, Program):
+            results = known.replay(*[x for x in arguments if isinstance(x, Tensor)])
+            if results is not None:
+                return results
+        elif known is True:
+            with record(arguments) as recording:
+                results = self._function(*recording.arguments)
+            self._known[kind] = recording.program(results) or False
+            return results
+        elif known == ():
+            keep(self._known, kind, True)
+        return self._function(*arguments)
+
+    def program(self, arguments: Iterable[Any]) -> Program | None:
+        """Returns what is replayed for such a call."""
+        known = self._known.get(kind_of(arguments))
+        return known if isinstance(known, Program) else None
+
+
+def keep(known: dict, kind: tuple, value: Any) -> None:
+    """Adds an entry to a dictionary of kinds, which is emptied when it is full."""
+    if len(known) >= _MAX_KINDS:
+        known.clear()
+    known[kind] = value
+
+
+watchers: list[Callable[[], bool]] = []  # each says whether something wants to see every launch
+
+
+def is_watched() -> bool:
+    """Returns whether something wants to see every launch, such as a hook of Triton's."""
+    return any(watcher() for watcher in watchers)
