@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import BACKENDS
 from .inputs import StateTensors
 from .state import PrefixState
 
@@ -64,16 +63,11 @@ def features_of(state: PrefixState | None, scale: float) -> tuple[str | None, fl
     return state.feature_map, math.sqrt(scale) if state.feature_scale is None else state.feature_scale
 
 
-def state_tensors(
-    state: PrefixState | None, state_index: Tensor | None, backend: str, *, few_rows: bool = False
-) -> StateTensors:
+def state_tensors(state: PrefixState | None, state_index: Tensor | None) -> StateTensors:
     """Returns the state's tensors as the ops take them."""
     if state is None:
         return StateTensors()
-    k, log_scale = state.k, state.log_scale
-    z, z_b = state.full_z, None
-    if state.z_a is not None and BACKENDS[backend].keeps_low_rank(state, few_rows):
-        z, z_b = state.z_a, state.z_b
+    z, z_b, k, log_scale = state.z if state.z_a is None else state.z_a, state.z_b, state.k, state.log_scale
     if state.centers is None:
         heads = 2 if state.is_stack else 1
         z, z_b, k, log_scale = (

@@ -130,7 +130,7 @@ def ntk_attention(
     backend = choose_backend(backend, query, key, value, attn_mask, softcap, is_square=is_square)
     if backend == "reference":
         if state_index is not None and not torch.compiler.is_compiling():
-            checks.check_values(Inputs(query, key, value, state_tensors(state, state_index, backend)))
+            checks.check_values(Inputs(query, key, value, state_tensors(state, state_index)))
         return reference.ntk_attention(
             query, key, value, state, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window,
             softcap=softcap, causal_offset=causal_offset, key_start=key_start, key_stop=key_stop,
@@ -138,7 +138,7 @@ def ntk_attention(
         )  # fmt: skip
     feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
-        query, key, value, state_tensors(state, state_index, backend),
+        query, key, value, state_tensors(state, state_index),
         attn_mask=None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())],
         key_start=key_start, key_stop=key_stop, scale=scale, softcap=softcap or 0.0, window_left=left,
         window_right=0 if is_causal else right, causal_offset=offset, backend=backend, feature_map=feature_map,

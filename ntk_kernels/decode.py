@@ -130,7 +130,7 @@ def ntk_attention_decode(
     left, right = window or (-1, -1)
     feature_map, feature_scale = features_of(state, scale)
     inputs = DecodeInputs(
-        query, key_cache, value_cache, state_tensors(state, state_index, backend, few_rows=True),
+        query, key_cache, value_cache, state_tensors(state, state_index),
         cache_seqlens=cache_seqlens, key_start=key_start, block_table=block_table, scale=scale, softcap=softcap or 0.0,
         window_left=left, window_right=0 if is_causal else right, num_splits=num_splits or 0, backend=backend,
         feature_map=feature_map, feature_scale=feature_scale,

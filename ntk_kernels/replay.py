@@ -162,7 +162,7 @@ def _registers_in(item: Any) -> Iterable[int]:
 
 
 class _Writer:
-    """Writes a program as Python. xi is the tensor of register i, ai its address; c and f are constants and functions."""
+    """Writes a program as Python: xi is the tensor of register i, ai its address, c. and f. are constants."""
 
     def __init__(self, registers: list[Register], num_inputs: int, steps: list, results: list):
         self.registers, self.num_inputs, self.steps, self.results = registers, num_inputs, steps, results
@@ -219,7 +219,10 @@ class _Writer:
         if self.scratch:
             of_scratch = len(self.lines) - len(self.scratch)
             options = f"dtype={self._constant(torch.uint8)}, device={self._constant(self._device())}"
-            self.lines[of_scratch:of_scratch] = [f"x = {self._name(torch.empty)}(({size},), {options})", "a = x.data_ptr()"]
+            self.lines[of_scratch:of_scratch] = [
+                f"x = {self._name(torch.empty)}(({size},), {options})",
+                "a = x.data_ptr()",
+            ]
 
     def _device(self) -> torch.device:
         return self.registers[0].device
@@ -245,7 +248,9 @@ class _Writer:
         options = f"dtype={self._constant(made.dtype)}, device={self._constant(made.device)}"
         if made.stride == torch.empty(made.shape, device="meta").stride():
             return f"{self._name(torch.empty)}({self._constant(made.shape)}, {options})"
-        return f"{self._name(torch.empty_strided)}({self._constant(made.shape)}, {self._constant(made.stride)}, {options})"
+        return (
+            f"{self._name(torch.empty_strided)}({self._constant(made.shape)}, {self._constant(made.stride)}, {options})"
+        )
 
     def _operation(self, step: Operation) -> str:
         if step.call is _aten._to_copy.default and list(step.kwargs) == ["dtype"]:  # faster than the op by its name
@@ -437,7 +442,7 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]]):
         self._function = function
-        self._known: dict[tuple, Program | bool] = {}  # True after the first call; False if there is no program
+        self._known: dict[tuple, Program | bool] = kinds()  # True after the first call; False if there is no program
 
     def __call__(self, *arguments: Any) -> Sequence[Tensor | None]:
         kind = kind_of(arguments)
@@ -459,6 +464,21 @@ class Replayed:
         """Returns what is replayed for such a call."""
         known = self._known.get(kind_of(arguments))
         return known if isinstance(known, Program) else None
+
+
+_all_kinds: list[dict] = []
+
+
+def kinds() -> dict[tuple, Any]:
+    """Returns a dictionary for what is known of kinds of calls."""
+    _all_kinds.append({})
+    return _all_kinds[-1]
+
+
+def forget() -> None:
+    """Forgets all kinds of calls, for when something has changed that decides what calls do."""
+    for known in _all_kinds:
+        known.clear()
 
 
 def keep(known: dict, kind: tuple, value: Any) -> None:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from . import checks
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
-from .replay import Program, Replayed, is_watched, keep, modes
+from .replay import Program, Replayed, is_watched, keep, kinds, modes
 from .state import PrefixState
 
 
@@ -41,7 +41,7 @@ class Shortcuts:
         packed: bool = False,
     ):  # fmt: skip
         self.forward, self.backward, self.run_backward, self.packed = forward, backward, run_backward, packed
-        self._known: dict[tuple, _Shortcut] = {}
+        self._known: dict[tuple, _Shortcut] = kinds()
 
     def take(
         self, query: Any, key: Any, value: Any, state: Any, others: tuple, window: Any, return_lse: Any, options: tuple
@@ -99,8 +99,6 @@ class Shortcuts:
         if any(not x.is_floating_point() and x.dtype != torch.bool and checks.readable(x) for x in call.tensors):
             return  # their values are checked in each call
         flat = inputs.flat()
-        if sum(isinstance(x, Tensor) for x in flat) != len(call.tensors):
-            return  # the product of a low-rank pair
         if (program := self.forward.program(flat)) is not None:
             keep(self._known, call.kind, _Shortcut(self, call, flat, program))
 

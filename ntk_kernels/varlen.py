@@ -110,7 +110,7 @@ def ntk_attention_varlen(
     left, right = window or (-1, -1)
     feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
-        query, key, value, state_tensors(state, state_index, backend), cu_seqlens_q=cu_seqlens_q,
+        query, key, value, state_tensors(state, state_index), cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, scale=scale,
         softcap=softcap or 0.0, window_left=left, window_right=0 if is_causal else right, backend=backend,
         feature_map=feature_map, feature_scale=feature_scale,

@@ -4,7 +4,6 @@ A backend is a module (or package) that says itself
 
     lacks(query, value, attn_mask=None, softcap=None) -> str | None     what keeps it from serving such a call
     prefers(query, key, value, is_square) -> bool                       whether the call should start with it
-    keeps_low_rank(state, few_rows) -> bool                             whether it takes a pair Z = z_a·z_b as it is
     load() -> module                                                    its implementation of the ops
 
 An implementation has `forward`, `backward`, `decode`, `sum_features` and `sum_features_backward`, which take the

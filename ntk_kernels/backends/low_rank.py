@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..inputs import StateTensors
+from ..inputs import DecodeInputs, Inputs, StateTensors
 
 
-def with_full_z(state: StateTensors) -> StateTensors:
-    """The state with the product of the pair as `z` and no `z_b`."""
+def with_full_z(inputs: Inputs | DecodeInputs) -> Inputs | DecodeInputs:
+    """The call with the product of the pair, if there is one, as `z` and no `z_b`."""
+    state = inputs.state
     if state.z_b is None:
-        return state
+        return inputs
     dtype = torch.promote_types(torch.promote_types(state.z.dtype, state.z_b.dtype), torch.float32)
-    return state._replace(z=state.z.to(dtype) @ state.z_b.to(dtype), z_b=None)
+    dtype = torch.promote_types(dtype, inputs.query.dtype)
+    return inputs._replace(state=state._replace(z=state.z.to(dtype) @ state.z_b.to(dtype), z_b=None))
 
 
 def pair_grads(state: StateTensors, grad_z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

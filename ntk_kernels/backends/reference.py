@@ -12,9 +12,5 @@ def prefers(query, key, value, is_square: bool) -> bool:
     return False
 
 
-def keeps_low_rank(state, few_rows: bool) -> bool:
-    return False
-
-
 def load():
     raise NotImplementedError("the 'reference' backend has no ops; call ntk_kernels.reference, or ntk_attention")

@@ -27,9 +27,9 @@ def bounds(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def make_call(name, dtype=torch.float32, spare=0):
+def make_call(name, dtype=torch.float32, spare=0, seed=0):
     """Returns query, key, value, state and options; `spare` rows belong to no sequence."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     recipe, options = CALLS[name]
     query = torch.randn(sum(LENGTHS_Q) + spare, 4, 16, generator=generator, dtype=F64).to(dtype)
     key, value = torch.randn(2, sum(LENGTHS_K) + spare, 2, 16, generator=generator, dtype=F64).to(dtype)

@@ -64,13 +64,13 @@ CALLS = {
 }  # fmt: skip
 
 
-def make_call(name):
+def make_call(name, seed=0):
     """Returns query, key_cache, value_cache, state and the options of a call; cache entries beyond a sequence's length
     are NaN."""
     recipe, options, sizes = CALLS[name]
     sizes = {"rows": 2, "kv_heads": 2, "head_dim": 16, "dtype": F32, "layout": "BHLD", "lengths": LENGTHS} | sizes
     value_dim = sizes.get("value_dim", sizes["head_dim"])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     order = {"BHLD": (0, 1, 2, 3), "BLHD": (0, 2, 1, 3), "BHDL": (0, 1, 3, 2)}[sizes["layout"]]
 
     def rand(heads, length, dim):

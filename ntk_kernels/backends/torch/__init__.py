@@ -22,10 +22,6 @@ def prefers(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> bool:
     return True
 
 
-def keeps_low_rank(state, few_rows: bool) -> bool:
-    return False
-
-
 def load():
     from . import implementation
 

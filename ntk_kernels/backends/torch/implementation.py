@@ -38,10 +38,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     out, lse = _keys_forward(query, inputs.key, inputs.value, inputs.attn_mask, inputs.scale, inputs.band)
     if inputs.state.exists and query.numel():
+        inputs = with_full_z(inputs)
         if kernels := _kernels_for(inputs):
             kernels.add_prefix(inputs, out, lse)
         else:
-            merge_prefix(Prefix(_with_full_z(inputs), query, lse.dtype), query, out, lse)
+            merge_prefix(Prefix(inputs, query, lse.dtype), query, out, lse)
     return out, lse
 
 
@@ -54,7 +55,7 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         # Whatever shares a head of the state as rows of that head: a product over few rows would wait for Z each time.
         heads, shared = (state.row_keys if state.k is None else state.k).shape[1], state.state_index is None
         query, rows, lse_rows = (cached.rows_of_heads(tensor, heads, shared) for tensor in (inputs.query, out, lse))
-        merge_prefix(Prefix(_with_full_z(inputs), query, lse.dtype), query, rows, lse_rows)
+        merge_prefix(Prefix(with_full_z(inputs), query, lse.dtype), query, rows, lse_rows)
         for tensor, packed_rows in ((out, rows), (lse, lse_rows)):
             if packed_rows.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # not a view of it
                 tensor.copy_(cached.heads_of_rows(packed_rows, tensor.shape))
@@ -97,17 +98,13 @@ def _prefix_grads(grad_out, grad_lse, inputs: Inputs, out, lse, needs: Leaves) -
     if grad_lse is not None:
         delta.sub_(grad_lse)
         delta.masked_fill_(lse == -torch.inf, 0)  # of rows that see nothing, whatever the gradient of their lse
-    inputs = _with_full_z(inputs)
+    inputs = with_full_z(inputs)
     z, _, *others, _ = inputs.state
     _, _, *needs_others, _ = needs.state
     needs_grad = (needs.query, needs.state.z or needs.state.z_b, *needs_others)
     prefix = Prefix(inputs, inputs.query, lse.dtype)
     grad_query, grad_z, *grads = prefix_backward(prefix, grad_out, inputs.query, lse, delta, [z, *others], needs_grad)
     return grad_query, StateTensors(*pair_grads(pair, grad_z), *grads)
-
-
-def _with_full_z(inputs):
-    return inputs._replace(state=with_full_z(inputs.state))
 
 
 def _refuse_softcap(inputs: Inputs | DecodeInputs) -> None:

@@ -5,8 +5,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ...feature_maps import get_feature_map
-
 _MAX_HEAD_DIM = 256
 # Wider heads spill in float32, and with rows that are not 16-byte aligned (not in the interpreter); with D=130 in
 # bfloat16, triton 3.6.0 generates out-of-bounds reads.
@@ -14,7 +12,6 @@ _MAX_HEAD_DIM_FLOAT32 = 128
 # Minimum sequence length, by head dimension, above which cuDNN attention plus the prefix pass beats the fused kernel on
 # Hopper (docs/what-was-tried.md).
 _MIN_CUDNN_LENGTH = {64: 2048, 128: 1024}
-_MAX_RANK = 64  # largest rank whose tile still fits in registers beside the output tile
 _devices: dict[tuple[str, int | None], str | None] = {}
 
 
@@ -28,13 +25,6 @@ def lacks(query: Tensor, value: Tensor, attn_mask: Tensor | None = None, softcap
 def prefers(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> bool:
     """Whether a call should start with it: those on a GPU, but for long ones that cuDNN serves faster."""
     return query.device.type == "cuda" and not (is_square and _is_faster_by_cudnn(query, key, value))
-
-
-def keeps_low_rank(state, few_rows: bool) -> bool:
-    """Whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
-    if not (few_rows or get_feature_map(state.feature_map).order > 1):
-        return False
-    return 0 < state.rank <= min(state.value_dim, _MAX_RANK)
 
 
 def load():

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ...feature_maps import get_feature_map
 from ...inputs import DecodeInputs, Inputs, Leaves, StateTensors, SumInputs
 from ...kernels.add_prefix import run_add_prefix
 from ...kernels.add_prefix_backward import run_add_prefix_bwd
@@ -18,10 +19,14 @@ from ..centers import rows_by_center
 from ..low_rank import pair_grads, with_full_z
 from ..results import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
 
+_MAX_RANK = 64  # largest rank whose tile still fits in registers beside the output tile
+
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
     query = inputs.query
+    if not _keeps_pair(inputs, few_rows=False):
+        inputs = with_full_z(inputs)
     out, kernel_out, lse = _empty_results(query, inputs.value)
     if inputs.cu_seqlens_q is not None:  # rows that belong to no sequence
         kernel_out.zero_()
@@ -39,7 +44,7 @@ def backward(grad_out, grad_lse, inputs: Inputs, out: Tensor, lse: Tensor, needs
     # Rows of no packed sequence get no gradient from the kernels.
     empty = empty_grad if inputs.cu_seqlens_q is None else lambda tensor: empty_grad(tensor).zero_()
     grads = [empty(tensor) if needed else None for tensor, needed in zip(inputs[:3], needs[:3], strict=True)]
-    full = inputs._replace(state=with_full_z(inputs.state))
+    full = with_full_z(inputs)
     with _device_of(inputs.query):
         of_state = run_bwd(full, out, lse, grad_out, grad_lse, *grads, _wanted(full.state, needs.state))
     return Leaves(*grads, _state_grads(inputs.state, of_state, needs.state))
@@ -60,7 +65,7 @@ def add_prefix_backward(
 
     `out` and `lse` are of keys and prefix.
     """
-    full = inputs._replace(state=with_full_z(inputs.state))
+    full = with_full_z(inputs)
     with _device_of(inputs.query):
         of_state = run_add_prefix_bwd(full, out, lse, grad_out, grad_lse, grad_query, _wanted(full.state, needs))
     return _state_grads(inputs.state, of_state, needs)
@@ -68,6 +73,8 @@ def add_prefix_backward(
 
 def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
     """Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    if not _keeps_pair(inputs, few_rows=True):
+        inputs = with_full_z(inputs)
     out, kernel_out, lse = _empty_results(inputs.query, inputs.value_cache)
     if lse.numel():
         with _device_of(inputs.query):
@@ -101,6 +108,15 @@ def _rows(inputs: SumInputs):
     if inputs.num_centers > 1:
         order, offsets = rows_by_center(inputs.keys, inputs.centers)
     return prepare_rows(*inputs[:4], order, offsets)
+
+
+def _keeps_pair(inputs: Inputs | DecodeInputs, few_rows: bool) -> bool:
+    """Whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
+    state = inputs.state
+    if state.z_b is None or not (few_rows or get_feature_map(inputs.feature_map).order > 1):
+        return False
+    rank, value_dim = state.z_b.shape[3:]
+    return 0 < rank <= min(value_dim, _MAX_RANK)
 
 
 def _wanted(state: StateTensors, needs: StateTensors) -> StateGrads:

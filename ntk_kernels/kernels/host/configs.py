@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ... import replay
 from .tile_tables import TABLES, TileConfig
 
 # Bytes of shared memory that a program may have, for each class of GPU that has a table.
@@ -177,6 +178,7 @@ def write_tuned(arch: str, found: dict[str, TileConfig]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
     _read_tuned.cache_clear()
     candidates.cache_clear()
+    replay.forget()
 
 
 @functools.cache
