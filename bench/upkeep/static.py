@@ -59,9 +59,6 @@ _KNOWN_SPILLS = {
     ("3.6", "sm100", "merge", 64): 8,  # where a split left something out
     ("3.6", "sm100", "sums_bwd keys", 256): 24,  # taylor2
     ("3.7", "sm90", "decode", 256): 16,  # elu
-    ("3.7", "sm90", "add_prefix", 128): 40,  # taylor2
-    ("3.7", "sm90", "add_prefix", 256): 8,  # taylor2
-    ("3.7", "sm90", "add_resident_bwd", 128): 8,  # taylor1
     ("3.7", "sm100", "forward", 64): 8,  # without a state
     ("3.7", "sm100", "rows values", 64): 8,
 }

@@ -58,7 +58,10 @@ def _ntk_add_prefix_kernel(
         out, lse_ptr, tensor_batch, head, first_q, start_m, offs_m, seq_q, stride_lse_b, stride_lse_h, dims.VALUE_DIM,
         dims.BLOCK_M, dims.BLOCK_DV,
     )  # fmt: skip
-    of_keys = tl.load(out_ptrs, mask=out_mask, other=0.0)
+    # At once, so that it arrives while the prefix is added; a wide taylor2 leaves no registers for it meanwhile.
+    LATE: tl.constexpr = dims.FEATURE_MAP == "taylor2" and dims.BLOCK_DV > 64
+    if not LATE:
+        of_keys = tl.load(out_ptrs, mask=out_mask, other=0.0)
     lse = tl.load(lse_ptrs, mask=offs_m < seq_q, other=-float("inf"))
 
     state_head, num_centers, num_rows = locate_state(state, head, batch)
@@ -80,6 +83,8 @@ def _ntk_add_prefix_kernel(
     zero = tl.program_id(1)
     offs_m = start_m + zero + tl.arange(0, dims.BLOCK_M)
     row_mask = (offs_m < seq_q)[:, None]
+    if LATE:
+        of_keys = tl.load(out_ptrs, mask=out_mask, other=0.0)
     lse = in_log2(lse)
     m_new, shift = running_max(m_i, lse)
     weight, alpha = tl.exp2(lse - shift), tl.exp2(m_i - shift)

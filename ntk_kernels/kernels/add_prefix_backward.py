@@ -36,7 +36,7 @@ from .host.launch import (
     signature,
     strided,
 )
-from .jit.features import elu_slope
+from .jit.features import elu_slope, load_columns
 from .jit.prefix_term import is_massless, locate_state, weight_limit
 from .jit.prefix_term_grad import add_own_rows, linear_term_grad
 from .jit.row_terms import RowTerms, load_lse, load_rows
@@ -81,6 +81,10 @@ def _ntk_add_prefix_bwd_dq_kernel(
                     dq / factor, q_rows, do_rows, row_mask, lse, delta, state, state_head, num_rows, scales.logit,
                     q.dtype, dims,
                 )  # fmt: skip
+        # 0, as the grid has one dimension, but opaque to the compiler: addresses and masks computed from it do not stay
+        # in registers through the loops.
+        start_m += tl.program_id(1)
+        offs_m = start_m + tl.arange(0, dims.BLOCK_M)
         dq_ptr = head_ptr(grad_query, tensor_batch, head, first_q)
         dq += load_tile(
             dq_ptr, start_m, seq_q, grad_query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True
@@ -102,6 +106,7 @@ def _ntk_add_resident_prefix_bwd_kernel(
     dk_0 = tl.zeros([dims.BLOCK_M], tl.float32)
     dcenter = tl.zeros([dims.BLOCK_D], tl.float32)
     dlog_scale = tl.zeros([dims.BLOCK_M], tl.float32)
+    zero = tl.program_id(2)  # the grid has two dimensions, of which the compiler does not know
     tiles_of_state = batch * state.query_heads_per_head * num_tiles
     for tile in tl.range(tl.program_id(1), tiles_of_state, tl.num_programs(1), num_stages=dims.STAGES):
         start_m = tile % num_tiles * dims.BLOCK_M
@@ -109,15 +114,16 @@ def _ntk_add_resident_prefix_bwd_kernel(
         head += head_of_state * state.query_heads_per_head
         row = (tile // num_tiles // state.query_heads_per_head).to(tl.int64)
         offs_m = start_m + tl.arange(0, dims.BLOCK_M)
+        row_mask = (offs_m < seq_q)[:, None]
+        # With the start of the tile in them: offsets inside a tile would stay in registers from tile to tile.
+        rows = offs_m.to(tl.int64)[:, None]
         first_row = (row * num_heads + head) * stride_rows
         q_head = query.ptr + row * query.stride[0] + head * query.stride[1]
         do_head = grad_out.ptr + row * grad_out.stride[0] + head * grad_out.stride[1]
         out_head = out.ptr + row * out.stride[0] + head * out.stride[1]
-        q = load_tile(q_head, start_m, seq_q, query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True).to(
-            tl.float32
-        )
-        do = load_tile(do_head, start_m, seq_q, grad_out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True)
-        out_tile = load_tile(out_head, start_m, seq_q, out.stride[2], dims.BLOCK_M, dims.VALUE_DIM, dims.BLOCK_DV, True)
+        q = load_columns(q_head + rows * query.stride[2], row_mask, 0, dims.HEAD_DIM, dims.BLOCK_D).to(tl.float32)
+        do = load_columns(do_head + rows * grad_out.stride[2], row_mask, 0, dims.VALUE_DIM, dims.BLOCK_DV)
+        out_tile = load_columns(out_head + rows * out.stride[2], row_mask, 0, dims.VALUE_DIM, dims.BLOCK_DV)
         lse = load_lse(lse_ptr + first_row, offs_m, seq_q)
         delta = tl.sum(out_tile.to(tl.float32) * do.to(tl.float32), 1)
         if dlse_ptr is not None:
@@ -150,12 +156,13 @@ def _ntk_add_resident_prefix_bwd_kernel(
             dbeta *= u
             if grad_query.ptr is not None:
                 dq_head = grad_query.ptr + row * grad_query.stride[0] + head * grad_query.stride[1]
-                dq = load_tile(
-                    dq_head, start_m, seq_q, grad_query.stride[2], dims.BLOCK_M, dims.HEAD_DIM, dims.BLOCK_D, True
-                ).to(tl.float32)
+                dq_rows = dq_head + rows * grad_query.stride[2]
+                dq = load_columns(dq_rows, row_mask, 0, dims.HEAD_DIM, dims.BLOCK_D).to(tl.float32)
                 dq += (scales.feature * u)[:, None] * dx
                 if HAS_CENTER:
                     dq += (dbeta * (scales.logit * LN_2))[:, None] * mu[None, :]
+                # Again, as those of the tiles on their way would stay in registers.
+                offs_m = start_m + zero + tl.arange(0, dims.BLOCK_M)
                 store_tile(dq_head, dq, offs_m, seq_q, grad_query.stride[2], 0, dims.HEAD_DIM, dims.BLOCK_D)
             if grads.log_scale is not None:
                 dlog_scale += dbeta
