@@ -64,16 +64,10 @@ def features_of(state: PrefixState | None, scale: float) -> tuple[str | None, fl
 
 
 def state_tensors(state: PrefixState | None, state_index: Tensor | None) -> StateTensors:
-    """Returns the state's tensors as the ops take them."""
+    """Returns the tensors of a state for an op."""
     if state is None:
         return StateTensors()
-    z, z_b, k, log_scale = state.z if state.z_a is None else state.z_a, state.z_b, state.k, state.log_scale
-    if state.centers is None:
-        heads = 2 if state.is_stack else 1
-        z, z_b, k, log_scale = (
-            None if tensor is None else tensor.unsqueeze(heads) for tensor in (z, z_b, k, log_scale)
-        )
-    tensors = [z, z_b, k, state.centers, log_scale, state.keys, state.values, state.bias]
-    if not state.is_stack:
-        tensors = [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
-    return StateTensors(*tensors)._replace(state_index=state_index)
+    return StateTensors(
+        state.z if state.z_a is None else state.z_a, state.z_b, state.k, state.centers, state.log_scale, state.keys,
+        state.values, state.bias, state_index,
+    )  # fmt: skip

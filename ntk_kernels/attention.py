@@ -12,7 +12,7 @@ from .inputs import Inputs
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.forward, library.backward, library.attention_backward)
+_shortcuts = Shortcuts(library.run_attention, library.forward, has_backward=True)
 
 
 @overload
@@ -138,12 +138,12 @@ def ntk_attention(
         )  # fmt: skip
     feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
-        query, key, value, state_tensors(state, state_index),
-        attn_mask=None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())],
-        key_start=key_start, key_stop=key_stop, scale=scale, softcap=softcap or 0.0, window_left=left,
+        query, key, value, state_tensors(state, state_index), attn_mask=attn_mask, key_start=key_start,
+        key_stop=key_stop, scale=scale, softcap=softcap or 0.0, window_left=left,
         window_right=0 if is_causal else right, causal_offset=offset, backend=backend, feature_map=feature_map,
         feature_scale=feature_scale,
     )  # fmt: skip
+    if call is not None:
+        return _shortcuts.learn(call, inputs, return_lse)
     out, lse = library.attention(inputs)
-    _shortcuts.add(call, inputs)
     return (out, lse) if return_lse else out

@@ -194,6 +194,9 @@ def check_values(inputs) -> None:
 
     With NTK_KERNELS_CHECK=1 on other devices too, which the call then waits for.
     """
+    if not (readable(inputs.state.state_index) or readable(inputs.cu_seqlens_q) or readable(inputs.cu_seqlens_k)):
+        return
+    inputs = inputs.uniform()
     if readable(inputs.state.state_index):
         check_index_range(inputs.state.state_index, inputs.state.num_states)
     for letter, tensor in (("q", inputs.query), ("k", inputs.key)):
@@ -206,7 +209,7 @@ def check_cache_values(inputs) -> None:
     """Checks those of `DecodeInputs`: lengths within the cache, and the pages that they need within those there are."""
     cache_seqlens, block_table = inputs.cache_seqlens, inputs.block_table
     if readable(inputs.state.state_index):
-        check_index_range(inputs.state.state_index, inputs.state.num_states)
+        check_index_range(inputs.state.state_index, inputs.state.uniform().num_states)
     if not readable(cache_seqlens):
         return
     num_pages, _, page_size, _ = inputs.key_cache.shape

@@ -12,7 +12,7 @@ from .inputs import DecodeInputs
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.decode)
+_shortcuts = Shortcuts(library.run_decode, library.decode, has_backward=False)
 
 MAX_ROWS = 16  # queries a sequence
 MIN_PAGE_SIZE = 16
@@ -143,8 +143,9 @@ def ntk_attention_decode(
             is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
             return_lse=return_lse,
         )  # fmt: skip
+    if call is not None:
+        return _shortcuts.learn(call, inputs, return_lse)
     out, lse = library.attention_decode(inputs)
-    _shortcuts.add(call, inputs)
     return (out, lse) if return_lse else out
 
 

@@ -1,13 +1,15 @@
 """Floating-point operations of the ops, for `torch.utils.flop_counter`. Tensors come as their shapes."""
 
+import math
+
 from .feature_maps import feature_dim
 from .inputs import DecodeInputs, Inputs, SumInputs
 
 
 def of_attention(inputs: Inputs, over_head_dim: int = 1, over_value_dim: int = 1) -> int:
     """Operations of so many products over D and over Dv, as if each packed sequence had the longest one's keys."""
-    keys = inputs.key[2] if inputs.cu_seqlens_q is None else inputs.max_seqlen_k
-    return _of_products(inputs, keys, inputs.value[3], over_head_dim, over_value_dim)
+    keys = inputs.key[-2] if inputs.cu_seqlens_q is None else inputs.max_seqlen_k
+    return _of_products(inputs, keys, inputs.value[-1], over_head_dim, over_value_dim)
 
 
 def of_attention_backward(inputs: Inputs) -> int:
@@ -37,16 +39,17 @@ def _of_products(
     inputs: Inputs | DecodeInputs, keys: int, value_dim: int, over_head_dim: int, over_value_dim: int
 ) -> int:
     """Every row counts `keys` keys, hidden ones too, as in the formula of scaled_dot_product_attention."""
-    batch, heads, seq_q, head_dim = inputs.query
+    *rows, head_dim = inputs.query
     state = inputs.state
+    num_centers = 1 if state.centers is None else state.centers[-2]
     if state.row_keys is not None:
-        keys += state.row_keys[2]
+        keys += state.row_keys[-2]
     per_row = keys * (over_head_dim * head_dim + over_value_dim * value_dim)
     if state.k is not None:
-        columns = state.z[4] + 1
+        columns = state.z[-1] + 1
         if state.z_b is not None:
-            per_row += over_value_dim * state.k[2] * state.z_b[3] * value_dim
-        per_row += over_value_dim * state.k[2] * state.k[3] * columns
+            per_row += over_value_dim * num_centers * state.z_b[-2] * value_dim
+        per_row += over_value_dim * num_centers * state.k[-1] * columns
     if state.centers is not None:
-        per_row += over_head_dim * state.centers[2] * head_dim
-    return 2 * batch * heads * seq_q * per_row
+        per_row += over_head_dim * num_centers * head_dim
+    return 2 * math.prod(rows) * per_row

@@ -1,10 +1,11 @@
 """The record of a call, from the public functions to the kernels: `Inputs`, `DecodeInputs` and `SumInputs`.
 
 An op's schema is flat: `schema` writes it from a record's annotations, `flat()` and `of()` convert between the two.
-Optional tensors are None if absent.
+Optional tensors are None if absent. The ops take tensors in the shapes that users give them; `uniform()` makes those of
+the comments, which backends and kernels take, by views.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -14,7 +15,7 @@ from .feature_maps import feature_dim
 
 
 class StateTensors(NamedTuple):
-    """The tensors of a prefix state: always a stack, always with a dimension for the centres."""
+    """The tensors of a prefix state. Users may leave out N and C."""
 
     z: Tensor | None = None  # [N, Hs, C, r, Dv]; of a low-rank pair [N, Hs, C, r, s]
     z_b: Tensor | None = None  # [N, Hs, C, s, Dv]
@@ -25,6 +26,22 @@ class StateTensors(NamedTuple):
     row_values: Tensor | None = None  # [N, Hs, R, Dv]
     row_bias: Tensor | None = None  # [N, Hs, R]
     state_index: Tensor | None = None  # [B], which state each batch row uses; -1 for none
+
+    def uniform(self) -> "StateTensors":
+        """Returns the tensors with the dimensions N and C."""
+        state = self
+        if state.k is not None and state.centers is None and state.k.dim() < 4:
+            state = state._map(("z", "z_b"), lambda x: x.unsqueeze(-3))
+            state = state._map(("k",), lambda x: x.unsqueeze(-2))
+            state = state._map(("log_scale",), lambda x: x.unsqueeze(-1))
+        if state.k is not None and state.k.dim() == 3:
+            state = state._map(("z", "z_b", "k", "centers", "log_scale"), lambda x: x.unsqueeze(0))
+        if state.row_keys is not None and state.row_keys.dim() == 3:
+            state = state._map(("row_keys", "row_values", "row_bias"), lambda x: x.unsqueeze(0))
+        return state
+
+    def _map(self, names: tuple[str, ...], function: Callable[[Tensor], Tensor]) -> "StateTensors":
+        return self._replace(**{name: function(x) for name in names if (x := getattr(self, name)) is not None})
 
     @property
     def exists(self) -> bool:
@@ -57,11 +74,11 @@ class Leaves(NamedTuple):
 class Inputs(NamedTuple):
     """One call of attention."""
 
-    query: Tensor  # [B, Hq, Lq, D]; of packed sequences [1, Hq, total, D], as key and value
+    query: Tensor  # [B, Hq, Lq, D]; of packed sequences [1, Hq, total, D], users: [total, Hq, D]; as key and value
     key: Tensor  # [B, Hkv, Lk, D]; None inside of the passes that add the prefix
     value: Tensor  # [B, Hkv, Lk, Dv]
     state: StateTensors = StateTensors()
-    attn_mask: Tensor | None = None  # [B or 1, Hq or 1, Lq or 1, Lk or 1], bool or to be added
+    attn_mask: Tensor | None = None  # [B or 1, Hq or 1, Lq or 1, Lk or 1], bool or to be added; users: dimensions less
     key_start: Tensor | None = None  # [B], first visible key
     key_stop: Tensor | None = None  # [B], end of the visible keys
     cu_seqlens_q: Tensor | None = None  # [B + 1], where packed sequences begin
@@ -83,6 +100,20 @@ class Inputs(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.state, *self[4:])
+
+    def uniform(self) -> "Inputs":
+        """Returns the call with tensors in the shapes above."""
+        query, key, value, mask = *self[:3], self.attn_mask
+        if self.is_packed:
+            query, key, value = (as_batch_row(x) for x in self[:3])
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        return self._replace(query=query, key=key, value=value, state=self.state.uniform(), attn_mask=mask)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the tensors are [total, H, ...]."""
+        return self.query.dim() == 3
 
     @property
     def cache_size(self) -> None:
@@ -128,6 +159,10 @@ class DecodeInputs(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.state, *self[4:])
+
+    def uniform(self) -> "DecodeInputs":
+        """Returns the call with tensors in the shapes above."""
+        return self._replace(state=self.state.uniform())
 
     @property
     def cache_size(self) -> int:
@@ -186,6 +221,16 @@ class SumInputs(NamedTuple):
     @property
     def num_centers(self) -> int:
         return 1 if self.centers is None else self.centers.shape[1]
+
+
+def as_batch_row(packed: Tensor) -> Tensor:
+    """[total, H, D] -> [1, H, total, D]."""
+    return packed.transpose(0, 1).unsqueeze(0)
+
+
+def as_packed(batch_row: Tensor) -> Tensor:
+    """[1, H, total, D] -> [total, H, D]."""
+    return batch_row[0].transpose(0, 1)
 
 
 def _nested(flat: Sequence[Any]) -> tuple[Any, ...]:

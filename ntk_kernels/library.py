@@ -10,7 +10,7 @@ All are functional and of fixed arity: a gradient that nobody asked for comes ba
 fields of a record of `inputs.py`, one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import checks, flops
 from .backends import BACKENDS
 from .backends.results import empty_grad, empty_out, empty_sum_grads, empty_sums, lse_dtype
-from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, Leaves, SumInputs, schema
+from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs, Leaves, SumInputs, as_batch_row, as_packed, schema
 from .replay import Replayed
 
 NAMESPACE = "ntk_kernels"
@@ -107,43 +107,57 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 @Replayed
 def forward(*flat):
-    """Returns out and lse of the fields of Inputs."""
     inputs = Inputs.of(*flat)
-    return BACKENDS[inputs.backend].load().forward(inputs)
+    out, lse = BACKENDS[inputs.backend].load().forward(inputs.uniform())
+    return (as_packed(out), lse[0]) if inputs.is_packed else (out, lse)
 
 
 @Replayed
 def backward(grad_out, grad_lse, *flat):
-    """Returns the gradients of what is differentiable, None for those that `needs_grad` does not ask for."""
     *flat, out, lse, needs_grad = flat
     inputs = Inputs.of(*flat)
-    grads = BACKENDS[inputs.backend].load().backward(grad_out, grad_lse, inputs, out, lse, Leaves.of(needs_grad))
-    return grads.flat()
+    if inputs.is_packed:
+        grad_out, out = (None if x is None else as_batch_row(x) for x in (grad_out, out))
+        grad_lse, lse = (None if x is None else x.unsqueeze(0) for x in (grad_lse, lse))
+    backend = BACKENDS[inputs.backend].load()
+    grads = backend.backward(grad_out, grad_lse, inputs.uniform(), out, lse, Leaves.of(needs_grad))
+    of_input = [grad if grad is None or not inputs.is_packed else as_packed(grad) for grad in grads[:3]]
+    of_state = [
+        grad if grad is None else grad.view(x.shape)
+        for grad, x in zip(grads.flat()[3:], flat[3:NUM_DIFFERENTIABLE], strict=True)
+    ]
+    return *of_input, *of_state
 
 
 @Replayed
 def decode(*flat):
-    """Returns out and lse of the fields of DecodeInputs."""
     inputs = DecodeInputs.of(*flat)
-    return BACKENDS[inputs.backend].load().decode(inputs)
+    return BACKENDS[inputs.backend].load().decode(inputs.uniform())
 
 
-def _run_attention(*flat):
+def run_attention(*flat) -> Sequence[Tensor]:
+    """Computes out and lse, given the fields of Inputs: the implementation of the op."""
     checks.check_values(Inputs.of(*flat))
     with _no_autocast(flat[0]):
-        return tuple(forward(*flat))
+        return forward(*flat)
+
+
+def run_attention_backward(grad_out, grad_lse, *flat) -> Sequence[Tensor | None]:
+    """Computes the gradients of what is differentiable; None for those that are not asked for."""
+    with _no_autocast(flat[0]):
+        return backward(grad_out, grad_lse, *flat)
+
+
+def run_decode(*flat) -> Sequence[Tensor]:
+    """Computes out and lse, given the fields of DecodeInputs: the implementation of the op."""
+    checks.check_cache_values(DecodeInputs.of(*flat))
+    with _no_autocast(flat[0]):
+        return decode(*flat)
 
 
 def _run_attention_backward(grad_out, grad_lse, *flat):
-    with _no_autocast(flat[0]):
-        grads = backward(grad_out, grad_lse, *flat)
+    grads = run_attention_backward(grad_out, grad_lse, *flat)
     return tuple(flat[0].new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _run_decode(*flat):
-    checks.check_cache_values(DecodeInputs.of(*flat))
-    with _no_autocast(flat[0]):
-        return tuple(decode(*flat))
 
 
 def _run_sums(*flat):
@@ -165,12 +179,15 @@ def _no_autocast(tensor: Tensor):
 
 
 def _attention_fake(query, key, value, *rest):
+    if query.dim() == 3:
+        out = as_packed(empty_out(as_batch_row(query), as_batch_row(value)))
+        return out, query.new_empty((query.shape[1], query.shape[0]), dtype=lse_dtype(query))
     return empty_out(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
 
 
 def _attention_backward_fake(grad_out, grad_lse, *flat):
     leaves, needs_grad = flat[:NUM_DIFFERENTIABLE], flat[-1]
-    make = [empty_grad] * 3
+    make = [_empty_grad_of_input] * 3
     make += [partial(torch.empty_like, memory_format=torch.contiguous_format)] * (NUM_DIFFERENTIABLE - 3)
     return tuple(
         make_grad(tensor) if needed else leaves[0].new_empty(0)
@@ -178,9 +195,13 @@ def _attention_backward_fake(grad_out, grad_lse, *flat):
     )
 
 
+def _empty_grad_of_input(tensor):
+    return as_packed(empty_grad(as_batch_row(tensor))) if tensor.dim() == 3 else empty_grad(tensor)
+
+
 _TENSORS = ", ".join(["Tensor"] * NUM_DIFFERENTIABLE)
 _attention = _Op(
-    "attention", schema(Inputs), "Tensor out, Tensor lse", _run_attention, _attention_fake,
+    "attention", schema(Inputs), "Tensor out, Tensor lse", run_attention, _attention_fake,
     lambda *flat, **_: flops.of_attention(Inputs.of(*flat)),
 )  # fmt: skip
 _attention_backward = _Op(
@@ -191,7 +212,7 @@ _attention_backward = _Op(
     lambda grad_out, grad_lse, *flat, **_: flops.of_attention_backward(Inputs.of(*flat[:-3])),
 )  # fmt: skip
 _attention_decode = _Op(
-    "attention_decode", schema(DecodeInputs), "Tensor out, Tensor lse", _run_decode, _attention_fake,
+    "attention_decode", schema(DecodeInputs), "Tensor out, Tensor lse", run_decode, _attention_fake,
     lambda *flat, **_: flops.of_decode(DecodeInputs.of(*flat)),
 )  # fmt: skip
 _sum_features = _Op(

@@ -121,33 +121,10 @@ class Program:
             self.steps.insert(0, step)
 
     @functools.cached_property
-    def replay(self) -> Callable:
-        """The program as a function of tensors as they were."""
-        return self.function()
-
-    def function(self, given: Sequence[Tensor] | None = None, finish: Callable | None = None) -> Callable:
-        """Returns the program as a function of its tensors that returns a tuple of results, or None where the addresses
-        of the tensors are no multiples of 16 bytes.
-
-        Args:
-            given: tensors as the function gets them, if they have other shapes than the program's; the same numbers
-                must lie at the same places.
-            finish: picks and changes results: of a list of them it makes one of None and of pairs, the place of a
-                result and a view of it.
-        """
-        registers = [*self.registers]
-        for i, tensor in enumerate(given or ()):
-            registers[i] = Register.of(tensor)
-        results = self.results
-        if finish is not None:
-            models = [x and torch.empty_strided(x.shape, x.stride, device="meta") for x in self.results]
-            results = [pair and _as(self.results[pair[0]], pair[1]) for pair in finish(models)]
-        return _Writer(registers, self.num_inputs, self.steps, results).function()
-
-
-def _as(view: View, model: Tensor) -> View:
-    """The view as the tensor `model`, which was made of one with its shape and strides."""
-    return View(view.register, tuple(model.shape), model.stride(), view.offset + model.storage_offset())
+    def replay(self) -> Callable[..., tuple | None]:
+        """The program as a function of its tensors that returns a tuple of results, or None where the addresses of the
+        tensors are no multiples of 16 bytes."""
+        return _Writer(self.registers, self.num_inputs, self.steps, self.results).function()
 
 
 def _registers_in(item: Any) -> Iterable[int]:

@@ -1,9 +1,9 @@
-"""The short way of the public functions: a call of a kind that has passed its checks goes straight to a replay.
+"""The short way of the public functions: what is known of a kind of call that has passed its checks.
 
-`Shortcuts.take` finds what was learned of the kind of a call. For a new kind, `Shortcuts.add` learns from a call that
-has just gone the long way, once its op can be replayed (`replay.py`). A shortcut has no checks, as an equal call has
-passed them, and does not go through PyTorch's dispatcher. Calls that somebody watches take the long way: those under
-autocast, a transform of torch.func, a mode, a trace or a profiler, and calls with tensors of other classes.
+A call that is like an earlier one in all that checks and code look at needs neither: `Shortcuts.take` goes straight to
+the implementation of the op, which is replayed once it is known (`replay.py`), with an autograd node of its own and
+without PyTorch's dispatcher. Calls that somebody watches take the long way, through the op: those under autocast, a
+transform of torch.func, a mode, a trace or a profiler, and calls with tensors of other classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,39 +14,34 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import checks
+from . import checks, library
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
-from .replay import Program, Replayed, is_watched, keep, kinds, modes
+from .replay import Replayed, is_watched, keep, kinds, modes
 from .state import PrefixState
 
 
 class Call:
-    """A call that may become a shortcut: its kind, and the tensors that it has, in the order of its op."""
+    """A call of an unknown kind: the tensors that it has, in the order of its op, and what it wants."""
 
-    __slots__ = ("kind", "tensors")
+    __slots__ = ("kind", "needs_grad", "tensors")
 
-    def __init__(self, kind: tuple, tensors: list[Tensor]):
-        self.kind, self.tensors = kind, tensors
+    def __init__(self, kind: tuple, tensors: list[Tensor], needs_grad: bool):
+        self.kind, self.tensors, self.needs_grad = kind, tensors, needs_grad
 
 
 class Shortcuts:
-    """The shortcuts of a public function whose op is run by `forward`, and `backward` if it has derivatives.
+    """What is known of the calls of a public function. `run` is the implementation of its op, `replayed` the part of it
+    that is replayed."""
 
-    `run_backward` is the backward by the long way. `packed`: the tensors are [total, H, ...], those of the op
-    [1, H, total, ...].
-    """
-
-    def __init__(
-        self, forward: Replayed, backward: Replayed | None = None, run_backward: Callable | None = None, *,
-        packed: bool = False,
-    ):  # fmt: skip
-        self.forward, self.backward, self.run_backward, self.packed = forward, backward, run_backward, packed
+    def __init__(self, run: Callable, replayed: Replayed, *, has_backward: bool):
+        self.run, self.replayed, self.has_backward = run, replayed, has_backward
         self._known: dict[tuple, _Shortcut] = kinds()
 
     def take(
         self, query: Any, key: Any, value: Any, state: Any, others: tuple, window: Any, return_lse: Any, options: tuple
     ) -> tuple[Any, Call | None]:
-        """Returns the result of a call, or None and what `add` wants after the long way.
+        """Returns the result of a call of a known kind; for an unknown one None and what `learn` takes, None if the
+        call is watched.
 
         Args:
             others: `state_index` and the tensors that follow it in the op.
@@ -78,118 +73,106 @@ class Shortcuts:
                     needs_grad = True
             else:
                 return None, None
-        call = Call(tuple(kind), present)
+        needs_grad = needs_grad and torch.is_grad_enabled()
+        if needs_grad and not self.has_backward:
+            return None, None
+        kind = tuple(kind)
         try:
-            shortcut = self._known.get(call.kind)
+            shortcut = self._known.get(kind)
         except TypeError:  # an option without a hash
             return None, None
         if shortcut is None:
-            return None, call
-        if needs_grad and torch.is_grad_enabled():
-            return (None if self.backward is None else _Attention.apply(shortcut, *present)), None
-        results = shortcut.replay(*present)
-        if results is None or return_lse:
-            return results, None
-        return results[0], None
+            return None, Call(kind, present, needs_grad)
+        return shortcut(present, needs_grad), None
 
-    def add(self, call: Call | None, inputs: Inputs | DecodeInputs) -> None:
-        """Learns from a call, and from `inputs` that the long way made of it, if its op can be replayed."""
-        if call is None or call.kind in self._known:
-            return
-        if any(not x.is_floating_point() and x.dtype != torch.bool and checks.readable(x) for x in call.tensors):
-            return  # their values are checked in each call
-        flat = inputs.flat()
-        if (program := self.forward.program(flat)) is not None:
-            keep(self._known, call.kind, _Shortcut(self, call, flat, program))
+    def learn(self, call: Call, inputs: Inputs | DecodeInputs, return_lse: bool) -> Any:
+        """Returns the result of a call of an unknown kind that has passed its checks, of which `inputs` were made."""
+        shortcut = _Shortcut(self, inputs.flat(), return_lse)
+        keep(self._known, call.kind, shortcut)
+        return shortcut(call.tensors, call.needs_grad)
 
 
 class _Shortcut:
-    """A kind of call, and the kinds of its backward."""
+    """A kind of call."""
 
-    def __init__(self, shortcuts: Shortcuts, call: Call, flat: tuple, program: Program):
-        self._shortcuts, self.returns_lse = shortcuts, call.kind[1]
-        # Tensors of the op as their shapes, options as they are.
-        self._flat = [x.shape if isinstance(x, Tensor) else x for x in flat]
-        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-        self.replay = program.function(
-            call.tensors, lambda results: [(i, self._unpacked(x)) for i, x in enumerate(results)]
-        )
-        self._backwards: dict[tuple, Callable] = {}
+    def __init__(self, shortcuts: Shortcuts, flat: tuple, returns_lse: bool):
+        self._shortcuts, self._returns_lse = shortcuts, returns_lse
+        self._options = [None if isinstance(x, Tensor) else x for x in flat]
+        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]  # of tensors among the op's arguments
+        # Numbers that have to be checked in each call.
+        self._is_checked = any(isinstance(x, Tensor) and x.dtype in _INDEX and checks.readable(x) for x in flat)
+        self._replay: Callable | None = None
+        self._replays_backward: dict[tuple, Callable] = {}
 
-    def forward(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, tensors: Sequence[Tensor], needs_grad: bool) -> Any:
+        if needs_grad:
+            return _Attention.apply(self, *tensors)
+        results = self.forward(tensors)
+        return results if self._returns_lse else results[0]
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns out and lse."""
-        results = self.replay(*tensors)
-        if results is None:
-            results = [self._unpacked(x) for x in self._shortcuts.forward(*self._arguments(tensors))]
+        if self._replay is not None:
+            results = self._replay(*tensors)
+            if results is not None:
+                return results
+        arguments = self._arguments(tensors)
+        results = self._shortcuts.run(*arguments)
+        if not self._is_checked and (program := self._shortcuts.replayed.program(arguments)) is not None:
+            self._replay = program.replay
         return results
 
-    def backward(self, grads: tuple, tensors: Sequence[Tensor], results: tuple, needs_grad: tuple) -> Sequence[Any]:
-        """Returns None, then the gradients of `tensors`. `grads` are those of `results`, None for those without."""
-        if not any(grad is not None for grad in grads):
-            return (None,) * (1 + len(tensors))
+    def backward(self, ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the tensors, given those of the results."""
+        needs_grad = ctx.needs_input_grad[1:]
+        if all(grad is None for grad in grads):
+            return (None,) * len(needs_grad)
         kind = modes(), needs_grad, *[grad is not None and (grad.stride(), grad.dtype) for grad in grads]
         given = [grad for grad in grads if grad is not None]
         is_ordinary = not torch.is_grad_enabled() and all(type(grad) is Tensor for grad in given) and not is_watched()
-        if is_ordinary and (replay := self._backwards.get(kind)) is not None:
-            of_tensors = replay(*given, *tensors, *results)
-            if of_tensors is not None:
-                return of_tensors
-        flat_needs = [False] * NUM_DIFFERENTIABLE
-        for place, needed in zip(self._places, needs_grad, strict=True):
-            if needed:
-                flat_needs[place] = True
-        arguments = (
-            *[None if grad is None else self._packed(grad) for grad in grads], *self._arguments(tensors),
-            *map(self._packed, results), flat_needs,
-        )  # fmt: skip
-        of_op = self._shortcuts.run_backward(*arguments)
-        if is_ordinary and (program := self._shortcuts.backward.program(arguments)) is not None:
-            replay = program.function(
-                [*given, *tensors, *results], lambda of_op: [None, *self._of_tensors(of_op, tensors, needs_grad)]
-            )
-            keep(self._backwards, kind, replay)
-        return None, *(pair and pair[1] for pair in self._of_tensors(of_op, tensors, needs_grad))
-
-    def _of_tensors(self, of_op: Sequence[Tensor], tensors: Sequence[Tensor], needs_grad: tuple) -> list:
-        """The gradients of the op's arguments that are wanted, with their places, as gradients of `tensors`."""
-        return [
-            (place, self._unpacked(of_op[place]) if place < 3 else of_op[place].view(tensor.shape)) if needed else None
-            for place, tensor, needed in zip(self._places, tensors, needs_grad, strict=True)
-        ]
+        if is_ordinary and (replay := self._replays_backward.get(kind)) is not None:
+            of_op = replay(*given, *ctx.saved_tensors)
+            if of_op is not None:
+                return [
+                    of_op[place] if needed else None for place, needed in zip(self._places, needs_grad, strict=True)
+                ]
+        *tensors, out, lse = ctx.saved_tensors
+        needs_grad_of = dict(zip(self._places, needs_grad, strict=True))
+        flat_needs_grad = [needs_grad_of.get(place, False) for place in range(NUM_DIFFERENTIABLE)]
+        arguments = (*grads, *self._arguments(tensors), out, lse, flat_needs_grad)
+        if not is_ordinary:
+            of_op = library.attention_backward(*arguments)
+        else:
+            of_op = library.run_attention_backward(*arguments)
+            if (program := library.backward.program(arguments)) is not None:
+                keep(self._replays_backward, kind, program.replay)
+        return [of_op[place] if needed else None for place, needed in needs_grad_of.items()]
 
     def _arguments(self, tensors: Sequence[Tensor]) -> list:
         """The arguments of the op."""
-        arguments = [*self._flat]
+        arguments = [*self._options]
         for place, tensor in zip(self._places, tensors, strict=True):
-            arguments[place] = self._packed(tensor) if place < 3 else tensor.view(self._flat[place])
+            arguments[place] = tensor
         return arguments
 
-    def _packed(self, tensor: Tensor) -> Tensor:
-        """A query, key, value or result as the op has it."""
-        if not self._shortcuts.packed:
-            return tensor
-        return (tensor.transpose(0, 1) if tensor.dim() == 3 else tensor).unsqueeze(0)
 
-    def _unpacked(self, tensor: Tensor) -> Tensor:
-        """A query, key, value or result of the op as the function has it."""
-        if not self._shortcuts.packed:
-            return tensor
-        return tensor[0].transpose(0, 1) if tensor.dim() == 4 else tensor[0]
+_INDEX = (torch.int32, torch.int64)
 
 
 class _Attention(torch.autograd.Function):
+    """As the op's own function, it saves all tensors and results: checkpointing may recompute the other way."""
+
     @staticmethod
     def forward(ctx, shortcut, *tensors):
         results = shortcut.forward(tensors)
         ctx.save_for_backward(*tensors, *results)
         ctx.shortcut = shortcut
         ctx.set_materialize_grads(False)
-        return tuple(results) if shortcut.returns_lse else results[0]
+        return tuple(results) if shortcut._returns_lse else results[0]
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse=None):
-        *tensors, out, lse = ctx.saved_tensors
-        return ctx.shortcut.backward((grad_out, grad_lse), tensors, (out, lse), ctx.needs_input_grad[1:])
+        return None, *ctx.shortcut.backward(ctx, grad_out, grad_lse)
 
 
 def _is_ordinary() -> bool:

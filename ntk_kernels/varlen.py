@@ -8,11 +8,11 @@ from torch import Tensor
 from . import checks, library, reference
 from .arguments import autocast, check_options, check_state, features_of, state_tensors
 from .dispatch import choose_backend
-from .inputs import Inputs
+from .inputs import Inputs, as_batch_row
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.forward, library.backward, library.attention_backward, packed=True)
+_shortcuts = Shortcuts(library.run_attention, library.forward, has_backward=True)
 
 
 @overload
@@ -94,8 +94,8 @@ def ntk_attention_varlen(
         checks.check_floating(name, tensor)
         checks.check_shape(name, tensor, (None, None, None), letters)
     # As one batch row of [1, H, total, D]: what they must have in common is the same.
-    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    checks.check_qkv(query, key, value)
+    batch_row = tuple(map(as_batch_row, (query, key, value)))
+    checks.check_qkv(*batch_row)
     checks.check_bool("return_lse", return_lse)
     scale = check_options(query, state, scale, is_causal, window, softcap)
     checks.check_sequence_tensor("cu_seqlens_q", cu_seqlens_q, None, "B+1", query)
@@ -104,9 +104,9 @@ def ntk_attention_varlen(
     checks.check_sequence_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], "B+1", query)
     checks.check_int("max_seqlen_q", max_seqlen_q, minimum=0)
     checks.check_int("max_seqlen_k", max_seqlen_k, minimum=0)
-    check_state(state, query, key, value, state_index, cu_seqlens_q.shape[0] - 1)
+    check_state(state, *batch_row, state_index, cu_seqlens_q.shape[0] - 1)
 
-    backend = choose_backend(backend, query, key, value, None, softcap)
+    backend = choose_backend(backend, *batch_row, None, softcap)
     left, right = window or (-1, -1)
     feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
@@ -118,13 +118,11 @@ def ntk_attention_varlen(
     if backend == "reference":
         if not torch.compiler.is_compiling():
             checks.check_values(inputs)
-        packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        out, lse = reference.ntk_attention_varlen(
-            packed_query, packed_key, packed_value, cu_seqlens_q, cu_seqlens_k, state, is_causal=is_causal,
-            scale=scale, window=window, softcap=softcap, state_index=state_index, return_lse=True,
+        return reference.ntk_attention_varlen(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, state, is_causal=is_causal,
+            scale=scale, window=window, softcap=softcap, state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
-    else:
-        out, lse = library.attention(inputs)
-        _shortcuts.add(call, inputs)
-        out, lse = out[0].transpose(0, 1), lse[0]
+    if call is not None:
+        return _shortcuts.learn(call, inputs, return_lse)
+    out, lse = library.attention(inputs)
     return (out, lse) if return_lse else out

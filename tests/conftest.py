@@ -10,7 +10,7 @@ if not torch.cuda.is_available():  # Triton decides when kernels load whether it
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
-from ntk_kernels import dispatch
+from ntk_kernels import dispatch, replay
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from dataclasses import replace
@@ -51,3 +51,4 @@ def fresh(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.delenv("NTK_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_warned", set())
+    replay.forget()

@@ -8,7 +8,6 @@ from cases import BF16, CAUSAL, F32, HALF, TAYLOR1, TAYLOR2, Case, make_inputs
 from oracle import NAN_STATES, check_case, check_nan, op_inputs
 
 from ntk_kernels import PrefixState, ntk_attention
-from ntk_kernels.arguments import state_tensors
 from ntk_kernels.backends.torch import implementation as torch_backend
 from ntk_kernels.backends.triton import implementation as triton_backend
 from ntk_kernels.kernels.add_prefix import can_be_resident
@@ -57,6 +56,14 @@ def test_against_the_reference(case, tile, launched, monkeypatch):
     assert ("_ntk_add_prefix_bwd_dq_kernel" in launched) != one_state
 
 
+@pytest.mark.parametrize("mass", ["positive", "none", "mixed"])
+def test_wide_values(mass, launched):
+    """The general kernel, which then reads what the keys gave after it has added the prefix."""
+    case = Case("", "", head_dim=8, value_dim=72, state={"mass": mass} | TAYLOR2, options=CAUSAL)
+    check_case(make_inputs(case), case.dtype, backend="torch", backward=True)
+    assert "_ntk_add_prefix_kernel" in launched
+
+
 @pytest.mark.parametrize("seq_k", [0, 21])
 @pytest.mark.parametrize("recipe", [NAN_STATES["elu"], NAN_STATES["taylor1, one centre"]], ids=["elu", "taylor1"])
 def test_nan_is_not_hidden(recipe, seq_k, launched):
@@ -102,10 +109,7 @@ def test_each_gradient_alone_is_what_it_is_among_all(launched):
 def prepared(arch="sm90", **fields):
     case = Case("", "", **{"state": {}, "head_dim": 64, "dtype": BF16} | fields)
     query, key, value, state, options = make_inputs(case)
-    inputs = op_inputs(query, key, value, state, options, "torch")
-    if state.z_a is not None:
-        inputs = inputs._replace(state=state_tensors(state, None, "triton", few_rows=True))
-    return launch.prepare(inputs.without_keys(), arch)
+    return launch.prepare(op_inputs(query, key, value, state, options, "torch").without_keys(), arch)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def op_arguments(name, backend, page_size=None):
         *caches, table = in_pages(*caches, options["cache_seqlens"], page_size)
     left, right = options.get("window", (-1, -1))
     return DecodeInputs(
-        query, *caches, state_tensors(state, options.get("state_index"), backend, few_rows=True),
+        query, *caches, state_tensors(state, options.get("state_index")),
         options["cache_seqlens"], options.get("key_start"), table, None if state is None else state.feature_map, 0.5,
         0.25, 0.0, left, right, 0, backend,
     )  # fmt: skip

@@ -23,7 +23,7 @@ DECODE = ["plain", "low_rank_elu", "all_parts", "index", "key_start_window", "bf
 def replayed(monkeypatch):
     """The number of replays of each program."""
     replay.forget()
-    counts, function = [], replay.Program.function
+    counts, function = [], replay._Writer.function
 
     def counting(*args):
         inner, number = function(*args), len(counts)
@@ -36,7 +36,7 @@ def replayed(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(replay.Program, "function", counting)
+    monkeypatch.setattr(replay._Writer, "function", counting)
     yield counts
     replay.forget()
 

@@ -38,7 +38,7 @@ def op_inputs(query, key, value, state, options, backend):
     mask = options.get("attn_mask")
     return Inputs(
         query, key, value, state_tensors(state, options.get("state_index")),
-        attn_mask=None if mask is None else mask[(None,) * (4 - mask.dim())], key_start=options.get("key_start"),
+        attn_mask=mask, key_start=options.get("key_start"),
         key_stop=options.get("key_stop"), feature_map=None if state is None else state.feature_map, feature_scale=0.5,
         scale=0.25, window_left=left, window_right=0 if options.get("is_causal") else right,
         causal_offset=options.get("causal_offset", key.shape[2] - query.shape[2]), backend=backend,
