@@ -26,6 +26,7 @@ of tensors, options, and modes of PyTorch (`kind_of`). Code that looks at the nu
 """
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -138,6 +139,10 @@ def _registers_in(item: Any) -> Iterable[int]:
         yield from _registers_in(tuple(item.values()))
 
 
+def _is_contiguous(tensor: Register | View) -> bool:
+    return tensor.stride == torch.empty(tensor.shape, device="meta").stride()
+
+
 class _Writer:
     """Writes a program as Python: xi is the tensor of register i, ai its address, c. and f. are constants."""
 
@@ -151,9 +156,9 @@ class _Writer:
         self.takes_addresses = any(step.grid is not None for step in launches)
         self.addressed = set(_registers_in([step.args for step in launches])) if self.takes_addresses else set()
         made = {number for step in operations if step.call in _ALLOCATIONS for number in step.results}
-        as_tensors = set(_registers_in([results, [(step.args, step.kwargs) for step in operations]]))
+        self.as_tensors = set(_registers_in([results, [(step.args, step.kwargs) for step in operations]]))
         # Room that only kernels see is allocated at once.
-        self.scratch = sorted((made & self.addressed) - as_tensors)
+        self.scratch = sorted((made & self.addressed) - self.as_tensors)
 
     def function(self) -> Callable:
         inputs = ", ".join(f"x{i}" for i in range(self.num_inputs))
@@ -223,7 +228,7 @@ class _Writer:
             if made[:4] == model[:4]:
                 return f"{self._name(torch.empty_like)}({self._tensor(step.args[0])})"
         options = f"dtype={self._constant(made.dtype)}, device={self._constant(made.device)}"
-        if made.stride == torch.empty(made.shape, device="meta").stride():
+        if _is_contiguous(made):
             return f"{self._name(torch.empty)}({self._constant(made.shape)}, {options})"
         return (
             f"{self._name(torch.empty_strided)}({self._constant(made.shape)}, {self._constant(made.stride)}, {options})"
@@ -231,7 +236,15 @@ class _Writer:
 
     def _operation(self, step: Operation) -> str:
         if step.call is _aten._to_copy.default and list(step.kwargs) == ["dtype"]:  # faster than the op by its name
-            return f"{self._tensor(step.args[0])}.to({self._constant(step.kwargs['dtype'])})"
+            (taken,) = step.args
+            is_whole = (
+                _is_contiguous(taken)
+                and _is_contiguous(self.registers[taken.register])
+                and (math.prod(taken.shape) == math.prod(self.registers[taken.register].shape))
+            )
+            if is_whole and step.results[0] not in self.as_tensors:  # its shape does not matter
+                return f"x{taken.register}.to({self._constant(step.kwargs['dtype'])})"
+            return f"{self._tensor(taken)}.to({self._constant(step.kwargs['dtype'])})"
         arguments = [self._expression(x, self._tensor) for x in step.args]
         arguments += [f"{name}={self._expression(x, self._tensor)}" for name, x in step.kwargs.items()]
         return f"{self._name(step.call)}({', '.join(arguments)})"
@@ -393,12 +406,15 @@ _backend, _autotune, _check = (
 )
 
 
+_is_deterministic, _has_cudnn = torch._C._get_deterministic_algorithms, torch._C._get_cudnn_sdp_enabled
+_has_flash, _has_efficient = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+
+
 def modes() -> tuple:
     """Returns all that calls look at beside their arguments."""
     return (
         _environment.get(_backend), _environment.get(_autotune), _environment.get(_check),
-        torch.are_deterministic_algorithms_enabled(), torch._C._get_cudnn_sdp_enabled(),
-        torch._C._get_flash_sdp_enabled(), torch._C._get_mem_efficient_sdp_enabled(),
+        _is_deterministic(), _has_cudnn(), _has_flash(), _has_efficient(),
     )  # fmt: skip
 
 
@@ -470,4 +486,7 @@ watchers: list[Callable[[], bool]] = []  # each says whether something wants to 
 
 def is_watched() -> bool:
     """Returns whether something wants to see every launch, such as a hook of Triton's."""
-    return any(watcher() for watcher in watchers)
+    for watcher in watchers:  # noqa: SIM110 (`any` takes twice as long)
+        if watcher():
+            return True
+    return False

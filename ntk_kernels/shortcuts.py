@@ -19,6 +19,10 @@ from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
 from .replay import Replayed, is_watched, keep, kinds, modes
 from .state import PrefixState
 
+_is_transformed, _is_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+_num_dispatch_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_is_profiled, _tracing_state = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
+
 
 class Call:
     """A call of an unknown kind: the tensors that it has, in the order of its op, and what it wants."""
@@ -49,38 +53,36 @@ class Shortcuts:
         """
         if not _is_ordinary():
             return None, None
-        tensors = (query, key, value)
         # With the types, as True == 1 == 1.0; those in a window show in its text.
         kind: list[Any] = [modes(), return_lse, options, *map(type, options), None if window is None else repr(window)]
         if state is None:
-            tensors += others
+            present = [query, key, value]
         elif type(state) is PrefixState:
-            kind += state.feature_map, state.feature_scale, state.z_a is None
-            tensors += (
-                state.z if state.z_a is None else state.z_a, state.z_b, state.k, state.centers, state.log_scale,
-                state.keys, state.values, state.bias, *others,
-            )  # fmt: skip
+            names, of_state = state.arguments
+            kind += names, state.feature_map, state.feature_scale
+            present = [query, key, value, *of_state]
         else:
             return None, None
-        present, needs_grad = [], False
-        for x in tensors:
-            if x is None:
-                kind.append(None)
-            elif (type(x) is Tensor or type(x) is Parameter) and x.layout is torch.strided and not x.is_neg():
-                kind += x.shape, x.stride(), x.dtype, x.device
+        for x in others:
+            kind.append(x is None)
+            if x is not None:
                 present.append(x)
+        needs_grad = False
+        try:
+            for x in present:
+                if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg():
+                    return None, None
+                kind += x.shape, x.stride(), x.dtype, x.device
                 if x.requires_grad:
                     needs_grad = True
-            else:
-                return None, None
-        needs_grad = needs_grad and torch.is_grad_enabled()
-        if needs_grad and not self.has_backward:
-            return None, None
-        kind = tuple(kind)
-        try:
+            kind = tuple(kind)
             shortcut = self._known.get(kind)
-        except TypeError:  # an option without a hash
+        except (RuntimeError, TypeError):  # a tensor without strides, an option without a hash
             return None, None
+        if needs_grad:
+            needs_grad = torch.is_grad_enabled()
+            if needs_grad and not self.has_backward:
+                return None, None
         if shortcut is None:
             return None, Call(kind, present, needs_grad)
         return shortcut(present, needs_grad), None
@@ -178,12 +180,12 @@ class _Attention(torch.autograd.Function):
 def _is_ordinary() -> bool:
     """Whether nothing watches or changes what calls do."""
     return not (
-        torch._C._are_functorch_transforms_active()
+        _is_transformed()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        or _num_dispatch_modes()
+        or _num_function_modes()
+        or _is_autocast()
+        or _is_profiled()
+        or _tracing_state() is not None
         or is_watched()
     )

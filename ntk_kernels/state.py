@@ -1,5 +1,6 @@
 """`PrefixState`: a fixed-size stand-in for a prefix of any length."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, fields, replace
@@ -206,6 +207,15 @@ class PrefixState:
     def nbytes(self) -> int:
         """Memory of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @functools.cached_property
+    def arguments(self) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
+        """The tensors that an op takes, in its order, and which of those that it knows they are."""
+        tensors = (
+            self.z if self.z_a is None else self.z_a, self.z_b, self.k, self.centers, self.log_scale, self.keys,
+            self.values, self.bias,
+        )  # fmt: skip
+        return tuple(x is not None for x in tensors), tuple(x for x in tensors if x is not None)
 
     @property
     def _any(self) -> Tensor:
