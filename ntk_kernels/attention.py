@@ -12,7 +12,7 @@ from .inputs import Inputs
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.run_attention, library.forward, has_backward=True)
+_shortcuts = Shortcuts(library.forward, library.check_attention, has_backward=True)
 
 
 @overload

@@ -12,7 +12,7 @@ from .inputs import DecodeInputs
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.run_decode, library.decode, has_backward=False)
+_shortcuts = Shortcuts(library.decode, library.check_decode, has_backward=False)
 
 MAX_ROWS = 16  # queries a sequence
 MIN_PAGE_SIZE = 16

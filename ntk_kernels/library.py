@@ -135,45 +135,49 @@ def decode(*flat):
     return BACKENDS[inputs.backend].load().decode(inputs.uniform())
 
 
-def run_attention(*flat) -> Sequence[Tensor]:
-    """Computes out and lse, given the fields of Inputs: the implementation of the op."""
+def check_attention(flat: Sequence) -> None:
+    """Checks the numbers among the op's arguments."""
     checks.check_values(Inputs.of(*flat))
-    with _no_autocast(flat[0]):
+
+
+def check_decode(flat: Sequence) -> None:
+    """Checks the numbers among the op's arguments."""
+    checks.check_cache_values(DecodeInputs.of(*flat))
+
+
+def _run_attention(*flat):
+    check_attention(flat)
+    with no_autocast(flat[0]):
         return forward(*flat)
 
 
-def run_attention_backward(grad_out, grad_lse, *flat) -> Sequence[Tensor | None]:
-    """Computes the gradients of what is differentiable; None for those that are not asked for."""
-    with _no_autocast(flat[0]):
-        return backward(grad_out, grad_lse, *flat)
-
-
-def run_decode(*flat) -> Sequence[Tensor]:
-    """Computes out and lse, given the fields of DecodeInputs: the implementation of the op."""
-    checks.check_cache_values(DecodeInputs.of(*flat))
-    with _no_autocast(flat[0]):
-        return decode(*flat)
-
-
 def _run_attention_backward(grad_out, grad_lse, *flat):
-    grads = run_attention_backward(grad_out, grad_lse, *flat)
+    with no_autocast(flat[0]):
+        grads = backward(grad_out, grad_lse, *flat)
     return tuple(flat[0].new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _run_decode(*flat):
+    check_decode(flat)
+    with no_autocast(flat[0]):
+        return decode(*flat)
 
 
 def _run_sums(*flat):
     inputs = SumInputs.of(*flat)
-    with _no_autocast(inputs.keys):
+    with no_autocast(inputs.keys):
         return BACKENDS[inputs.backend].load().sum_features(inputs)
 
 
 def _run_sums_backward(grad_z, grad_k, *flat):
     *flat, needs_grad = flat
     inputs = SumInputs.of(*flat)
-    with _no_autocast(inputs.keys):
+    with no_autocast(inputs.keys):
         return BACKENDS[inputs.backend].load().sum_features_backward(grad_z, grad_k, inputs, needs_grad)
 
 
-def _no_autocast(tensor: Tensor):
+def no_autocast(tensor: Tensor):
+    """A context without autocast on the device of a tensor."""
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
@@ -201,7 +205,7 @@ def _empty_grad_of_input(tensor):
 
 _TENSORS = ", ".join(["Tensor"] * NUM_DIFFERENTIABLE)
 _attention = _Op(
-    "attention", schema(Inputs), "Tensor out, Tensor lse", run_attention, _attention_fake,
+    "attention", schema(Inputs), "Tensor out, Tensor lse", _run_attention, _attention_fake,
     lambda *flat, **_: flops.of_attention(Inputs.of(*flat)),
 )  # fmt: skip
 _attention_backward = _Op(
@@ -212,7 +216,7 @@ _attention_backward = _Op(
     lambda grad_out, grad_lse, *flat, **_: flops.of_attention_backward(Inputs.of(*flat[:-3])),
 )  # fmt: skip
 _attention_decode = _Op(
-    "attention_decode", schema(DecodeInputs), "Tensor out, Tensor lse", run_decode, _attention_fake,
+    "attention_decode", schema(DecodeInputs), "Tensor out, Tensor lse", _run_decode, _attention_fake,
     lambda *flat, **_: flops.of_decode(DecodeInputs.of(*flat)),
 )  # fmt: skip
 _sum_features = _Op(

@@ -25,7 +25,6 @@ A call is of a kind with another if all that the recorded code looks at is the s
 of tensors, options, and modes of PyTorch (`kind_of`). Code that looks at the numbers in a tensor cannot be recorded.
 """
 
-import functools
 import math
 import os
 import threading
@@ -121,10 +120,9 @@ class Program:
             used.update(_registers_in(tuple(step)))
             self.steps.insert(0, step)
 
-    @functools.cached_property
-    def replay(self) -> Callable[..., tuple | None]:
-        """The program as a function of its tensors that returns a tuple of results, or None where the addresses of the
-        tensors are no multiples of 16 bytes."""
+    def function(self) -> Callable[..., tuple | None]:
+        """Returns the program as a function of its tensors, which returns a tuple of results, or None where the addresses
+        of the tensors are no multiples of 16 bytes."""
         return _Writer(self.registers, self.num_inputs, self.steps, self.results).function()
 
 
@@ -429,34 +427,50 @@ def kind_of(arguments: Iterable[Any]) -> tuple:
     return tuple(kind)
 
 
-class Replayed:
-    """A function of tensors and options that returns tensors (or None), recorded when a call of a kind comes for the
-    second time and replayed from then on."""
+class Repeated:
+    """Calls of one kind of a function of tensors and options, which returns tensors or None: the first is made as it is,
+    the second is recorded, later ones are replayed."""
+
+    __slots__ = ("_function", "_is_new", "_replay")
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]]):
-        self._function = function
-        self._known: dict[tuple, Program | bool] = kinds()  # True after the first call; False if there is no program
+        self._function, self._is_new = function, True
+        self._replay: Callable | bool = True  # False if there is none
 
-    def __call__(self, *arguments: Any) -> Sequence[Tensor | None]:
-        kind = kind_of(arguments)
-        known = None if is_watched() else self._known.get(kind, ())
-        if isinstance(known, Program):
-            results = known.replay(*[x for x in arguments if isinstance(x, Tensor)])
+    def __call__(self, tensors: Sequence[Tensor], arguments_of: Callable) -> Sequence[Tensor | None]:
+        """Returns the results of a call with `arguments_of(tensors)`, which has these tensors in this order."""
+        replay = self._replay
+        if self._is_new:
+            self._is_new = False
+        elif replay is True:
+            with record(arguments_of(tensors)) as recording:
+                results = self._function(*recording.arguments)
+            program = recording.program(results)
+            self._replay = program is not None and program.function()
+            return results
+        elif replay:
+            results = replay(*tensors)
             if results is not None:
                 return results
-        elif known is True:
-            with record(arguments) as recording:
-                results = self._function(*recording.arguments)
-            self._known[kind] = recording.program(results) or False
-            return results
-        elif known == ():
-            keep(self._known, kind, True)
-        return self._function(*arguments)
+        return self._function(*arguments_of(tensors))
 
-    def program(self, arguments: Iterable[Any]) -> Program | None:
-        """Returns what is replayed for such a call."""
-        known = self._known.get(kind_of(arguments))
-        return known if isinstance(known, Program) else None
+
+class Replayed:
+    """Such a function with calls of any kind."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor | None]]):
+        self.function = function
+        self._known: dict[tuple, Repeated] = kinds()
+
+    def __call__(self, *arguments: Any) -> Sequence[Tensor | None]:
+        if is_watched():
+            return self.function(*arguments)
+        kind = kind_of(arguments)
+        known = self._known.get(kind)
+        if known is None:
+            known = Repeated(self.function)
+            keep(self._known, kind, known)
+        return known([x for x in arguments if isinstance(x, Tensor)], lambda tensors: arguments)
 
 
 _all_kinds: list[dict] = []

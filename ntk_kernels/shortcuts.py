@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from . import checks, library
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
-from .replay import Replayed, is_watched, keep, kinds, modes
+from .replay import Repeated, Replayed, is_watched, keep, kinds, modes
 from .state import PrefixState
 
 _is_transformed, _is_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
@@ -34,11 +34,11 @@ class Call:
 
 
 class Shortcuts:
-    """What is known of the calls of a public function. `run` is the implementation of its op, `replayed` the part of it
-    that is replayed."""
+    """What is known of the calls of a public function. `replayed` is the implementation of its op, `check` checks the
+    numbers among its arguments."""
 
-    def __init__(self, run: Callable, replayed: Replayed, *, has_backward: bool):
-        self.run, self.replayed, self.has_backward = run, replayed, has_backward
+    def __init__(self, replayed: Replayed, check: Callable, *, has_backward: bool):
+        self.replayed, self.check, self.has_backward = replayed, check, has_backward
         self._known: dict[tuple, _Shortcut] = kinds()
 
     def take(
@@ -98,57 +98,55 @@ class _Shortcut:
     """A kind of call."""
 
     def __init__(self, shortcuts: Shortcuts, flat: tuple, returns_lse: bool):
-        self._shortcuts, self._returns_lse = shortcuts, returns_lse
+        self.returns_lse = returns_lse
         self._options = [None if isinstance(x, Tensor) else x for x in flat]
         self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]  # of tensors among the op's arguments
-        # Numbers that have to be checked in each call.
-        self._is_checked = any(isinstance(x, Tensor) and x.dtype in _INDEX and checks.readable(x) for x in flat)
-        self._replay: Callable | None = None
-        self._replays_backward: dict[tuple, Callable] = {}
+        self._check: Callable | None = None
+        if any(isinstance(x, Tensor) and x.dtype in _INDEX and checks.readable(x) for x in flat):
+            self._check = shortcuts.check  # of numbers, in each call
+        self._repeated = Repeated(shortcuts.replayed.function)
+        self._backwards: dict[tuple, Repeated] = {}
 
     def __call__(self, tensors: Sequence[Tensor], needs_grad: bool) -> Any:
         if needs_grad:
             return _Attention.apply(self, *tensors)
         results = self.forward(tensors)
-        return results if self._returns_lse else results[0]
+        return results if self.returns_lse else results[0]
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns out and lse."""
-        if self._replay is not None:
-            results = self._replay(*tensors)
-            if results is not None:
-                return results
-        arguments = self._arguments(tensors)
-        results = self._shortcuts.run(*arguments)
-        if not self._is_checked and (program := self._shortcuts.replayed.program(arguments)) is not None:
-            self._replay = program.replay
-        return results
+        if self._check is not None:
+            self._check(self._arguments(tensors))
+        return self._repeated(tensors, self._arguments)
 
-    def backward(self, ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx, *grads: Tensor | None) -> list[Tensor | None]:
         """Returns the gradients of the tensors, given those of the results."""
         needs_grad = ctx.needs_input_grad[1:]
-        if all(grad is None for grad in grads):
-            return (None,) * len(needs_grad)
-        kind = modes(), needs_grad, *[grad is not None and (grad.stride(), grad.dtype) for grad in grads]
         given = [grad for grad in grads if grad is not None]
-        is_ordinary = not torch.is_grad_enabled() and all(type(grad) is Tensor for grad in given) and not is_watched()
-        if is_ordinary and (replay := self._replays_backward.get(kind)) is not None:
-            of_op = replay(*given, *ctx.saved_tensors)
-            if of_op is not None:
-                return [
-                    of_op[place] if needed else None for place, needed in zip(self._places, needs_grad, strict=True)
-                ]
-        *tensors, out, lse = ctx.saved_tensors
-        needs_grad_of = dict(zip(self._places, needs_grad, strict=True))
-        flat_needs_grad = [needs_grad_of.get(place, False) for place in range(NUM_DIFFERENTIABLE)]
-        arguments = (*grads, *self._arguments(tensors), out, lse, flat_needs_grad)
-        if not is_ordinary:
-            of_op = library.attention_backward(*arguments)
+        if not given:
+            return [None] * len(needs_grad)
+        tensors = [*given, *ctx.saved_tensors]
+
+        def arguments_of(tensors):
+            tensors = iter(tensors)
+            given_or_none = [None if grad is None else next(tensors) for grad in grads]
+            *tensors, out, lse = tensors
+            flat_needs_grad = [False] * len(self._options)
+            for place, needed in zip(self._places, needs_grad, strict=True):
+                flat_needs_grad[place] = needed
+            return *given_or_none, *self._arguments(tensors), out, lse, flat_needs_grad[:NUM_DIFFERENTIABLE]
+
+        if torch.is_grad_enabled() or is_watched() or any(type(grad) is not Tensor for grad in given):
+            of_op = library.attention_backward(*arguments_of(tensors))
         else:
-            of_op = library.run_attention_backward(*arguments)
-            if (program := library.backward.program(arguments)) is not None:
-                keep(self._replays_backward, kind, program.replay)
-        return [of_op[place] if needed else None for place, needed in needs_grad_of.items()]
+            kind = modes(), needs_grad, *[grad is not None and (grad.stride(), grad.dtype) for grad in grads]
+            repeated = self._backwards.get(kind)
+            if repeated is None:
+                repeated = Repeated(library.backward.function)
+                keep(self._backwards, kind, repeated)
+            with library.no_autocast(tensors[0]):
+                of_op = repeated(tensors, arguments_of)
+        return [of_op[place] if needed else None for place, needed in zip(self._places, needs_grad, strict=True)]
 
     def _arguments(self, tensors: Sequence[Tensor]) -> list:
         """The arguments of the op."""
@@ -170,7 +168,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *results)
         ctx.shortcut = shortcut
         ctx.set_materialize_grads(False)
-        return tuple(results) if shortcut._returns_lse else results[0]
+        return tuple(results) if shortcut.returns_lse else results[0]
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse=None):

@@ -12,7 +12,7 @@ from .inputs import Inputs, as_batch_row
 from .shortcuts import Shortcuts
 from .state import PrefixState
 
-_shortcuts = Shortcuts(library.run_attention, library.forward, has_backward=True)
+_shortcuts = Shortcuts(library.forward, library.check_attention, has_backward=True)
 
 
 @overload
@@ -94,8 +94,8 @@ def ntk_attention_varlen(
         checks.check_floating(name, tensor)
         checks.check_shape(name, tensor, (None, None, None), letters)
     # As one batch row of [1, H, total, D]: what they must have in common is the same.
-    batch_row = tuple(map(as_batch_row, (query, key, value)))
-    checks.check_qkv(*batch_row)
+    q, k, v = (as_batch_row(x) for x in (query, key, value))
+    checks.check_qkv(q, k, v)
     checks.check_bool("return_lse", return_lse)
     scale = check_options(query, state, scale, is_causal, window, softcap)
     checks.check_sequence_tensor("cu_seqlens_q", cu_seqlens_q, None, "B+1", query)
@@ -104,9 +104,9 @@ def ntk_attention_varlen(
     checks.check_sequence_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], "B+1", query)
     checks.check_int("max_seqlen_q", max_seqlen_q, minimum=0)
     checks.check_int("max_seqlen_k", max_seqlen_k, minimum=0)
-    check_state(state, *batch_row, state_index, cu_seqlens_q.shape[0] - 1)
+    check_state(state, q, k, v, state_index, cu_seqlens_q.shape[0] - 1)
 
-    backend = choose_backend(backend, *batch_row, None, softcap)
+    backend = choose_backend(backend, q, k, v, None, softcap)
     left, right = window or (-1, -1)
     feature_map, feature_scale = features_of(state, scale)
     inputs = Inputs(
