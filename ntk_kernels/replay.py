@@ -121,8 +121,8 @@ class Program:
             self.steps.insert(0, step)
 
     def function(self) -> Callable[..., tuple | None]:
-        """Returns the program as a function of its tensors, which returns a tuple of results, or None where the addresses
-        of the tensors are no multiples of 16 bytes."""
+        """Returns the program as a function of its tensors, which returns a tuple of results, or None where an address is
+        no multiple of 16 bytes."""
         return _Writer(self.registers, self.num_inputs, self.steps, self.results).function()
 
 
@@ -428,8 +428,8 @@ def kind_of(arguments: Iterable[Any]) -> tuple:
 
 
 class Repeated:
-    """Calls of one kind of a function of tensors and options, which returns tensors or None: the first is made as it is,
-    the second is recorded, later ones are replayed."""
+    """Calls of one kind of a function that returns tensors or None: the first is made as it is, the second is recorded,
+    later ones are replayed."""
 
     __slots__ = ("_function", "_is_new", "_replay")
 
