@@ -18,6 +18,12 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+    if not _is_strided(value):
+        raise TypeError(f"`{name}` must be a dense tensor, got {'nested' if value.is_nested else value.layout}")
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -82,7 +88,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, suffix: str = "", *, pa
     `suffix` belongs to the names of `key` and `value`; `paged`: they are [P, Hkv, page_size, ...].
     """
     tensors = (query, key, value)
-    if all(type(tensor) is Tensor and tensor.dim() == 4 for tensor in tensors):
+    if all(type(tensor) is Tensor and _is_strided(tensor) and tensor.dim() == 4 for tensor in tensors):
         batch, num_heads, _, head_dim = query.shape
         if (
             (paged or key.shape[0] == batch)

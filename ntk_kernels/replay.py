@@ -121,7 +121,7 @@ class Program:
             self.steps.insert(0, step)
 
     def function(self) -> Callable[..., tuple | None]:
-        """Returns the program as a function of its tensors, which returns a tuple of results, or None where an address is
+        """Returns the program as a function of its tensors that returns a tuple of results, or None where an address is
         no multiple of 16 bytes."""
         return _Writer(self.registers, self.num_inputs, self.steps, self.results).function()
 

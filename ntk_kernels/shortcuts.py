@@ -54,7 +54,8 @@ class Shortcuts:
         if not _is_ordinary():
             return None, None
         # With the types, as True == 1 == 1.0; those in a window show in its text.
-        kind: list[Any] = [modes(), return_lse, options, *map(type, options), None if window is None else repr(window)]
+        options += (return_lse,)
+        kind: list[Any] = [modes(), options, *map(type, options), None if window is None else repr(window)]
         if state is None:
             present = [query, key, value]
         elif type(state) is PrefixState:
