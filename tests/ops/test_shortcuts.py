@@ -10,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ntk_kernels import PrefixState, library, ntk_attention, ntk_attention_decode, replay
 
+# Raised inside PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 @pytest.fixture
 def op_calls(monkeypatch):
@@ -208,7 +211,6 @@ def test_traces(call):
     torch.testing.assert_close(compiled(call.arguments["query"]), call())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # raised inside PyTorch
 def test_counters_and_profilers(call, op_calls):
     with FlopCounterMode(display=False) as counter:
         call()
