@@ -22,7 +22,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 _TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)|v_mfma")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, strided
 from .jit.features import elu_of
 from .jit.prefix_term import (
     MAX_WEIGHT,
@@ -199,7 +199,7 @@ def can_be_resident(call: Call) -> bool:
 def _splits_of(call: Call, config: configs.TileConfig) -> int:
     """Returns the number of splits of a head's rows with which the last program finishes earliest."""
     kind = call.kind
-    tiles, heads = ceil_div(kind.seq_q, config.block_m), kind.heads * kind.batch
+    tiles, heads = ceil_div(call.sizes.seq_q, config.block_m), kind.heads * call.sizes.batch
     slots = max(1, 8 // config.num_warps) * configs.multiprocessors(kind.device)
     # The time, in tiles: rounds of programs, each of so many tiles and of what it takes to fetch Z.
     return min(range(1, tiles + 1), key=lambda n: ceil_div(n * heads, slots) * (ceil_div(tiles, n) + 1))
@@ -207,29 +207,24 @@ def _splits_of(call: Call, config: configs.TileConfig) -> int:
 
 def add_prefix_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     """The launch of the general kernel, which adds the prefix to `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (call.query, call.state, call.sequences, strided(out), lse)
-
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = lse.stride(0), lse.stride(1), kind.seq_q, num_tiles, kind.heads, kind.scales
-        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages, "CHUNK": kind.z_chunk}
-        return (num_tiles * kind.heads * kind.batch,), scalars, constants
-
-    return kind.launch(_ntk_add_prefix_kernel, tensors, config, describe, signature(out), signature(lse))
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    scalars = lse.stride(0), lse.stride(1), sizes.seq_q, num_tiles, kind.heads, kind.scales
+    return kind.launch(
+        _ntk_add_prefix_kernel, (num_tiles * kind.heads * sizes.batch,), tensors, scalars, config,
+        BLOCK_M=config.block_m, STAGES=config.num_stages, CHUNK=kind.z_chunk,
+    )  # fmt: skip
 
 
 def add_resident_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     """The launch of the resident kernel, which adds the prefix to `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (call.query, call.state, call.sequences, strided(out), lse)
-
-    def describe():
-        scalars = lse.shape[2], kind.seq_q, kind.heads, kind.scales
-        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (kind.heads * kind.batch, _splits_of(call, config)), scalars, constants
-
-    return kind.launch(_ntk_add_resident_prefix_kernel, tensors, config, describe, signature(out))
+    return kind.launch(
+        _ntk_add_resident_prefix_kernel, (kind.heads * sizes.batch, _splits_of(call, config)), tensors,
+        (lse.shape[2], sizes.seq_q, kind.heads, kind.scales), config, BLOCK_M=config.block_m, STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 ADD_PREFIX = (

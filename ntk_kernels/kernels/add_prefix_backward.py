@@ -33,7 +33,6 @@ from .host.launch import (
     made_addressable,
     prepare,
     run_with_best_tiles,
-    signature,
     strided,
 )
 from .jit.features import elu_slope, load_columns
@@ -201,43 +200,30 @@ def add_prefix_dq_launch(
     call: Call, grad_out, row_terms: RowTerms, grad_query, grad_log_weights, config: configs.TileConfig
 ) -> Launch:
     """The launch that adds the prefix's gradient to `grad_query` and fills `grad_log_weights` (each may be None)."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (
-        call.query,
-        strided(grad_out),
-        call.state,
-        call.sequences,
-        row_terms,
-        strided(grad_query),
-        grad_log_weights,
-    )
-
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = row_terms.lse.shape[2], kind.seq_q, num_tiles, kind.heads, kind.scales
-        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (num_tiles * kind.heads * kind.batch,), scalars, constants
-
-    details = signature(grad_out), signature(grad_query), grad_log_weights is None, row_terms.weights is None
-    return kind.launch(_ntk_add_prefix_bwd_dq_kernel, tensors, config, describe, *details)
+        call.query, strided(grad_out), call.state, call.sequences, row_terms, strided(grad_query), grad_log_weights
+    )  # fmt: skip
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    return kind.launch(
+        _ntk_add_prefix_bwd_dq_kernel, (num_tiles * kind.heads * sizes.batch,), tensors,
+        (row_terms.lse.shape[2], sizes.seq_q, num_tiles, kind.heads, kind.scales), config, BLOCK_M=config.block_m,
+        STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 def add_resident_bwd_launch(
     call: Call, grad_out, grad_lse, out, lse, grad_query, grads: StateGrads, splits: int, config: configs.TileConfig
 ) -> Launch:
     """The launch that adds the prefix's gradient to `grad_query` (may be None) and fills `grads` [splits, ...]."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (call.query, strided(grad_out), strided(out), lse, grad_lse, call.state, strided(grad_query), grads)
-    wanted = tuple(tensor is not None for tensor in grads)
-    details = splits, signature(grad_out), signature(out), signature(grad_lse), signature(grad_query), wanted
-
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = lse.shape[2], kind.seq_q, kind.batch, num_tiles, kind.heads, kind.scales
-        constants = kind.constants | {"BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (call.state.num_heads, splits), scalars, constants
-
-    return kind.launch(_ntk_add_resident_prefix_bwd_kernel, tensors, config, describe, *details)
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    return kind.launch(
+        _ntk_add_resident_prefix_bwd_kernel, (call.state.num_heads, splits), tensors,
+        (lse.shape[2], sizes.seq_q, sizes.batch, num_tiles, kind.heads, kind.scales), config, BLOCK_M=config.block_m,
+        STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 def run_add_prefix_bwd(inputs, out, lse, grad_out, grad_lse, grad_query, wanted: StateGrads) -> StateGrads:
@@ -256,16 +242,16 @@ def run_add_prefix_bwd(inputs, out, lse, grad_out, grad_lse, grad_query, wanted:
     grad_log_weights = empty_log_weights(row_terms, wanted)
     if grad_query is not None or grad_log_weights is not None:
         launch_with = partial(add_prefix_dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights)
-        run_with_best_tiles(call.kind, "add_prefix_dq", launch_with, (grad_query,))
+        run_with_best_tiles(call, "add_prefix_dq", launch_with, (grad_query,))
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
 
 
 def _run_resident(call: Call, grad_out, grad_lse, out, lse, grad_query, wanted: StateGrads) -> StateGrads:
     # One program for each multiprocessor, if there are as many tiles.
     kind, state = call.kind, call.state
-    tiles = kind.batch * state.query_heads_per_head * ceil_div(kind.seq_q, 64)
+    tiles = call.sizes.batch * state.query_heads_per_head * ceil_div(call.sizes.seq_q, 64)
     splits = max(1, min(configs.multiprocessors(kind.device) // state.num_heads, tiles))
     sums = StateGrads(*(None if tensor is None else lse.new_empty(splits, *tensor.shape) for tensor in wanted))
     launch_with = partial(add_resident_bwd_launch, call, grad_out, grad_lse, out, lse, grad_query, sums, splits)
-    run_with_best_tiles(kind, "add_resident_bwd", launch_with, (grad_query,))
+    run_with_best_tiles(call, "add_resident_bwd", launch_with, (grad_query,))
     return StateGrads(**added_up(sums, wanted))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, contiguous, signature, strided
+from .host.launch import Call, Launch, ceil_div, contiguous, strided
 from .jit.features import elu_mass, taylor_mass
 from .jit.prefix_term import MAX_WEIGHT, any_of, center_logit, is_massless, locate_state, weight_limit
 from .jit.row_terms import RowTerms, load_lse, load_rows
@@ -90,19 +90,14 @@ def _ntk_bwd_delta_kernel(
 
 def delta_launch(call: Call, grad_out, grad_lse, out, row_terms: RowTerms, config: configs.TileConfig) -> Launch:
     """The launch that fills `delta`, and `mass_delta` and `weights` if there are any."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (call.query, strided(out), strided(grad_out), grad_lse, call.state, call.sequences, row_terms)
-
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = row_terms.lse.shape[2], kind.seq_q, num_tiles, kind.heads, kind.scales
-        constants = kind.constants | {"BLOCK_M": config.block_m}
-        if row_terms.weights is None:
-            constants["FEATURE_MAP"] = None
-        return (num_tiles * kind.heads * kind.batch,), scalars, constants
-
-    details = signature(out), signature(grad_out), signature(grad_lse), row_terms.weights is None
-    return kind.launch(_ntk_bwd_delta_kernel, tensors, config, describe, *details)
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    return kind.launch(
+        _ntk_bwd_delta_kernel, (num_tiles * kind.heads * sizes.batch,), tensors,
+        (row_terms.lse.shape[2], sizes.seq_q, num_tiles, kind.heads, kind.scales), config, BLOCK_M=config.block_m,
+        FEATURE_MAP=None if row_terms.weights is None else kind.feature_map,
+    )  # fmt: skip
 
 
 def run_delta(call: Call, grad_out, grad_lse, out, lse: torch.Tensor, needs_weights: bool) -> RowTerms:

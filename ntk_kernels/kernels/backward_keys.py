@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, run_with_best_tiles, signature, strided
+from .host.launch import Call, Launch, ceil_div, run_with_best_tiles, strided
 from .jit.features import load_columns
 from .jit.row_terms import RowTerms, load_lse, load_rows
 from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to, store_tile
@@ -164,31 +164,24 @@ def _ntk_bwd_dkdv_kernel(
 
 def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value, config: configs.TileConfig) -> Launch:
     """The launch that fills `grad_key` and `grad_value` (one may be None), but for rows of no packed sequence."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (
         call.query, call.keys, strided(grad_out), call.mask, call.sequences, row_terms, strided(grad_key),
         strided(grad_value),
     )  # fmt: skip
 
-    def describe():
-        num_tiles = ceil_div(kind.seq_k, config.block_n)
-        scalars = (
-            row_terms.lse.shape[2], kind.seq_q, kind.seq_k, num_tiles, kind.kv_heads, kind.group, kind.lower,
-            kind.upper, kind.scales,
-        )  # fmt: skip
-        widths = [(kind.blocks.block_d, grad_key), (kind.blocks.block_dv, grad_value)]
-        min_width = min(width for width, grad in widths if grad is not None)
-        slices = max(1, min(config.slices, min_width // configs.min_dot_dimension(kind.arch)))
-        constants = kind.constants | {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "SLICES": slices,
-            "STAGES": config.num_stages,
-        }
-        return (num_tiles * kind.kv_heads * kind.batch, slices), scalars, constants
-
-    details = signature(grad_out), signature(grad_key), signature(grad_value), row_terms.weights is None
-    return kind.launch(_ntk_bwd_dkdv_kernel, tensors, config, describe, *details)
+    num_tiles = ceil_div(sizes.seq_k, config.block_n)
+    scalars = (
+        row_terms.lse.shape[2], sizes.seq_q, sizes.seq_k, num_tiles, kind.kv_heads, kind.group, sizes.lower,
+        sizes.upper, kind.scales,
+    )  # fmt: skip
+    widths = [(kind.blocks.block_d, grad_key), (kind.blocks.block_dv, grad_value)]
+    min_width = min(width for width, grad in widths if grad is not None)
+    slices = max(1, min(config.slices, min_width // configs.min_dot_dimension(kind.arch)))
+    return kind.launch(
+        _ntk_bwd_dkdv_kernel, (num_tiles * kind.kv_heads * sizes.batch, slices), tensors, scalars, config,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SLICES=slices, STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:
@@ -198,4 +191,4 @@ def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) ->
         targets = {"dk": (grad_key, None), "dv": (None, grad_value)}
     for kernel, grads in targets.items():
         if any(grad is not None for grad in grads):
-            run_with_best_tiles(call.kind, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))
+            run_with_best_tiles(call, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))

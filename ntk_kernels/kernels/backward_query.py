@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Kernel, Launch, ceil_div, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, strided
 from .jit.prefix_term import locate_state
 from .jit.prefix_term_grad import add_own_rows, linear_term_grad
 from .jit.row_terms import RowTerms, load_lse, load_rows
@@ -123,27 +123,21 @@ def dq_launch(
 ) -> Launch:
     """The launch that fills `grad_query` and `grad_log_weights` [B, Hq, C, Lq] (each may be None), but for rows of no
     packed sequence or state."""
-    kind = call.kind
+    kind, sizes = call.kind, call.sizes
     tensors = (
         call.query, call.keys, strided(grad_out), call.state, call.mask, call.sequences, row_terms,
         strided(grad_query), grad_log_weights,
     )  # fmt: skip
 
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = (
-            row_terms.lse.shape[2], kind.seq_q, kind.seq_k, num_tiles, kind.heads, kind.group, kind.lower, kind.upper,
-            kind.scales,
-        )  # fmt: skip
-        constants = kind.constants | {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-        }
-        return (num_tiles * kind.heads * kind.batch,), scalars, constants
-
-    details = signature(grad_out), signature(grad_query), grad_log_weights is None, row_terms.weights is None
-    return kind.launch(_ntk_bwd_dq_kernel, tensors, config, describe, *details)
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    scalars = (
+        row_terms.lse.shape[2], sizes.seq_q, sizes.seq_k, num_tiles, kind.heads, kind.group, sizes.lower, sizes.upper,
+        kind.scales,
+    )  # fmt: skip
+    return kind.launch(
+        _ntk_bwd_dq_kernel, (num_tiles * kind.heads * sizes.batch,), tensors, scalars, config, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 DQ = (Kernel("dq", dq_launch),)

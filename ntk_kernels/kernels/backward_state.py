@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Kind, Launch, ceil_div, signature, strided
+from .host.launch import Call, Kind, Launch, ceil_div, strided
 from .host.sections import SECTIONS, num_blocks
 from .jit.features import feature_index, load_column, load_columns, section_of
 from .jit.prefix_term_grad import own_rows_grad
@@ -227,19 +227,17 @@ def state_launch(
     config: configs.TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills a section of `grads.z` and `.k`; the first section also `.centers` and `.log_scale`."""
-    kind, state = call.kind, call.state
+    kind, sizes, state = call.kind, call.sizes, call.state
     if section != SECTIONS[kind.feature_map][0]:
         grad_log_weights, grads = None, grads._replace(centers=None, log_scale=None)
     tensors = (call.query, strided(grad_out), state, call.sequences, row_terms, grad_log_weights, grads)
 
-    def describe():
-        num_state_heads = state.k.shape[0] * state.num_heads
-        scalars = (row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales)
-        constants = kind.constants | {"SECTION": section, "BLOCK_M": config.block_m, "STAGES": config.num_stages}
-        return (_num_blocks(kind, section) * state.num_centers * num_state_heads, splits), scalars, constants
-
-    details = section, splits, signature(grad_out), grad_log_weights is None, _present(grads)
-    return kind.launch(_ntk_bwd_state_kernel, tensors, config, describe, *details)
+    num_state_heads = state.k.shape[0] * state.num_heads
+    return kind.launch(
+        _ntk_bwd_state_kernel, (_num_blocks(kind, section) * state.num_centers * num_state_heads, splits), tensors,
+        (row_terms.lse.shape[2], sizes.seq_q, sizes.batch, kind.heads, num_state_heads, splits, kind.scales), config,
+        SECTION=section, BLOCK_M=config.block_m, STAGES=config.num_stages,
+    )  # fmt: skip
 
 
 def rows_launch(
@@ -247,26 +245,20 @@ def rows_launch(
     config: configs.TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills `grads.row_values`, or `.row_keys` and `.row_bias`."""
-    kind, state = call.kind, call.state
+    kind, sizes, state = call.kind, call.sizes, call.state
     grads = grads._replace(**{name: None for name in grads._fields if name not in ROW_SECTIONS[section]})
     tensors = (call.query, strided(grad_out), state, call.sequences, row_terms, grads)
 
-    def describe():
-        num_state_heads = state.row_keys.shape[0] * state.num_heads
-        scalars = (row_terms.lse.shape[2], kind.seq_q, kind.batch, kind.heads, num_state_heads, splits, kind.scales)
-        constants = kind.constants | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return (ceil_div(state.num_rows, config.block_n) * num_state_heads, splits), scalars, constants
-
-    details = section, splits, signature(grad_out), row_terms.weights is None, _present(grads)
-    return kind.launch(_ntk_bwd_rows_kernel, tensors, config, describe, *details)
+    num_state_heads = state.row_keys.shape[0] * state.num_heads
+    return kind.launch(
+        _ntk_bwd_rows_kernel, (ceil_div(state.num_rows, config.block_n) * num_state_heads, splits), tensors,
+        (row_terms.lse.shape[2], sizes.seq_q, sizes.batch, kind.heads, num_state_heads, splits, kind.scales), config,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+    )  # fmt: skip
 
 
 def _num_blocks(kind: Kind, section: str) -> int:
     return num_blocks(section, kind.constants["HEAD_DIM"], kind.blocks.chunk)
-
-
-def _present(tensors: tuple) -> tuple[bool, ...]:
-    return tuple(tensor is not None for tensor in tensors)
 
 
 def run_state_backward(call: Call, grad_out, row_terms: RowTerms, grad_log_weights, wanted: StateGrads) -> StateGrads:
@@ -299,7 +291,7 @@ def _partial_sums(call: Call, tensors: dict, blocks: int, config: configs.TileCo
     kind, state = call.kind, call.state
     num_states = next(iter(tensors.values())).shape[0]  # used or not: their sums take memory
     programs = max(1, blocks * num_states * state.num_heads)
-    tiles = kind.batch * state.query_heads_per_head * ceil_div(kind.seq_q, config.block_m)
+    tiles = call.sizes.batch * state.query_heads_per_head * ceil_div(call.sizes.seq_q, config.block_m)
     splits = max(1, min(2 * configs.multiprocessors(kind.device) // programs, tiles))
     sums = {
         name: torch.empty(splits, *tensor.shape, dtype=torch.float32, device=tensor.device)

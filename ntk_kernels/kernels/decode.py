@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Kind, Launch, ceil_div, prepare, run_with_best_tiles, signature
+from .host.launch import Call, Launch, ceil_div, prepare, run_with_best_tiles
 from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
 from .jit.tiles import dot, load_tile, lse_of, online_softmax, rounded_to, running_max
 from .jit.visibility import Band, locate_keys, masked, soft_capped
@@ -282,48 +282,35 @@ def decode_launch(
     call: Call, results: DecodeResults, config: configs.TileConfig, *, num_splits=1, block_table=None
 ) -> Launch:
     """The launch that fills `results` of so many splits."""
-    kind = call.kind
-    tensors = (call.query, call.keys, block_table, call.state, call.mask, call.sequences, results)
-
-    def describe():
-        state = call.state
-        rows = kind.group * kind.seq_q
-        block_m = min(config.block_m, max(configs.min_rows(kind.arch), triton.next_power_of_2(rows)))
-        num_tiles = ceil_div(rows, block_m)
-        state_heads = max(state.num_heads // kind.kv_heads, 1)
-        prefix_tiles = ceil_div(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
-        scalars = (
-            results.out.stride()[:4], 0 if block_table is None else block_table.stride(0), results.lse[0].numel(),
-            kind.seq_q, kind.seq_k, num_tiles, num_splits, prefix_tiles, kind.kv_heads, kind.group, kind.lower,
-            kind.upper, kind.scales,
-        )  # fmt: skip
-        constants = kind.constants | {
-            "STATE_HEADS": state_heads,
-            "PAGE_SIZE": 1 if block_table is None else call.keys.k.ptr.shape[2],
-            "SPLIT": num_splits > 1,
-            "BLOCK_M": block_m,
-            "BLOCK_N": config.block_n,
-            # As many tiles in flight although the numbers of the pages have to be fetched before what is on them.
-            "STAGES": config.num_stages if block_table is None else 2 * config.num_stages - 1,
-        }
-        return (num_tiles * num_splits * kind.kv_heads * kind.batch,), scalars, constants
-
-    details = num_splits, signature(block_table), signature(results.out), results.left_out is None
-    return kind.launch(_ntk_decode_kernel, tensors, config, describe, *details)
+    kind, sizes, state = call.kind, call.sizes, call.state
+    tensors = (call.query, call.keys, block_table, state, call.mask, call.sequences, results)
+    rows = kind.group * sizes.seq_q
+    block_m = min(config.block_m, max(configs.min_rows(kind.arch), triton.next_power_of_2(rows)))
+    num_tiles = ceil_div(rows, block_m)
+    state_heads = max(state.num_heads // kind.kv_heads, 1)
+    prefix_tiles = ceil_div(state_heads * _bytes_of_head(state), _bytes_of_key(call) * config.block_n)
+    scalars = (
+        results.out.stride()[:4], 0 if block_table is None else block_table.stride(0), results.lse[0].numel(),
+        sizes.seq_q, sizes.seq_k, num_tiles, num_splits, prefix_tiles, kind.kv_heads, kind.group, sizes.lower,
+        sizes.upper, kind.scales,
+    )  # fmt: skip
+    return kind.launch(
+        _ntk_decode_kernel, (num_tiles * num_splits * kind.kv_heads * sizes.batch,), tensors, scalars, config,
+        STATE_HEADS=state_heads, PAGE_SIZE=1 if block_table is None else call.keys.k.ptr.shape[2],
+        SPLIT=num_splits > 1, BLOCK_M=block_m, BLOCK_N=config.block_n,
+        # As many tiles in flight although the numbers of the pages have to be fetched before what is on them.
+        STAGES=config.num_stages if block_table is None else 2 * config.num_stages - 1,
+    )  # fmt: skip
 
 
 def merge_launch(call: Call, splits: DecodeResults, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq] from the results of several splits."""
-    kind = call.kind
+    kind, num_queries = call.kind, lse.numel()
     tensors = (call.query, call.state, splits, out, lse)
-
-    def describe():
-        num_splits, num_queries = splits.out.shape[0], lse.numel()
-        scalars = out.stride()[:3], num_splits, num_queries, kind.heads, kind.seq_q, kind.scales
-        constants = kind.constants | {"BLOCK_M": 1, "BLOCK_S": config.block_n, "STAGES": 1}
-        return (num_queries,), scalars, constants
-
-    return kind.launch(_ntk_decode_merge_kernel, tensors, config, describe, splits.out.shape[0], signature(out))
+    scalars = out.stride()[:3], splits.out.shape[0], num_queries, kind.heads, call.sizes.seq_q, kind.scales
+    return kind.launch(
+        _ntk_decode_merge_kernel, (num_queries,), tensors, scalars, config, BLOCK_M=1, BLOCK_S=config.block_n, STAGES=1
+    )
 
 
 def _bytes_of_head(state) -> int:
@@ -356,12 +343,13 @@ def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
     return next(splits for splits in possible if busy(splits) >= 0.85 * best)
 
 
-def _num_splits(kind: Kind, config: configs.TileConfig) -> int:
-    visible = kind.seq_k
+def _num_splits(call: Call, config: configs.TileConfig) -> int:
+    kind, sizes = call.kind, call.sizes
+    visible = sizes.seq_k
     if kind.constants["HAS_LOWER"]:
-        visible = min(visible, kind.seq_q - kind.lower)
-    row_tiles = ceil_div(kind.group * kind.seq_q, config.block_m)
-    programs = row_tiles * kind.kv_heads * kind.batch
+        visible = min(visible, sizes.seq_q - sizes.lower)
+    row_tiles = ceil_div(kind.group * sizes.seq_q, config.block_m)
+    programs = row_tiles * kind.kv_heads * sizes.batch
     return splits_for(programs, ceil_div(visible, config.block_n), configs.multiprocessors(kind.device))
 
 
@@ -373,9 +361,9 @@ def run_decode(inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         table = table.contiguous()
 
     def launch_with(config):
-        return lambda: _run(call, out, lse, table, inputs.num_splits or _num_splits(call.kind, config), config)
+        return lambda: _run(call, out, lse, table, inputs.num_splits or _num_splits(call, config), config)
 
-    run_with_best_tiles(call.kind, "decode", launch_with)
+    run_with_best_tiles(call, "decode", launch_with)
 
 
 def _run(call: Call, out, lse, block_table, num_splits: int, config: configs.TileConfig) -> None:

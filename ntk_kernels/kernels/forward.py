@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import replay
 from .host import configs
-from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, signature, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, strided
 from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
 from .jit.tiles import (
     dot,
@@ -162,7 +162,7 @@ def _ntk_fwd_kernel(
 
 def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    kind, keys = call.kind, call.keys
+    kind, sizes, keys = call.kind, call.sizes, call.keys
     if config.use_descriptors and configs.can_describe(keys.k.ptr) and configs.can_describe(keys.v.ptr):
         replay.refuse("tensor descriptors hold addresses")
         keys = keys._replace(
@@ -170,22 +170,15 @@ def fwd_launch(call: Call, out, lse, config: configs.TileConfig) -> Launch:
             v_desc=_descriptor(keys.v.ptr, config.block_n, kind.blocks.block_dv),
         )
     tensors = (call.query, keys, call.state, call.mask, call.sequences, strided(out), lse)
-
-    def describe():
-        num_tiles = ceil_div(kind.seq_q, config.block_m)
-        scalars = (
-            lse.stride(0), lse.stride(1), kind.seq_q, kind.seq_k, num_tiles, kind.heads, kind.group, kind.lower,
-            kind.upper, kind.scales,
-        )  # fmt: skip
-        constants = kind.constants | {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-            "CHUNK": kind.z_chunk,
-        }
-        return (num_tiles * kind.heads * kind.batch,), scalars, constants
-
-    return kind.launch(_ntk_fwd_kernel, tensors, config, describe, signature(out), signature(lse), keys.k_desc is None)
+    num_tiles = ceil_div(sizes.seq_q, config.block_m)
+    scalars = (
+        lse.stride(0), lse.stride(1), sizes.seq_q, sizes.seq_k, num_tiles, kind.heads, kind.group, sizes.lower,
+        sizes.upper, kind.scales,
+    )  # fmt: skip
+    return kind.launch(
+        _ntk_fwd_kernel, (num_tiles * kind.heads * sizes.batch,), tensors, scalars, config, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, STAGES=config.num_stages, CHUNK=kind.z_chunk,
+    )  # fmt: skip
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -253,8 +253,8 @@ def _constants(rows: PrefixRows, config: configs.TileConfig, arch: str) -> dict:
 
 def _launch(kernel, grid, tensors: tuple, centers: int, splits: int, key_scale: float, constants: dict, config):
     heads, num_rows, _ = tensors[0].key.ptr.shape
-    scalars = num_rows, heads, centers, splits, key_scale, dims_for(kernel, **constants)
-    return Launch(Plan(kernel, grid, scalars, options_of(config)), tensors)
+    plan = Plan(kernel, dims_for(kernel, **constants), options_of(config))
+    return Launch(plan, grid, tensors, (num_rows, heads, centers, splits, key_scale, plan.dims))
 
 
 def run_sum_features(rows: PrefixRows, feature_map: str, key_scale: float) -> tuple[torch.Tensor, ...]:

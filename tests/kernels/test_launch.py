@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
+from types import SimpleNamespace
 
 import decode_cases
 import pytest
@@ -13,12 +14,14 @@ import triton
 import triton.language as tl
 from cases import case_named, make_inputs, served_by
 from decode_cases import CALLS
+from triton.runtime.jit import JITFunction
 
 from ntk_kernels import ntk_attention
 
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
+from bench.upkeep import aot
 from ntk_kernels import kernels
 from ntk_kernels.inputs import Inputs, StateTensors
 from ntk_kernels.kernels import backward_delta, forward
@@ -27,8 +30,7 @@ from ntk_kernels.kernels.host.configs import TileConfig
 from ntk_kernels.kernels.jit.dims import Dims, dims_for
 
 
-def test_launches_are_remembered_by_the_kind_of_call():
-    """Other tensors of the same kind share a kind; calls that are compiled or counted differently do not."""
+def test_kinds_are_shared_whatever_the_lengths():
     query, key, value, state, _ = make_inputs(case_named("elu"))
 
     def call(query, **options):
@@ -36,22 +38,16 @@ def test_launches_are_remembered_by_the_kind_of_call():
         return launch.prepare(Inputs(query, key, value, tensors, feature_map="elu", **options))
 
     first = call(query)
-    assert call(query.clone()).kind is first.kind
-    assert call(query.clone()).query.ptr is not first.query.ptr
+    for other in (query.clone(), query[:, :, 1:], query[:1], query.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert call(other).kind is first.kind and call(other).query.ptr is other
+        assert call(other).sizes[:2] == (other.shape[0], other.shape[2])
     for other in (
-        call(query[:, :, 1:]),
         call(query, scale=2.0),
         call(query.to(torch.bfloat16)),
         call(query, window_right=0),
+        call(query[:, :2]),
     ):
         assert other.kind is not first.kind
-
-
-def kinds(tensors):
-    """The facts that a kernel is compiled for, of tensors and tuples of them."""
-    if isinstance(tensors, tuple):
-        return tuple(map(kinds, tensors))
-    return tensors.dtype if isinstance(tensors, torch.Tensor) else tensors
 
 
 def values(scalars):
@@ -61,21 +57,20 @@ def values(scalars):
     return scalars.value if isinstance(scalars, tl.constexpr) else scalars
 
 
-def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
-    """Plans of every call of the option tables, whatever gradients are asked for, have the grid, scalars and constants that
-    would be made anew, and tensors of the kind that the kernel is compiled for."""
-    of_plan = {}
+def test_plans_share_what_launches_have_in_common(monkeypatch):
+    """In every call of the option tables, whatever gradients are asked for, a plan has the constants that would be made
+    anew, and arguments with the same facts are those that Triton compiles the same code for."""
+    compiled_for = {}
     original = launch.Kind.launch
 
-    def checked(self, kernel, tensors, config, describe, *details):
-        result = original(self, kernel, tensors, config, describe, *details)
-        grid, scalars, constants = describe()
-        assert (result.grid, values(result.plan.scalars)) == (
-            grid,
-            values((*scalars, dims_for(kernel, **constants))),
-        ), kernel
-        plan, seen = of_plan.setdefault(id(result.plan), (result.plan, kinds(tensors)))
-        assert plan is result.plan and seen == kinds(tensors), kernel
+    def checked(self, kernel, grid, tensors, scalars, config, **constants):
+        result = original(self, kernel, grid, tensors, scalars, config, **constants)
+        assert values(result.plan.dims) == values(dims_for(kernel, **self.constants | constants)), kernel
+        facts = []
+        launch._collect_facts(result.args, facts)
+        compiled = SimpleNamespace(kernel=JITFunction(kernel.fn, **kernel.kwargs), args=result.args)
+        specialisation = repr(aot.specialisation(compiled))
+        assert compiled_for.setdefault((result.plan, *facts), specialisation) == specialisation, kernel
         return result
 
     monkeypatch.setattr(launch.Kind, "launch", checked)
@@ -100,17 +95,19 @@ def test_a_remembered_plan_is_what_would_be_made_anew(monkeypatch):
                 for of_dtype in (torch.int32, torch.int64):
                     decode = decode_cases.decode_by("triton", num_splits=splits, block_table=table.to(of_dtype))
                     decode(query, *pages, state, **options)
-    assert len(of_plan) > 500
+    assert len(compiled_for) > 400
 
 
-def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
-    """A kernel that is compiled is called directly, with its arguments in their order; not for tensors that begin
-    between multiples of 16 bytes, for which it is not compiled."""
+def test_compiled_code_is_run_directly(monkeypatch):
+    """With the arguments in their order; not for tensors that begin between multiples of 16 bytes, other classes of
+    integers or other dtypes, for which it is not compiled."""
     calls = []
 
     class Compiled:
-        def __getitem__(self, grid):
-            return lambda *args: calls.append(("compiled", grid, args))
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, *args):
+            calls.append(("compiled", args))
 
     @triton.jit
     def kernel(x, pair, n, dims):
@@ -125,25 +122,30 @@ def test_a_remembered_launch_gets_what_the_first_got(monkeypatch):
 
     monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
     monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: launched(grid))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: "stream", raising=False)
     query, key, value, *_ = make_inputs(case_named("plain"))
     kind, config = launch.prepare(Inputs(query, key, value)).kind, TileConfig(32, 32, 4, 1)
-    constants = {"BLOCK_M": 2, "STAGES": 1, "BLOCK_N": 3}
 
-    def run(x):
-        kind.launch(kernel, (x, (x, None)), config, lambda: ((7, 2), (5,), constants), "details")()
+    def run(x, n=5):
+        kind.launch(kernel, (7, 2), (x, (x, None)), (n,), config, BLOCK_M=2, STAGES=1, BLOCK_N=3)()
 
     aligned = torch.empty(64)
     assert aligned.data_ptr() % 16 == 0
     between, other = aligned[1:], torch.empty(64)
-    for x in (between, aligned, other, between):
-        run(x)
+    for x, n in ((between, 5), (aligned, 5), (other, 7), (between, 5), (other, 1), (other, 16), (other.double(), 5)):
+        run(x, n)
     names = [name for name, *_ in calls]
-    assert names == ["triton", "triton", "compiled", "triton"]
-    of_call = Dims(BLOCK_M=2, STAGES=1)  # and none that the kernel does not read
-    assert calls[1][2][:2] == (aligned, (aligned, None)) and values(calls[1][2][2:]) == (5, tuple(of_call))
+    assert names == ["triton", "triton", "compiled", "triton", "triton", "triton", "triton"]
+    of_call = tuple(Dims(BLOCK_M=2, STAGES=1))  # and none that the kernel does not read
+    assert calls[1][2][:2] == (aligned, (aligned, None)) and values(calls[1][2][2:]) == (5, of_call)
     assert calls[1][3] == launch.options_of(config)
-    assert calls[2][1] == (7, 2, 1)
-    assert calls[2][2][0] is other and calls[2][2][1][0] is other and values(calls[2][2][2:]) == (5, tuple(of_call))
+    *start, x, pair, n, dims = calls[2][1]
+    assert start == [7, 2, 1, "stream", "function", "metadata", None, None, None]
+    assert x is other and pair[0] is other and (n, values(dims)) == (7, of_call)
+    monkeypatch.setattr(launch, "_has_hooks", lambda: True)
+    run(other, 7)
+    assert calls[-1][0] == "triton"
 
 
 def jit_functions():
@@ -177,7 +179,7 @@ def test_a_kernel_of_a_pass_is_a_record(monkeypatch):
         return forward.fwd_launch(call, out, lse, config)
 
     kernel = launch.Kernel(
-        "forward of one row", launch_of_ours, lambda call: call.kind.seq_q == 1,
+        "forward of one row", launch_of_ours, lambda call: call.sizes.seq_q == 1,
         tiles={"sm90": {"plain": {64: (TileConfig(64, 64, 4, 2),)}}},
     )  # fmt: skip
     monkeypatch.setattr(forward, "FORWARD", (kernel, *forward.FORWARD))

@@ -144,4 +144,6 @@ def _in_place(out: Tensor, kernel_out: Tensor) -> Tensor:
 
 def _device_of(tensor: Tensor):
     """The device that Triton launches on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

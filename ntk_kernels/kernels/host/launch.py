@@ -1,17 +1,18 @@
 """Shared by all launchers: turns the record of a call into kernel arguments and keeps a plan for each kind of call.
 
-The arguments of a launch have two parts. The tensors come from the call (`Call`); the rest, grid, lengths, factors and
-constants, is worked out once for a kind of call (`Kind`) and kept as a `Plan`.
+Tensors and sizes come from the call (`Call`). Factors and constants are worked out once for a kind of call (`Kind`),
+whatever its lengths, and kept with the compiled code as a `Plan` of each kernel.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import replay
 from ..jit.dims import dims_for
@@ -21,68 +22,89 @@ from ..jit.visibility import Keys, Sequences
 from . import autotune, configs
 
 _MAX_KINDS = 1024
+_MAX_INT32 = 2**31 - 1
 _kinds: dict[tuple, "Kind"] = {}
 _NO_MASK = Strided(None, (0, 0, 0, 0))
 
 
 class Plan:
-    """The part of a launch that all calls of a kind share: all but the tensors."""
+    """The part of a launch that calls of a kind share whatever their lengths: constants and compiled code."""
 
-    def __init__(self, kernel, grid: tuple, scalars: tuple, options: dict):
-        self.kernel, self.grid, self.scalars, self.options = kernel, grid, scalars, options
-        self.compiled = None  # the kernel, for tensors at multiples of 16 bytes
-        self.run = None
+    def __init__(self, kernel, dims, options: dict):
+        self.kernel, self.dims, self.options = kernel, dims, options
+        self.compiled: dict[tuple, triton.compiler.CompiledKernel] = {}  # by the facts of the arguments
 
 
 class Launch(NamedTuple):
     """A kernel with everything that it is called with: tensors (and records of them), then scalars and constants."""
 
     plan: Plan
+    grid: tuple
     tensors: tuple
+    scalars: tuple
 
-    kernel, grid = property(lambda self: self.plan.kernel), property(lambda self: self.plan.grid)
-    args = property(lambda self: self.tensors + self.plan.scalars)
-    options = property(lambda self: self.plan.options)
+    kernel, options = property(lambda self: self.plan.kernel), property(lambda self: self.plan.options)
+    args = property(lambda self: self.tensors + self.scalars)
 
     def __call__(self) -> None:
-        plan = self.plan
-        if not all(plan.grid):
+        if not all(self.grid):
             return
-        is_aligned = _addresses(self.tensors) % 16 == 0
+        facts: list = []
+        addresses = _collect_facts(self.args, facts)
+        key = tuple(facts) if addresses % 16 == 0 else None
         recording = replay.current_recording()
         if recording is None:
-            self._run(is_aligned)
+            self._run(key)
         else:
             with recording.paused():  # Triton's interpreter copies tensors
-                self._run(is_aligned)
-            self._record(recording, is_aligned)
+                self._run(key)
+            self._record(recording, key)
 
-    def _run(self, is_aligned: bool) -> None:
+    def _run(self, key: tuple | None) -> None:
+        """Runs the kernel that is compiled for `key`. If there is none yet, if addresses are no multiples of 16 bytes
+        (None), or with hooks, Triton's launcher does, whose look at the arguments takes longer than most kernels."""
         plan = self.plan
-        if plan.run is not None and is_aligned:
-            plan.run(*self.tensors, *plan.scalars)
-        else:
-            self._compile_and_run(is_aligned)
+        compiled = plan.compiled.get(key)
+        if compiled is not None and not _has_hooks():
+            grid, stream = _in_three(self.grid), torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *self.args)
+            return
+        compiled = plan.kernel[self.grid](*self.args, **plan.options)
+        if key is not None and isinstance(compiled, triton.compiler.CompiledKernel):
+            plan.compiled[key] = compiled
 
-    def _compile_and_run(self, is_aligned: bool) -> None:
-        """Slow path: Triton's launcher, whose inspection of the arguments takes longer than most of these kernels."""
-        plan = self.plan
-        compiled = plan.kernel[plan.grid](*self.args, **plan.options)
-        if isinstance(compiled, triton.compiler.CompiledKernel) and is_aligned:
-            plan.compiled, plan.run = compiled, compiled[_in_three(plan.grid)]
-
-    def _record(self, recording: "replay.Recording", is_aligned: bool) -> None:
-        plan = self.plan
+    def _record(self, recording: "replay.Recording", key: tuple | None) -> None:
         if INTERPRETED:
-            recording.launch(partial(plan.kernel[plan.grid], **plan.options), self.args)
-        elif is_aligned:
-            kernel = plan.compiled
+            recording.launch(partial(self.kernel[self.grid], **self.options), self.args)
+        elif key is not None:
+            compiled = self.plan.compiled[key]
             no_hooks = (None, None, None)
             recording.launch(
-                kernel.run, self.args, _in_three(plan.grid), (kernel.function, kernel.packed_metadata, *no_hooks)
-            )
+                compiled.run, self.args, _in_three(self.grid),
+                (compiled.function, compiled.packed_metadata, *no_hooks),
+            )  # fmt: skip
         else:
             replay.refuse("addresses are no multiples of 16 bytes")
+
+
+def _collect_facts(items: tuple, facts: list) -> int:
+    """Appends what a kernel is compiled for beside its constants: dtypes and classes of integers. Returns the addresses
+    of tensors in one number, a multiple of 16 if each is."""
+    addresses = 0
+    for item in items:
+        if item is None:
+            facts.append(None)
+        elif isinstance(item, int):
+            facts.append((item & 15 == 0) + 2 * (item == 1) + 4 * (item > _MAX_INT32))
+        elif isinstance(item, tuple):
+            addresses |= _collect_facts(item, facts)
+        elif isinstance(item, torch.Tensor):
+            facts.append(item.dtype)
+            addresses |= item.data_ptr()
+        elif isinstance(item, TensorDescriptor):
+            facts.append((item.base.dtype, *item.block_shape))
+            addresses |= item.base.data_ptr()
+    return addresses
 
 
 def _in_three(grid: tuple) -> tuple[int, int, int]:
@@ -95,22 +117,6 @@ def _has_hooks() -> bool:
 
 
 replay.watchers.append(_has_hooks)
-
-
-def _addresses(tensors: tuple) -> int:
-    """All addresses in one number, a multiple of 16 if each is."""
-    bits = 0
-    for item in tensors:
-        if item is None:
-            continue
-        if isinstance(item, torch.Tensor):
-            bits |= item.data_ptr()
-        elif isinstance(item, Strided):
-            if item.ptr is not None:
-                bits |= item.ptr.data_ptr()
-        elif isinstance(item, tuple):
-            bits |= _addresses(item)
-    return bits
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -144,31 +150,30 @@ def strided(tensor: torch.Tensor | None) -> Strided:
     return Strided(None, (0, 0, 0)) if tensor is None else Strided(tensor, tensor.stride()[:3])
 
 
-def signature(tensor: torch.Tensor | None) -> tuple | None:
-    """The facts of a tensor that a kernel is compiled for; its shape is known from the kind of call."""
-    return None if tensor is None else (tensor.dtype, tensor.stride())
+class Sizes(NamedTuple):
+    """What calls of one kind differ in, beside their tensors."""
+
+    batch: int  # or number of packed sequences
+    seq_q: int  # the longest
+    seq_k: int
+    lower: int  # row i sees key j if i + lower <= j <= i + upper
+    upper: int
 
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of call: calls that share shapes, dtypes, strides and options, and with them grids and constants."""
+    """A kind of call: all that kernels are compiled for, but for what shows in their arguments."""
 
     arch: str
     device: torch.device
     dtype: torch.dtype
     blocks: configs.Blocks
-    batch: int  # or number of packed sequences
     heads: int
     kv_heads: int
-    seq_q: int  # the longest
-    seq_k: int
-    lower: int  # row i sees key j if i + lower <= j <= i + upper
-    upper: int
     scales: Scales
     feature_map: str | None
     state_sizes: tuple[int, int, int, int]  # the last four fields of State
     rounds_z: bool  # to bfloat16, as keys and values are
-    mask_strides: tuple
     mask_bytes: int  # of a number of the mask; 0 without one
     crowded: bool  # a mask, rows or several centres need registers too
     traits: tuple[str, ...]  # that the speed of a tile depends on
@@ -189,16 +194,16 @@ class Kind:
             return min(self.blocks.block_d, 128)  # all of Z is fetched at once: programs wait for it less
         return self.blocks.chunk
 
-    def launch(self, kernel, tensors: tuple, config: configs.TileConfig, describe: Callable, *details) -> Launch:
-        """A launch of `kernel`. `describe()` gives grid, scalars and constants; they depend on the kind of call, the
-        tiles, and `details`."""
-        key = (kernel.__name__, config, *details)
+    def launch(
+        self, kernel, grid: tuple, tensors: tuple, scalars: tuple, config: configs.TileConfig, **constants: Any
+    ) -> Launch:
+        """A launch of `kernel`. `constants` are those of this kernel, in place of the kind's or beside them."""
+        key = (kernel.__name__, config, *constants.values())
         plan = self.plans.get(key)
         if plan is None:
-            grid, scalars, constants = describe()
-            scalars = (*scalars, dims_for(kernel, **constants))
-            plan = self.plans[key] = Plan(kernel, grid, scalars, options_of(config))
-        return Launch(plan, tensors)
+            plan = Plan(kernel, dims_for(kernel, **self.constants | constants), options_of(config))
+            self.plans[key] = plan
+        return Launch(plan, grid, tensors, (*scalars, plan.dims))
 
     def candidates(self, kernel: str) -> tuple[configs.TileConfig, ...]:
         """Tiles that a kernel may run with, the default first."""
@@ -206,10 +211,10 @@ class Kind:
             kernel, self.arch, self.blocks, self.dtype, self.feature_map, self.crowded, self.mask_bytes
         )
 
-    def shape_class(self, kernel: str) -> str:
+    def shape_class(self, kernel: str, seq_k: int) -> str:
         """The autotuning key. Batch size is left out and lengths are bucketed: they hardly change which tile is
         fastest."""
-        bucket = next((bound for bound in (512, 2048, 8192) if self.seq_k <= bound), None)
+        bucket = next((bound for bound in (512, 2048, 8192) if seq_k <= bound), None)
         parts = [
             kernel, f"D={self.blocks.block_d}", f"Dv={self.blocks.block_dv}",
             str(self.dtype).removeprefix("torch."), self.feature_map or "plain",
@@ -222,6 +227,7 @@ class Call(NamedTuple):
     """Arguments of the kernels for one call."""
 
     kind: Kind
+    sizes: Sizes
     query: Strided
     keys: Keys | None  # None for the prefix alone
     state: State
@@ -232,49 +238,59 @@ class Call(NamedTuple):
 def prepare(inputs, arch: str | None = None) -> Call:
     """The call of `inputs`, a record with the fields of Inputs or DecodeInputs in `ntk_kernels/inputs.py`. Without keys
     (`key` None; `value` gives its head dimension) the prefix alone. `arch` defaults to that of the device."""
-    signatures = (_shape_and_signature(x) if isinstance(x, torch.Tensor) else x for x in inputs.flat())
-    key = (inputs.query.device, arch, *signatures)
-    kind = _kinds.get(key)
+    query, key, value, state, mask = inputs.query, inputs.key, inputs.value, inputs.state, inputs.attn_mask
+    name = (
+        query.device, arch, query.dtype, query.shape[1], query.shape[3], None if key is None else key.shape[1],
+        value.shape[3], *[None if x is None else (x.dtype, x.shape) for x in state[:-1]], mask is None or mask.dtype,
+        inputs.cu_seqlens_q is None, inputs.cache_size is None, inputs.feature_map, inputs.feature_scale, inputs.scale,
+        inputs.softcap, inputs.window_left >= 0, inputs.window_right >= 0,
+    )  # fmt: skip
+    kind = _kinds.get(name)
     if kind is None:
         if len(_kinds) >= _MAX_KINDS:
             _kinds.clear()
-        kind = _kinds[key] = _kind_of(inputs, configs.arch_of(inputs.query.device) if arch is None else arch)
-    state, mask, keys = inputs.state, inputs.attn_mask, None
+        kind = _kinds[name] = _kind_of(inputs, configs.arch_of(query.device) if arch is None else arch)
     if kind.rounds_z:
         state = state._replace(z=state.z.to(torch.bfloat16))
-    if inputs.key is not None:
-        keys = Keys(strided(made_addressable(inputs.key)), strided(made_addressable(inputs.value)), None, None)
+    keys = None
+    if key is not None:
+        keys = Keys(strided(made_addressable(key)), strided(made_addressable(value)), None, None)
+    if mask is not None:
+        strides = zip(mask.shape, mask.stride(), strict=True)
+        mask = Strided(mask, tuple(stride if size > 1 else 0 for size, stride in strides))
     sequences = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.key_start, inputs.key_stop)
     return Call(
         kind,
-        strided(made_addressable(inputs.query)),
+        _sizes_of(inputs),
+        strided(made_addressable(query)),
         keys,
         State(*map(contiguous, state), *kind.state_sizes),
-        _NO_MASK if mask is None else Strided(mask, kind.mask_strides),
+        _NO_MASK if mask is None else mask,
         Sequences(*map(contiguous, sequences)),
     )
 
 
-def _shape_and_signature(tensor: torch.Tensor) -> tuple:
-    return tensor.dtype, tensor.shape, tensor.stride()
+def _sizes_of(inputs) -> Sizes:
+    batch, _, seq_q, _ = inputs.query.shape
+    seq_k = 0 if inputs.key is None else inputs.value.shape[2]
+    is_packed, cache_size = inputs.cu_seqlens_q is not None, inputs.cache_size
+    if is_packed:
+        batch = inputs.cu_seqlens_q.shape[0] - 1
+        seq_q, seq_k = min(inputs.max_seqlen_q, seq_q), min(inputs.max_seqlen_k, seq_k)
+    if cache_size is not None:
+        seq_k = cache_size
+    # Bounds beyond any key or row are all the same.
+    if is_packed or cache_size is not None:  # relative to each sequence's own lengths
+        offset, min_bound, max_bound = 0, -(seq_q + seq_k), seq_q + seq_k
+    else:
+        offset, min_bound, max_bound = inputs.causal_offset, -seq_q, seq_k
+    lower, upper = offset - inputs.window_left, offset + inputs.window_right
+    return Sizes(batch, seq_q, seq_k, min(max(lower, min_bound), max_bound), min(max(upper, min_bound), max_bound))
 
 
 def _kind_of(inputs, arch: str) -> Kind:
     query, key, value, state, mask = inputs.query, inputs.key, inputs.value, inputs.state, inputs.attn_mask
-    batch, heads, seq_q, head_dim = query.shape
-    seq_k, value_dim = (0 if key is None else value.shape[2]), value.shape[3]
-    packed = inputs.cu_seqlens_q is not None
-    if packed:
-        batch = inputs.cu_seqlens_q.shape[0] - 1
-        seq_q, seq_k = min(inputs.max_seqlen_q, seq_q), min(inputs.max_seqlen_k, seq_k)
-    if inputs.cache_size is not None:
-        seq_k = inputs.cache_size
-    # Bounds beyond any key or row are all the same.
-    if packed or inputs.cache_size is not None:  # relative to each sequence's own lengths
-        offset, min_bound, max_bound = 0, -(seq_q + seq_k), seq_q + seq_k
-    else:
-        offset, min_bound, max_bound = inputs.causal_offset, -seq_q, seq_k
-
+    heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
     rank = 1 if state.z_b is None else state.z_b.shape[3]
     blocks = configs.blocks(arch, head_dim, value_dim, rank)
     precision = configs.precisions(arch, query.dtype)
@@ -283,9 +299,6 @@ def _kind_of(inputs, arch: str) -> Kind:
     any_of_state = state.row_keys if state.k is None else state.k
     state_heads = 0 if any_of_state is None else any_of_state.shape[1]
     in_bfloat16 = query.dtype == torch.bfloat16
-    mask_strides = (0, 0, 0, 0)
-    if mask is not None:
-        mask_strides = tuple(stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True))
     traits = {
         "causal": inputs.window_right >= 0,
         "window": inputs.window_left >= 0,
@@ -294,7 +307,7 @@ def _kind_of(inputs, arch: str) -> Kind:
         "rows": num_rows > 0,
         "mask": mask is not None,
         "softcap": inputs.softcap > 0,
-        "packed": packed,
+        "packed": inputs.cu_seqlens_q is not None,
     }
     constants = {
         "HAS_LOWER": inputs.window_left >= 0,
@@ -317,10 +330,8 @@ def _kind_of(inputs, arch: str) -> Kind:
         "BLOCK_DV": blocks.block_dv,
     }
     return Kind(
-        arch=arch, device=query.device, dtype=query.dtype, blocks=blocks, batch=batch, heads=heads,
-        kv_heads=heads if key is None else key.shape[1], seq_q=seq_q, seq_k=seq_k,
-        lower=min(max(offset - inputs.window_left, min_bound), max_bound),
-        upper=min(max(offset + inputs.window_right, min_bound), max_bound),
+        arch=arch, device=query.device, dtype=query.dtype, blocks=blocks, heads=heads,
+        kv_heads=heads if key is None else key.shape[1],
         scales=Scales(inputs.scale * LOG2_E.value, inputs.softcap * LOG2_E.value, inputs.feature_scale),
         feature_map=inputs.feature_map,
         state_sizes=(heads // state_heads if state_heads else 1, state_heads, num_centers, num_rows),
@@ -329,7 +340,7 @@ def _kind_of(inputs, arch: str) -> Kind:
             state.z is not None and in_bfloat16 and inputs.cache_size is None
             and (inputs.feature_map != "taylor1" or blocks.block_d <= 128)
         ),
-        mask_strides=mask_strides, mask_bytes=0 if mask is None else mask.dtype.itemsize,
+        mask_bytes=0 if mask is None else mask.dtype.itemsize,
         crowded=mask is not None or num_rows > 0 or num_centers > 1,
         traits=tuple(name for name, present in traits.items() if present), constants=constants,
     )  # fmt: skip
@@ -352,17 +363,17 @@ class Kernel:
 def run_pass(kernels: tuple[Kernel, ...], call: Call, *tensors, updated: tuple = ()) -> None:
     """Runs the first of the kernels that serves the call."""
     kernel = next(kernel for kernel in kernels if kernel.serves(call))
-    run_with_best_tiles(call.kind, kernel.name, partial(kernel.launch, call, *tensors), updated)
+    run_with_best_tiles(call, kernel.name, partial(kernel.launch, call, *tensors), updated)
 
 
 def run_with_best_tiles(
-    kind: Kind, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
+    call: Call, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
 ) -> None:
     """Runs a launch with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for its shape class.
 
     `updated`: the tensors that it adds to, restored after the launches that are only measured.
     """
-    candidates = kind.candidates(kernel)
+    kind, candidates = call.kind, call.kind.candidates(kernel)
     config, kept = candidates[0], []
 
     def run(config: configs.TileConfig) -> None:
@@ -372,7 +383,9 @@ def run_with_best_tiles(
 
     if autotune.enabled():
         replay.refuse("launches are measured")
-        config = autotune.fastest(kind.shape_class(kernel), candidates, run, configs.device_name(kind.device))
+        config = autotune.fastest(
+            kind.shape_class(kernel, call.sizes.seq_k), candidates, run, configs.device_name(kind.device)
+        )
         for tensor, before in kept:
             tensor.copy_(before)
     launch_with(config)()
