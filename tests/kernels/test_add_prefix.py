@@ -109,7 +109,7 @@ def test_each_gradient_alone_is_what_it_is_among_all(launched):
 def prepared(arch="sm90", **fields):
     case = Case("", "", **{"state": {}, "head_dim": 64, "dtype": BF16} | fields)
     query, key, value, state, options = make_inputs(case)
-    return launch.prepare(op_inputs(query, key, value, state, options, "torch").without_keys(), arch)
+    return launch.prepare(op_inputs(query, key, value, state, options, "torch").uniform().without_keys(), arch)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_largest_tensor_grows_with_the_length(case, backend, monkeypatch):
             **{**vars(case), "batch": 2, "heads": 1, "kv_heads": 1, "seq_q": length, "seq_k": length, "head_dim": 4}
         )
         query, key, value, state, options = make_inputs(sized)
-        inputs = op_inputs(query, key, value, state, options, "torch")
+        inputs = op_inputs(query, key, value, state, options, "torch").uniform()
         needs = Leaves.of([tensor is not None for tensor in (*inputs[:3], *inputs.state[:-1])])
         with Largest() as seen:
             out, lse = backend.forward(inputs)
