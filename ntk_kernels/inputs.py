@@ -5,7 +5,7 @@ Optional tensors are None if absent. The ops take tensors in the shapes that use
 the comments, which backends and kernels take, by views.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -29,19 +29,19 @@ class StateTensors(NamedTuple):
 
     def uniform(self) -> "StateTensors":
         """Returns the tensors with the dimensions N and C."""
-        state = self
-        if state.k is not None and state.centers is None and state.k.dim() < 4:
-            state = state._map(("z", "z_b"), lambda x: x.unsqueeze(-3))
-            state = state._map(("k",), lambda x: x.unsqueeze(-2))
-            state = state._map(("log_scale",), lambda x: x.unsqueeze(-1))
-        if state.k is not None and state.k.dim() == 3:
-            state = state._map(("z", "z_b", "k", "centers", "log_scale"), lambda x: x.unsqueeze(0))
-        if state.row_keys is not None and state.row_keys.dim() == 3:
-            state = state._map(("row_keys", "row_values", "row_bias"), lambda x: x.unsqueeze(0))
-        return state
-
-    def _map(self, names: tuple[str, ...], function: Callable[[Tensor], Tensor]) -> "StateTensors":
-        return self._replace(**{name: function(x) for name in names if (x := getattr(self, name)) is not None})
+        z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index = self
+        if k is not None and k.dim() < 4:
+            if centers is None:
+                z, k = z.unsqueeze(-3), k.unsqueeze(-2)
+                z_b = None if z_b is None else z_b.unsqueeze(-3)
+                log_scale = None if log_scale is None else log_scale.unsqueeze(-1)
+            if k.dim() == 3:
+                z, k = z.unsqueeze(0), k.unsqueeze(0)
+                z_b, centers, log_scale = (None if x is None else x.unsqueeze(0) for x in (z_b, centers, log_scale))
+        if row_keys is not None and row_keys.dim() == 3:
+            row_keys, row_values = row_keys.unsqueeze(0), row_values.unsqueeze(0)
+            row_bias = None if row_bias is None else row_bias.unsqueeze(0)
+        return StateTensors(z, z_b, k, centers, log_scale, row_keys, row_values, row_bias, state_index)
 
     @property
     def exists(self) -> bool:

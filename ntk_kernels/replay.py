@@ -235,14 +235,9 @@ class _Writer:
     def _operation(self, step: Operation) -> str:
         if step.call is _aten._to_copy.default and list(step.kwargs) == ["dtype"]:  # faster than the op by its name
             (taken,) = step.args
-            is_whole = (
-                _is_contiguous(taken)
-                and _is_contiguous(self.registers[taken.register])
-                and (math.prod(taken.shape) == math.prod(self.registers[taken.register].shape))
-            )
-            if is_whole and step.results[0] not in self.as_tensors:  # its shape does not matter
-                return f"x{taken.register}.to({self._constant(step.kwargs['dtype'])})"
-            return f"{self._tensor(taken)}.to({self._constant(step.kwargs['dtype'])})"
+            shape_matters = step.results[0] in self.as_tensors or not self._is_whole(taken)
+            source = self._tensor(taken) if shape_matters else f"x{taken.register}"
+            return f"{source}.to({self._constant(step.kwargs['dtype'])})"
         arguments = [self._expression(x, self._tensor) for x in step.args]
         arguments += [f"{name}={self._expression(x, self._tensor)}" for name, x in step.kwargs.items()]
         return f"{self._name(step.call)}({', '.join(arguments)})"
@@ -276,10 +271,18 @@ class _Writer:
         name, register = f"x{view.register}", self.registers[view.register]
         if view.offset == 0 and view[1:3] == register[:2]:
             return name
+        if self._is_whole(view):
+            return f"{name}.view({self._constant(view.shape)})"  # faster than the general way
         offset = str(view.offset)
         if view.register < self.num_inputs:
             offset = f"{name}.storage_offset()" + (f" + {offset}" if view.offset else "")
         return f"{name}.as_strided({self._constant(view.shape)}, {self._constant(view.stride)}, {offset})"
+
+    def _is_whole(self, view: View) -> bool:
+        """Whether a view has the numbers of its register in their order."""
+        register = self.registers[view.register]
+        same_size = math.prod(view.shape) == math.prod(register.shape)
+        return view.offset == 0 and same_size and _is_contiguous(view) and _is_contiguous(register)
 
     def _constant(self, value: Any) -> str:
         return repr(value) if value is None or type(value) in (bool, int) else self._name(value, "c")

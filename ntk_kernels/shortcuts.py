@@ -90,7 +90,7 @@ class Shortcuts:
 
     def learn(self, call: Call, inputs: Inputs | DecodeInputs, return_lse: bool) -> Any:
         """Returns the result of a call of an unknown kind that has passed its checks, of which `inputs` were made."""
-        shortcut = _Shortcut(self, inputs.flat(), return_lse)
+        shortcut = _Shortcut(self, call, inputs.flat(), return_lse)
         keep(self._known, call.kind, shortcut)
         return shortcut(call.tensors, call.needs_grad)
 
@@ -98,13 +98,13 @@ class Shortcuts:
 class _Shortcut:
     """A kind of call."""
 
-    def __init__(self, shortcuts: Shortcuts, flat: tuple, returns_lse: bool):
+    def __init__(self, shortcuts: Shortcuts, call: Call, flat: tuple, returns_lse: bool):
         self.returns_lse = returns_lse
         self._options = [None if isinstance(x, Tensor) else x for x in flat]
         self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]  # of tensors among the op's arguments
-        self._check: Callable | None = None
-        if any(isinstance(x, Tensor) and x.dtype in _INDEX and checks.readable(x) for x in flat):
-            self._check = shortcuts.check  # of numbers, in each call
+        # Of numbers, in each call.
+        has_numbers = any(x.dtype in _INDEX and checks.readable(x) for x in call.tensors[3:])
+        self._check = shortcuts.check if has_numbers else None
         self._repeated = Repeated(shortcuts.replayed.function)
         self._backwards: dict[tuple, Repeated] = {}
 

@@ -50,7 +50,7 @@ class Launch(NamedTuple):
         if not all(self.grid):
             return
         facts: list = []
-        addresses = _collect_facts(self.args, facts)
+        addresses = _collect_facts(self.tensors, facts) | _collect_facts(self.scalars[:-1], facts)  # without Dims
         key = tuple(facts) if addresses % 16 == 0 else None
         recording = replay.current_recording()
         if recording is None:
