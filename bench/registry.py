@@ -1,11 +1,12 @@
 """The benchmarks by subject. `lib/run.py` describes their modules."""
 
 from .quality import accounting, approximation, demo, finetune, fit, prompt, scaling
-from .speed import attention, ceilings, convert, decode, sweep
+from .speed import attention, ceilings, convert, decode, host, sweep
 
 ROOMS = {
     "What is fast": {
-        "attention": attention, "sweep": sweep, "decode": decode, "convert": convert, "ceilings": ceilings,
+        "attention": attention, "sweep": sweep, "decode": decode, "convert": convert, "host": host,
+        "ceilings": ceilings,
     },
     "What is accurate, and what it takes": {
         "fit": fit, "approximation": approximation, "scaling": scaling, "accounting": accounting,

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench.__main__ import main
 from bench.registry import BENCHMARKS
-from bench.speed import attention, peers
+from bench.speed import attention, host, peers
 from bench.upkeep import gate, report, suite
 
 
@@ -145,8 +147,28 @@ def test_parts_of_all_are_commands_that_exist():
         assert len(set(names)) == len(names), device
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="the idle GPU has to be compiled")
+def test_host(tmp_path, monkeypatch, capsys):
+    """Calls on a GPU that does nothing, and the gate on the functions that they enter."""
+    main(["host", "--blocks", "2", "--out", str(tmp_path)])
+    calls = json.loads((tmp_path / "host.json").read_text())["calls"]
+    assert {name: call["launches"] for name, call in calls.items() if "decode" not in name} == {
+        "forward, no state": 1, "forward, elu": 1, "forward, gradients wanted": 1,
+        "forward and backward, no state": 4, "forward and backward, frozen state": 4,
+        "forward and backward, all gradients": 5, "NTKPrefix()": 0,
+    }  # fmt: skip
+    assert all(0 < call["low_us"] <= call["median_us"] for call in calls.values())
+    monkeypatch.setattr(host, "run", lambda folder, blocks: calls)
+    gate.check_functions(Console())
+    assert "too many" not in capsys.readouterr().out
+    calls["forward, elu"]["functions"] = gate.FUNCTIONS["forward, elu"] + 1
+    with pytest.raises(SystemExit, match="calls enter too many functions: forward, elu$"):
+        gate.check_functions(Console())
+
+
 def test_gate(monkeypatch, capsys):
     """The gate passes if one of five runs does, and prints what is too slow."""
+    monkeypatch.setattr(gate, "check_functions", lambda console: None)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     runs = []
