@@ -45,7 +45,7 @@ _ALLOCATIONS = (
     _aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default,
     _aten.new_empty_strided.default,
 )  # fmt: skip
-_NEEDS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+_NEEDS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _active = threading.local()
 
 
@@ -320,9 +320,12 @@ class Recording(TorchDispatchMode):
 
     @contextmanager
     def paused(self):
+        """Leaves out what runs inside."""
         self._is_paused = True
-        yield
-        self._is_paused = False
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -405,17 +408,17 @@ _environment = getattr(os.environ, "_data", os.environ)
 _backend, _autotune, _check = (
     os.environ.encodekey(name) if hasattr(os.environ, "encodekey") else name for name in _names
 )
-
-
 _is_deterministic, _has_cudnn = torch._C._get_deterministic_algorithms, torch._C._get_cudnn_sdp_enabled
 _has_flash, _has_efficient = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+_is_cudnn_enabled, _is_cudnn_deterministic = torch._C._get_cudnn_enabled, torch._C._get_cudnn_deterministic
 
 
 def modes() -> tuple:
     """Returns all that calls look at beside their arguments."""
     return (
         _environment.get(_backend), _environment.get(_autotune), _environment.get(_check),
-        _is_deterministic(), _has_cudnn(), _has_flash(), _has_efficient(),
+        _is_deterministic(), _has_cudnn(), _has_flash(), _has_efficient(), _is_cudnn_enabled(),
+        _is_cudnn_deterministic(),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from . import checks, library
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
@@ -22,6 +23,7 @@ from .state import PrefixState
 _is_transformed, _is_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 _num_dispatch_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _is_profiled, _tracing_state = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched`
 
 
 class Call:
@@ -59,17 +61,19 @@ class Shortcuts:
         if state is None:
             present = [query, key, value]
         elif type(state) is PrefixState:
-            names, of_state = state.arguments
+            names, of_state = state.op_tensors
             kind += names, state.feature_map, state.feature_scale
             present = [query, key, value, *of_state]
         else:
             return None, None
-        for x in others:
-            kind.append(x is None)
-            if x is not None:
-                present.append(x)
         needs_grad = False
         try:
+            for x in others:
+                kind.append(x is None)
+                if x is not None:
+                    present.append(x)
+                    if x.requires_grad:  # a mask, whose gradient only the reference has
+                        return None, None
             for x in present:
                 if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg():
                     return None, None
@@ -78,7 +82,7 @@ class Shortcuts:
                     needs_grad = True
             kind = tuple(kind)
             shortcut = self._known.get(kind)
-        except (RuntimeError, TypeError):  # a tensor without strides, an option without a hash
+        except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, an option without a hash
             return None, None
         if needs_grad:
             needs_grad = torch.is_grad_enabled()
@@ -137,7 +141,8 @@ class _Shortcut:
                 flat_needs_grad[place] = needed
             return *given_or_none, *self._arguments(tensors), out, lse, flat_needs_grad[:NUM_DIFFERENTIABLE]
 
-        if torch.is_grad_enabled() or is_watched() or any(type(grad) is not Tensor for grad in given):
+        is_plain = all(type(grad) is Tensor and not _is_batched(grad) for grad in given)
+        if torch.is_grad_enabled() or not is_plain or not _is_ordinary():
             of_op = library.attention_backward(*arguments_of(tensors))
         else:
             kind = modes(), needs_grad, *[grad is not None and (grad.stride(), grad.dtype) for grad in grads]
@@ -176,13 +181,18 @@ class _Attention(torch.autograd.Function):
         return None, *ctx.shortcut.backward(ctx, grad_out, grad_lse)
 
 
+def _has_function_modes() -> bool:
+    """Whether there are others than those of `torch.set_default_device` and `with torch.device(...)`."""
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_num_function_modes()))
+
+
 def _is_ordinary() -> bool:
     """Whether nothing watches or changes what calls do."""
     return not (
         _is_transformed()
         or forward_ad._current_level >= 0
         or _num_dispatch_modes()
-        or _num_function_modes()
+        or (_num_function_modes() and _has_function_modes())
         or _is_autocast()
         or _is_profiled()
         or _tracing_state() is not None

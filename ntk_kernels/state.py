@@ -209,8 +209,8 @@ class PrefixState:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @functools.cached_property
-    def arguments(self) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
-        """The tensors that an op takes, in its order, and which of those that it knows they are."""
+    def op_tensors(self) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
+        """Which of the tensors that an op takes the state has, and these tensors, in the op's order."""
         tensors = (
             self.z if self.z_a is None else self.z_a, self.z_b, self.k, self.centers, self.log_scale, self.keys,
             self.values, self.bias,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import FUSED, triton_only
-from cases import case_named, make_inputs, served_by
+from cases import Case, case_named, make_inputs, served_by
 from decode_cases import decode_by, make_call
 from oracle import run
 from test_varlen import make_call as make_packed_call
@@ -64,8 +64,15 @@ def compare(backend, case, replayed, expected):
 
 @pytest.mark.parametrize("case", served_by("torch"), ids=lambda case: case.id)
 def test_torch(case, replayed):
-    """Its forward looks for NaN where keys do not fill the vectors of the CPU's attention."""
+    """Not all are replayed: those that look for NaN, as keys do not fill the vectors of the CPU's attention, that read the
+    index of a state, or that go on for long."""
     compare("torch", case, replayed, range(3))
+
+
+@pytest.mark.parametrize("state", [None, {}, {"feature_map": "taylor1", "centers": 2, "rows": 3, "rank": 2}], ids=str)
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_torch_is_replayed(mask, state, replayed):
+    compare("torch", Case("", "", seq_q=32, seq_k=32, state=state, mask=mask), replayed, [2])
 
 
 @triton_only

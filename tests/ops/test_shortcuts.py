@@ -109,6 +109,27 @@ def test_a_change_between_forward_and_backward_is_refused(call):
         out.sum().backward()
 
 
+def test_a_mask_that_wants_a_gradient_later(call):
+    mask = torch.zeros(16, 16)
+    for _ in range(3):
+        call(attn_mask=mask)
+    mask.requires_grad_()
+    with pytest.raises(NotImplementedError, match="does not support a gradient for `attn_mask`"):
+        call(attn_mask=mask)
+    with torch.no_grad():
+        assert not call(attn_mask=mask).requires_grad
+
+
+def test_gradients_of_several_outputs_at_once(call):
+    query = call.arguments["query"].requires_grad_()
+    for _ in range(3):
+        out = call()
+        directions = torch.randn(3, *out.shape)
+        (batched,) = torch.autograd.grad(out, [query], directions, is_grads_batched=True, retain_graph=True)
+        for direction, expected in zip(directions, batched, strict=True):
+            torch.testing.assert_close(torch.autograd.grad(out, [query], direction, retain_graph=True)[0], expected)
+
+
 def test_second_derivatives_are_refused(call):
     query = call.arguments["query"].requires_grad_()
     for _ in range(3):
@@ -234,6 +255,9 @@ def test_modes_of_pytorch(call, op_calls):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             return function(*args, **(kwargs or {}))
 
+    with torch.device("cpu"):
+        call()
+    assert not op_calls
     with Seen():
         call()
     assert op_calls
