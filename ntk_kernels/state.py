@@ -138,6 +138,14 @@ class PrefixState:
         if self.bias is not None:
             checks.check_shape("bias", self.bias, (*lead, rows), f"{names}R")
 
+    @classmethod
+    def unchecked(cls, values: dict[str, Any]) -> "PrefixState":
+        """Makes a state of arguments that are known to fit each other; those left out are None."""
+        state = object.__new__(cls)
+        for name, value in (dict.fromkeys(_FIELDS) | values).items():
+            object.__setattr__(state, name, value)
+        return state
+
     # Properties ------------------------------------------------------------------------------------------------------
 
     @property
@@ -323,6 +331,9 @@ class PrefixState:
         return state.to(device)
 
 
+_FIELDS = tuple(field.name for field in fields(PrefixState))
+
+
 def _flatten(state: PrefixState) -> tuple[list[Tensor], list[Any]]:
     tensors = state.tensors()
     # A list, not a tuple: torch.export.save writes the context as JSON, which has no tuples.
@@ -337,11 +348,8 @@ def _flatten_with_keys(state: PrefixState) -> tuple[list[tuple[Any, Tensor]], li
 def _unflatten(leaves: Iterable[Any], context: list[Any]) -> PrefixState:
     # While a graph is traced, leaves may be anything (placeholders, specifications), so nothing is checked.
     names, feature_map, feature_scale = context
-    state = object.__new__(PrefixState)
-    values = dict.fromkeys(item.name for item in fields(PrefixState)) | dict(zip(names, leaves, strict=True))
-    for name, value in (values | {"feature_map": feature_map, "feature_scale": feature_scale}).items():
-        object.__setattr__(state, name, value)
-    return state
+    values = dict(zip(names, leaves, strict=True))
+    return PrefixState.unchecked(values | {"feature_map": feature_map, "feature_scale": feature_scale})
 
 
 pytree.register_pytree_node(

@@ -174,7 +174,7 @@ class NTKPrefix(nn.Module):
             with torch.no_grad():
                 self.bias.fill_(math.log(init_mass / num_rows))
         with torch.no_grad():
-            self()  # for the checks of PrefixState
+            PrefixState(**self._state())  # for its checks
 
     def _add_features(self, options: PrefixOptions, parameter: Callable[..., nn.Parameter]) -> None:
         feature_map = get_feature_map(options.feature_map)
@@ -254,16 +254,21 @@ class NTKPrefix(nn.Module):
 
     def forward(self) -> PrefixState:
         """Returns the state, differentiable in every parameter."""
-        tensors = {name: getattr(self, name) for name in ("z", "z_a", "z_b", "centers", "log_scale")}
+        values = self._state()
+        return PrefixState(**values) if torch.compiler.is_compiling() else PrefixState.unchecked(values)
+
+    def _state(self) -> dict[str, Any]:
+        """Returns the arguments of the state; their shapes are checked when the prefix is made."""
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in ("z", "z_a", "z_b", "centers", "log_scale")}
         if self.raw_k is not None:
             tensors["k"], weight = self._k_and_weight()
             if self.scale_by_k:
                 name = "z" if self.rank is None else "z_a"
                 tensors[name] = weight[..., None] * tensors[name]
-        return PrefixState(
-            **tensors, keys=self.keys, values=self.values, bias=self.bias, feature_map=self.feature_map,
-            feature_scale=self.feature_scale,
-        )  # fmt: skip
+        return tensors | {
+            "keys": self.keys, "values": self.values, "bias": self.bias, "feature_map": self.feature_map,
+            "feature_scale": self.feature_scale,
+        }  # fmt: skip
 
     def state_and_index(self, batch: int) -> tuple[PrefixState, Tensor | None]:
         """Returns the state, and None, as there is no stack of which `batch` rows would choose.
