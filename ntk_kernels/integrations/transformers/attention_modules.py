@@ -112,7 +112,7 @@ def find_shape(module: nn.Module) -> AttentionShape | None:
     """Returns heads and head dimensions, looked for under the names that models use; None if they are not found."""
 
     def size(of_module: tuple[str, ...], of_config: tuple[str, ...], default: int | None = None) -> int | None:
-        for owner, names in ((module, of_module), (module.config, of_config)):
+        for owner, names in ((module, of_module), (getattr(module, "config", None), of_config)):
             for name in names:
                 if isinstance(value := getattr(owner, name, None), int) and value > 0:
                     return value
