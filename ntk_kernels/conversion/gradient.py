@@ -75,7 +75,9 @@ class _Batches:
         """Returns the relative errors [Hs] of a state on the next sample."""
         num_queries = self._tensors[0].shape[1]
         sample = torch.randint(num_queries, (min(_BATCH, num_queries),), generator=self._generator)
-        query, lse, of_input, log_rest, exact = (t[:, sample.to(t.device)] for t in self._tensors)
+        sample = sample.to(self._tensors[0].device)
+        # A fifth of the time of t[:, sample].
+        query, lse, of_input, log_rest, exact = (t.index_select(1, sample) for t in self._tensors)
         of_state, lse_state = prefix_attention_state(query[None], state, scale=scale)
         out, _ = merge_attention(of_input, log_rest, of_state[0], lse_state[0] - lse)
         mean_square = (out - exact).square().sum(-1).mean(-1)
