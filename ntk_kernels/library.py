@@ -107,6 +107,7 @@ def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 @Replayed
 def forward(*flat):
+    """Returns out and lse, given the fields of Inputs."""
     inputs = Inputs.of(*flat)
     out, lse = BACKENDS[inputs.backend].load().forward(inputs.uniform())
     return (as_packed(out), lse[0]) if inputs.is_packed else (out, lse)
@@ -114,6 +115,7 @@ def forward(*flat):
 
 @Replayed
 def backward(grad_out, grad_lse, *flat):
+    """Returns the gradients of what is differentiable, in its shapes; None for those that `needs_grad` does not ask for."""
     *flat, out, lse, needs_grad = flat
     inputs = Inputs.of(*flat)
     if inputs.is_packed:
@@ -131,6 +133,7 @@ def backward(grad_out, grad_lse, *flat):
 
 @Replayed
 def decode(*flat):
+    """Returns out and lse, given the fields of DecodeInputs."""
     inputs = DecodeInputs.of(*flat)
     return BACKENDS[inputs.backend].load().decode(inputs.uniform())
 

@@ -122,7 +122,7 @@ class Program:
 
     def function(self) -> Callable[..., tuple | None]:
         """Returns the program as a function of its tensors that returns a tuple of results, or None where an address is
-        no multiple of 16 bytes."""
+        no multiple of 16 bytes. Its attribute `source` is its text."""
         return _Writer(self.registers, self.num_inputs, self.steps, self.results).function()
 
 

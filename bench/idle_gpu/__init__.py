@@ -13,6 +13,7 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import sys
 import types
 
 _NAME = "idle_gpu_device"
@@ -30,6 +31,7 @@ def turn_on(folder: str) -> None:
     spec = importlib.util.spec_from_file_location(_NAME, path)
     device = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(device)
+    sys.modules[_NAME] = device
     for name in dir(device):
         if name.startswith("_cuda"):
             setattr(torch._C, name, getattr(device, name))
@@ -44,6 +46,11 @@ def turn_on(folder: str) -> None:
     cuda.synchronize = lambda device=None: None
     cuda.is_current_stream_capturing = lambda: False
     torch.version.cuda = "12.8"
+
+
+def reuse_memory(reused: bool) -> None:
+    """Says whether freed memory is given out again, as it is at first; otherwise no two tensors ever have the same."""
+    sys.modules[_NAME].reuse_memory(reused)
 
 
 def launches() -> int:

@@ -70,6 +70,7 @@ struct BlockAllocator final : public c10::Allocator {
     std::mutex mutex;
     std::unordered_map<size_t, std::vector<void*>> free;
     std::unordered_map<void*, size_t> sizes;
+    bool reused = true;
   };
   static Blocks& blocks() {
     static Blocks all;
@@ -78,7 +79,7 @@ struct BlockAllocator final : public c10::Allocator {
   static void release(void* pointer) {
     if (!pointer) return;
     std::lock_guard<std::mutex> lock(blocks().mutex);
-    blocks().free[blocks().sizes[pointer]].push_back(pointer);
+    if (blocks().reused) blocks().free[blocks().sizes[pointer]].push_back(pointer);
   }
   DataPtr allocate(size_t nbytes) override {
     void* pointer = nullptr;
@@ -221,7 +222,13 @@ static PyObject* exchange_device(PyObject*, PyObject* device) {
 }
 static PyObject* get_stream(PyObject*, PyObject*) { return PyLong_FromLong(0); }
 
+static PyObject* reuse_memory(PyObject*, PyObject* reused) {
+  BlockAllocator::blocks().reused = PyObject_IsTrue(reused);
+  Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"reuse_memory", reuse_memory, METH_O, nullptr},
     {"_cuda_getDevice", get_device, METH_NOARGS, nullptr},
     {"_cuda_setDevice", exchange_device, METH_O, nullptr},
     {"_cuda_exchangeDevice", exchange_device, METH_O, nullptr},
