@@ -115,7 +115,7 @@ def forward(*flat):
 
 @Replayed
 def backward(grad_out, grad_lse, *flat):
-    """Returns the gradients of what is differentiable, in its shapes; None for those that `needs_grad` does not ask for."""
+    """Returns the gradients of what is differentiable, in its shapes; None for those that are not needed."""
     *flat, out, lse, needs_grad = flat
     inputs = Inputs.of(*flat)
     if inputs.is_packed:
