@@ -1,7 +1,7 @@
 """The short way of the public functions: what is known of a kind of call that has passed its checks.
 
 A call that is like an earlier one in all that checks and code look at needs neither: `Shortcuts.take` goes straight to
-the implementation of the op, which is replayed once it is known (`replay.py`), with an autograd node of its own and
+the implementation of the op, which is replayed once it is known (`replay/`), with an autograd node of its own and
 without PyTorch's dispatcher. Calls that somebody watches take the long way, through the op: those under autocast, a
 transform of torch.func, a mode, a trace or a profiler, and calls with tensors of other classes.
 """
@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 
 from . import checks, library
 from .inputs import NUM_DIFFERENTIABLE, DecodeInputs, Inputs
-from .replay import Repeated, Replayed, is_watched, keep, kinds, modes
+from .replay import Known, Repeated, Replayed, is_watched, modes, new_known
 from .state import PrefixState
 
 _is_transformed, _is_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
@@ -41,7 +41,7 @@ class Shortcuts:
 
     def __init__(self, replayed: Replayed, check: Callable, *, has_backward: bool):
         self.replayed, self.check, self.has_backward = replayed, check, has_backward
-        self._known: dict[tuple, _Shortcut] = kinds()
+        self._known = new_known()
 
     def take(
         self, query: Any, key: Any, value: Any, state: Any, others: tuple, window: Any, return_lse: Any, options: tuple
@@ -95,7 +95,7 @@ class Shortcuts:
     def learn(self, call: Call, inputs: Inputs | DecodeInputs, return_lse: bool) -> Any:
         """Returns the result of a call of an unknown kind that has passed its checks, of which `inputs` were made."""
         shortcut = _Shortcut(self, call, inputs.flat(), return_lse)
-        keep(self._known, call.kind, shortcut)
+        self._known.keep(call.kind, shortcut)
         return shortcut(call.tensors, call.needs_grad)
 
 
@@ -110,7 +110,7 @@ class _Shortcut:
         has_numbers = any(x.dtype in _INDEX and checks.readable(x) for x in call.tensors[3:])
         self._check = shortcuts.check if has_numbers else None
         self._repeated = Repeated(shortcuts.replayed.function)
-        self._backwards: dict[tuple, Repeated] = {}
+        self._backwards = Known()
 
     def __call__(self, tensors: Sequence[Tensor], needs_grad: bool) -> Any:
         if needs_grad:
@@ -149,7 +149,7 @@ class _Shortcut:
             repeated = self._backwards.get(kind)
             if repeated is None:
                 repeated = Repeated(library.backward.function)
-                keep(self._backwards, kind, repeated)
+                self._backwards.keep(kind, repeated)
             with library.no_autocast(tensors[0]):
                 of_op = repeated(tensors, arguments_of)
         return [of_op[place] if needed else None for place, needed in zip(self._places, needs_grad, strict=True)]

@@ -15,8 +15,6 @@ Grid: resident, (heads of the state, splits), a split taking every n-th tile of 
 up afterwards, so that two runs agree bit for bit. dQ: one program for each tile of rows, head and batch row.
 """
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
@@ -27,12 +25,13 @@ from .backward_state import FEATURE_TENSORS, StateGrads, added_up, run_state_bac
 from .host import configs
 from .host.launch import (
     Call,
+    Kernel,
     Launch,
     ceil_div,
     contiguous,
     made_addressable,
     prepare,
-    run_with_best_tiles,
+    run_pass,
     strided,
 )
 from .jit.features import elu_slope, load_columns
@@ -226,6 +225,10 @@ def add_resident_bwd_launch(
     )  # fmt: skip
 
 
+ADD_PREFIX_DQ = (Kernel("add_prefix_dq", add_prefix_dq_launch),)
+ADD_RESIDENT_BWD = (Kernel("add_resident_bwd", add_resident_bwd_launch),)
+
+
 def run_add_prefix_bwd(inputs, out, lse, grad_out, grad_lse, grad_query, wanted: StateGrads) -> StateGrads:
     """Adds the gradient through the prefix to `grad_query` (may be None); arguments as those of `backward.run_bwd`,
     `out` and `lse` being of keys and prefix.
@@ -241,8 +244,7 @@ def run_add_prefix_bwd(inputs, out, lse, grad_out, grad_lse, grad_query, wanted:
     row_terms = run_delta(call, grad_out, grad_lse, out, lse, needs_weights)
     grad_log_weights = empty_log_weights(row_terms, wanted)
     if grad_query is not None or grad_log_weights is not None:
-        launch_with = partial(add_prefix_dq_launch, call, grad_out, row_terms, grad_query, grad_log_weights)
-        run_with_best_tiles(call, "add_prefix_dq", launch_with, (grad_query,))
+        run_pass(ADD_PREFIX_DQ, call, grad_out, row_terms, grad_query, grad_log_weights, updated=(grad_query,))
     return run_state_backward(call, grad_out, row_terms, grad_log_weights, wanted)
 
 
@@ -252,6 +254,5 @@ def _run_resident(call: Call, grad_out, grad_lse, out, lse, grad_query, wanted: 
     tiles = call.sizes.batch * state.query_heads_per_head * ceil_div(call.sizes.seq_q, 64)
     splits = max(1, min(configs.multiprocessors(kind.device) // state.num_heads, tiles))
     sums = StateGrads(*(None if tensor is None else lse.new_empty(splits, *tensor.shape) for tensor in wanted))
-    launch_with = partial(add_resident_bwd_launch, call, grad_out, grad_lse, out, lse, grad_query, sums, splits)
-    run_with_best_tiles(call, "add_resident_bwd", launch_with, (grad_query,))
+    run_pass(ADD_RESIDENT_BWD, call, grad_out, grad_lse, out, lse, grad_query, sums, splits, updated=(grad_query,))
     return StateGrads(**added_up(sums, wanted))

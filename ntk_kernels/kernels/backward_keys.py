@@ -11,14 +11,13 @@ Grid: (tiles of BLOCK_N keys · key/value heads · batch rows or packed sequence
 by side, so that they share the queries in the L2 cache.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, run_with_best_tiles, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, run_pass, strided
 from .jit.features import load_columns
 from .jit.row_terms import RowTerms, load_lse, load_rows
 from .jit.tiles import LN_2, dot, head_ptr, load_tile, rounded_to, store_tile
@@ -184,11 +183,16 @@ def dkdv_launch(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value,
     )  # fmt: skip
 
 
+DKDV = (Kernel("dkdv", dkdv_launch),)
+DK, DV = (Kernel("dk", dkdv_launch),), (Kernel("dv", dkdv_launch),)  # one by one, where both are too many registers
+
+
 def run_dkdv(call: Call, grad_out, row_terms: RowTerms, grad_key, grad_value) -> None:
     """Fills `grad_key` and `grad_value`, each may be None."""
-    targets = {"dkdv": (grad_key, grad_value)}
-    if max(call.kind.blocks.block_d, call.kind.blocks.block_dv) > 128:
-        targets = {"dk": (grad_key, None), "dv": (None, grad_value)}
-    for kernel, grads in targets.items():
+    if max(call.kind.blocks.block_d, call.kind.blocks.block_dv) <= 128:
+        passes = [(DKDV, grad_key, grad_value)]
+    else:
+        passes = [(DK, grad_key, None), (DV, None, grad_value)]
+    for kernels, *grads in passes:
         if any(grad is not None for grad in grads):
-            run_with_best_tiles(call, kernel, partial(dkdv_launch, call, grad_out, row_terms, *grads))
+            run_pass(kernels, call, grad_out, row_terms, *grads)

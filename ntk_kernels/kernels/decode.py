@@ -15,6 +15,7 @@ Memory beyond inputs and outputs, with several splits: their results in float32 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .host import configs
-from .host.launch import Call, Launch, ceil_div, prepare, run_with_best_tiles
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass
 from .jit.prefix_term import add_left_out, attend_rows, locate_state, start_from_prefix
 from .jit.tiles import dot, load_tile, lse_of, online_softmax, rounded_to, running_max
 from .jit.visibility import Band, locate_keys, masked, soft_capped
@@ -353,25 +354,29 @@ def _num_splits(call: Call, config: configs.TileConfig) -> int:
     return splits_for(programs, ceil_div(visible, config.block_n), configs.multiprocessors(kind.device))
 
 
+def decode_and_merge(call: Call, block_table, num_splits, out, lse, config: configs.TileConfig) -> Callable[[], None]:
+    """Returns a function that makes the launches that fill `out` and `lse`. `num_splits` 0: as many as serve best."""
+    num_splits = num_splits or _num_splits(call, config)
+    if num_splits == 1:
+        return decode_launch(call, DecodeResults(out[None], lse[None]), config, block_table=block_table)
+
+    def run() -> None:
+        left_out = None if call.kind.feature_map is None else lse.new_empty(lse.shape, dtype=torch.int32)
+        maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
+        splits = DecodeResults(out.new_empty(num_splits, *out.shape, dtype=torch.float32), maxima, sums, left_out)
+        decode_launch(call, splits, config, num_splits=num_splits, block_table=block_table)()
+        merge_launch(call, splits, out, lse, call.kind.candidates("merge")[0])()
+
+    return run
+
+
+DECODE = (Kernel("decode", decode_and_merge),)
+
+
 def run_decode(inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fills `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]; `inputs` as DecodeInputs in `ntk_kernels/inputs.py`."""
     call = prepare(inputs)
     table = inputs.block_table
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-
-    def launch_with(config):
-        return lambda: _run(call, out, lse, table, inputs.num_splits or _num_splits(call, config), config)
-
-    run_with_best_tiles(call, "decode", launch_with)
-
-
-def _run(call: Call, out, lse, block_table, num_splits: int, config: configs.TileConfig) -> None:
-    if num_splits == 1:
-        decode_launch(call, DecodeResults(out[None], lse[None]), config, block_table=block_table)()
-        return
-    left_out = None if call.kind.feature_map is None else lse.new_empty(lse.shape, dtype=torch.int32)
-    maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
-    splits = DecodeResults(out.new_empty(num_splits, *out.shape, dtype=torch.float32), maxima, sums, left_out)
-    decode_launch(call, splits, config, num_splits=num_splits, block_table=block_table)()
-    merge_launch(call, splits, out, lse, call.kind.candidates("merge")[0])()
+    run_pass(DECODE, call, table, inputs.num_splits, out, lse)

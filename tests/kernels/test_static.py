@@ -227,9 +227,9 @@ def test_growth_is_noticed(monkeypatch, tmp_path):
 
 def test_every_default_has_a_baseline():
     """The tested version of triton has a line for each kernel; `bench static --quick --accept` writes it."""
-    from bench.upkeep import static
+    from bench.upkeep import launches, static
 
-    kernels = [vars(shape) for shape in static.shapes([arch for arch in aot.TARGETS if arch != "sm86"], quick=True)]
+    kernels = [vars(shape) for shape in launches.shapes([arch for arch in aot.TARGETS if arch != "sm86"], quick=True)]
     with (ROOT / "bench" / "baseline" / "triton-3.7.1.csv").open(encoding="utf-8") as file:
         known = {line.partition(",")[0] for line in file}
-    assert {static._name(kernel) for kernel in kernels} <= known
+    assert {static.name_of(kernel) for kernel in kernels} <= known

@@ -22,7 +22,7 @@ DECODE = ["plain", "low_rank_elu", "all_parts", "index", "key_start_window", "bf
 def replayed(monkeypatch):
     """The number of replays of each program."""
     replay.forget()
-    counts, function = [], replay._Writer.function
+    counts, function = [], replay.program._Writer.function
 
     def counting(*args):
         inner, number = function(*args), len(counts)
@@ -35,7 +35,7 @@ def replayed(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(replay._Writer, "function", counting)
+    monkeypatch.setattr(replay.program._Writer, "function", counting)
     yield counts
     replay.forget()
 

@@ -244,8 +244,8 @@ def test_counters_and_profilers(call, op_calls):
 
 def test_hooks_of_launches(call, monkeypatch):
     """A hook on launches sees each of them, so none is replayed."""
-    monkeypatch.setattr(replay, "watchers", [lambda: True])
-    monkeypatch.setattr(replay._Writer, "function", None)
+    monkeypatch.setattr(replay.kinds, "watchers", [lambda: True])
+    monkeypatch.setattr(replay.program._Writer, "function", None)
     for _ in range(4):
         call(query=torch.randn(1, 2, 16, 8), key=torch.randn(1, 2, 16, 8), value=torch.randn(1, 2, 16, 8))
 
@@ -314,12 +314,12 @@ def test_numbers_are_checked_in_each_call():
 
 
 def test_kinds_do_not_pile_up(call, monkeypatch):
-    monkeypatch.setattr(replay, "_MAX_KINDS", 4)
+    monkeypatch.setattr(replay.kinds, "_MAX_KINDS", 4)
     for length in range(16, 28):
         torch.testing.assert_close(
             call(query=torch.ones(2, 4, length, 8)), exact(call, query=torch.ones(2, 4, length, 8))
         )
-    assert all(len(known) <= 4 for known in replay._all_kinds)
+    assert all(len(known) <= 4 for known in replay.kinds._all_known)
 
 
 def test_a_recording_keeps_no_tensor_alive(call):

@@ -102,7 +102,7 @@ def calls():
 
 
 replays = 0
-written = replay._Writer.function
+written = replay.program._Writer.function
 
 
 def counting(self):
@@ -116,7 +116,7 @@ def counting(self):
     return counted
 
 
-replay._Writer.function = counting
+replay.program._Writer.function = counting
 idle_gpu.reuse_memory(False)
 figures = {}
 with torch.autograd.set_multithreading_enabled(False):

@@ -351,7 +351,7 @@ class Kernel:
     """A kernel of a pass. A pass is a tuple of kernels, of which the first that serves a call runs."""
 
     name: str  # in the tables of tiles, the tuned files and the baselines
-    launch: Callable  # launch(call, *tensors, config): the Launch
+    launch: Callable  # launch(call, *tensors, config): the Launch, or a function that makes several
     serves: Callable[[Call], bool] = lambda call: True
     tiles: dict | None = None  # its table, as in `tile_tables.py`; None if it is there
 
@@ -360,32 +360,26 @@ class Kernel:
             configs.TABLES[self.name] = self.tiles
 
 
-def run_pass(kernels: tuple[Kernel, ...], call: Call, *tensors, updated: tuple = ()) -> None:
-    """Runs the first of the kernels that serves the call."""
-    kernel = next(kernel for kernel in kernels if kernel.serves(call))
-    run_with_best_tiles(call, kernel.name, partial(kernel.launch, call, *tensors), updated)
-
-
-def run_with_best_tiles(
-    call: Call, kernel: str, launch_with: Callable[[configs.TileConfig], Launch], updated: tuple = ()
-) -> None:
-    """Runs a launch with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the fastest for its shape class.
+def run_pass(kernels: tuple[Kernel, ...], call: Call, *arguments, updated: tuple = ()) -> None:
+    """Runs the first of the kernels that serves the call, with the default tiles, or with NTK_KERNELS_AUTOTUNE=1 the
+    fastest for the shape class of the call.
 
     `updated`: the tensors that it adds to, restored after the launches that are only measured.
     """
-    kind, candidates = call.kind, call.kind.candidates(kernel)
+    kernel = next(kernel for kernel in kernels if kernel.serves(call))
+    kind, candidates = call.kind, call.kind.candidates(kernel.name)
     config, kept = candidates[0], []
 
     def run(config: configs.TileConfig) -> None:
         if not kept:
             kept.extend((tensor, tensor.clone()) for tensor in updated if tensor is not None)
-        launch_with(config)()
+        kernel.launch(call, *arguments, config)()
 
     if autotune.enabled():
         replay.refuse("launches are measured")
         config = autotune.fastest(
-            kind.shape_class(kernel, call.sizes.seq_k), candidates, run, configs.device_name(kind.device)
+            kind.shape_class(kernel.name, call.sizes.seq_k), candidates, run, configs.device_name(kind.device)
         )
         for tensor, before in kept:
             tensor.copy_(before)
-    launch_with(config)()
+    kernel.launch(call, *arguments, config)()
