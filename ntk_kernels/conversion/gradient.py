@@ -78,10 +78,24 @@ class _Batches:
         sample = sample.to(self._tensors[0].device)
         # A fifth of the time of t[:, sample].
         query, lse, of_input, log_rest, exact = (t.index_select(1, sample) for t in self._tensors)
-        of_state, lse_state = prefix_attention_state(query[None], state, scale=scale)
-        out, _ = merge_attention(of_input, log_rest, of_state[0], lse_state[0] - lse)
+        attend = _attend_rows if state.k is None else _attend
+        out = attend(state, query, lse, of_input, log_rest, scale)
         mean_square = (out - exact).square().sum(-1).mean(-1)
         return (mean_square / self._mean_square + torch.finfo(out.dtype).tiny).sqrt()
+
+
+def _attend(state: PrefixState, query, lse, of_input, log_rest, scale: float) -> Tensor:
+    """Returns attention [Hs, N, Dv] to a state and the input, whose own result has the weight exp(log_rest + lse)."""
+    of_state, lse_state = prefix_attention_state(query[None], state, scale=scale)
+    out, _ = merge_attention(of_input, log_rest, of_state[0], lse_state[0] - lse)
+    return out
+
+
+def _attend_rows(state: PrefixState, query, lse, of_input, log_rest, scale: float) -> Tensor:
+    """The same for a state of rows, in half the time: one softmax over the rows and the input's result."""
+    logits = torch.baddbmm(state.bias[:, None] - lse[..., None], query, state.keys.transpose(1, 2), alpha=scale)
+    weights = torch.cat([logits, log_rest[..., None]], dim=-1).softmax(dim=-1)
+    return torch.baddbmm(of_input * weights[..., -1:], weights[..., :-1], state.values)
 
 
 def _unit(name: str, tensor: Tensor, spread: dict[str, Tensor]) -> float | Tensor:

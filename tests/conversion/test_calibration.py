@@ -304,3 +304,18 @@ def test_targets_do_not_copy_the_prefix_for_every_row():
         with pytest.raises(ZeroDivisionError):
             sample.convert(num_rows=8)
     assert [tensor.untyped_storage().nbytes() for tensor in seen] == [4 * HEADS * 400 * dim for dim in (DIM, VALUE_DIM)]
+
+
+@pytest.mark.parametrize("hidden", [None, 3])
+def test_rows_and_input_in_one_softmax(hidden):
+    """The short way for a state of rows gives what the general one does, also for an input or a row of no weight."""
+    torch.manual_seed(0)
+    keys, values, bias = torch.randn(HEADS, 6, DIM), torch.randn(HEADS, 6, VALUE_DIM), torch.randn(HEADS, 6)
+    query, of_input = torch.randn(HEADS, 20, DIM), torch.randn(HEADS, 20, VALUE_DIM)
+    lse, log_rest = 50 * torch.randn(HEADS, 20), -torch.rand(HEADS, 20)
+    if hidden is not None:
+        log_rest[:, hidden], bias[:, hidden], lse[:, hidden] = -torch.inf, -torch.inf, 0.0
+    state = PrefixState(keys=keys.double(), values=values.double(), bias=bias.double())
+    tensors = [tensor.double() for tensor in (query, lse, of_input, log_rest)]
+    expected = gradient._attend(state, *tensors, 0.3)
+    torch.testing.assert_close(gradient._attend_rows(state, *tensors, 0.3), expected, rtol=1e-12, atol=1e-12)
