@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import hazards
+
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -79,7 +81,16 @@ class Compiled:
 
     @property
     def hazards(self) -> list[str]:
-        return pipelined_register_dots(self.kernel.asm["ttgir"])
+        """What may make its results wrong, or keeps products from running at once."""
+        found = pipelined_register_dots(self.kernel.asm["ttgir"])
+        if self.arch == "sm90":
+            found += hazards.overwritten_operands(self.machine_code) + hazards.serialised_loops(self.machine_code)
+        return found
+
+    @property
+    def waits_in_main_loop(self) -> int:
+        """Waits for products of the tensor cores in the shortest loop that has some; sm90 only, else 0."""
+        return hazards.waits_in_loops(self.machine_code) if self.arch == "sm90" else 0
 
     @property
     def _is_amd(self) -> bool:

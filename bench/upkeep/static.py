@@ -51,6 +51,7 @@ def examine(shape: Shape) -> dict:
         "config": str(shape.config()), "registers": compiled.registers, "spilled": compiled.spilled,
         "instructions": compiled.instructions, "shared": compiled.shared, "shared_limit": limit,
         "tensor_core": compiled.tensor_core, "exp2": compiled.exp2_in_main_loop, "hazards": compiled.hazards,
+        "waits": compiled.waits_in_main_loop,
     }  # fmt: skip
     faults = list(found["hazards"])
     optional = shape.option and not shape.kernel.startswith("rows")
