@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CAUSAL, TAYLOR1, Case, make_inputs
+from cases import CAUSAL, TAYLOR1, TAYLOR2, Case, make_inputs
 from oracle import op_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +14,7 @@ from ntk_kernels.kernels.host import launch
 CASES = {
     "elu": Case("", "", options=CAUSAL),
     "centres": Case("", "", state={"centers": 16, "log_scale": True} | TAYLOR1, options=CAUSAL),
+    "taylor2": Case("", "", state=TAYLOR2, options=CAUSAL),
     "rows": Case("", "", state={"rows": 64, "feature_map": None}, options=CAUSAL),
     "window": Case("", "", options=CAUSAL | {"window": (100, 0)}),
     "padding": Case("", "", mask="padding", options=CAUSAL),

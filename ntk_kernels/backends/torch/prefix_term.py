@@ -3,7 +3,8 @@
 Tensors of query rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by
 side. Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term has weights relative to the largest
 centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more
-value column: `zk` = [z | k] gives both in one product, forward and backward.
+value column: `zk` = [z | k] gives both in one product, forward and backward. Features of second order never are in
+memory for all heads: `second_order.py` makes those of one after the other.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...feature_maps import get_feature_map
 from ...inputs import DecodeInputs, Inputs
 from ..results import empty_grad
+from .second_order import MIN_ROWS, SecondOrder, is_second_order
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: as many as the cache holds
 _MIN_CHUNK_ROWS = 64
@@ -31,9 +33,9 @@ class LinearTerm(NamedTuple):
     """The parts of the linear-attention term on a chunk of rows."""
 
     x: Tensor  # [B, Hs, G, rows, D]; the feature map may have overwritten it
-    phi: Tensor  # [B, Hs, G, rows, r]
+    phi: Tensor | None  # [B, Hs, G, rows, r]; None, as the features, if they are of second order
     weight: Tensor | None  # [B, Hs, G, rows, C], e^{log w - top}; None for a single centre, whose weight is 1
-    features: Tensor  # [B, Hs, G, rows, C·r], weight ⊗ phi
+    features: Tensor | None  # [B, Hs, G, rows, C·r], weight ⊗ phi
     top: Tensor  # [B or 1, Hs or 1, G or 1, rows or 1]
 
     def weight_in(self, normaliser: Tensor, mass: Tensor) -> Tensor:
@@ -61,6 +63,7 @@ class Prefix:
         self.feature_scale, self.scale = inputs.feature_scale, inputs.scale
         self.state_index = state_index
         self.num_heads = (row_keys if k is None else k).shape[1]
+        group = query.shape[1] // self.num_heads
         absent = None if state_index is None else state_index < 0
         if absent is not None and absent.device.type == "cpu" and not absent.any():
             absent = None  # saves copies of the states; on other devices the check would have to wait for them
@@ -80,10 +83,13 @@ class Prefix:
                 tensor = tensor.masked_fill(absent.reshape(-1, *(1,) * (tensor.dim() - 1)), fill)
             return tensor.to(dtype).unsqueeze(2)
 
-        self.zk = self.row_keys = None
+        self.zk = self.second_order = self.row_keys = None
         if k is not None:
             self.num_centers = k.shape[2]
-            self.zk = torch.cat([gather(z), gather(k).unsqueeze(-1)], dim=-1).flatten(3, 4)  # [., Hs, 1, C·r, Dv + 1]
+            if is_second_order(self.feature_map) and query.shape[2] * group >= MIN_ROWS:  # which has one centre
+                self.second_order = SecondOrder(gather(z)[:, :, 0, 0], gather(k)[:, :, 0, 0], query.shape[3])
+            else:  # [., Hs, 1, C·r, Dv + 1]
+                self.zk = torch.cat([gather(z), gather(k).unsqueeze(-1)], dim=-1).flatten(3, 4)
             self.centers = gather(centers)  # [., Hs, 1, C, D]
             log_scale = gather(log_scale, is_logit=True)
             self.log_scale = None if log_scale is None else log_scale.unsqueeze(3)  # [., Hs, 1, 1, C]
@@ -99,6 +105,8 @@ class Prefix:
         columns = (0 if self.zk is None else self.zk.shape[3]) + (0 if row_keys is None else row_keys.shape[2])
         per_row = query.shape[0] * query.shape[1] * max(columns, 1)
         self._chunk_rows = max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS[query.device.type] // max(per_row, 1))
+        if self.second_order is not None:
+            self._chunk_rows = max(1, min(self._chunk_rows, self.second_order.blocks.max_rows // group))
 
     def group_heads(self, tensor: Tensor) -> Tensor:
         """Returns the view [B, Hs, G, L, ...] of a tensor [B, Hq, L, ...]."""
@@ -109,6 +117,19 @@ class Prefix:
         for start in range(0, num_rows, self._chunk_rows):
             yield slice(start, min(start + self._chunk_rows, num_rows))
 
+    @property
+    def has_features(self) -> bool:
+        return self.zk is not None or self.second_order is not None
+
+    def numerator_and_mass(self, term: LinearTerm) -> tuple[Tensor, Tensor]:
+        """Returns features · z [B, Hs, G, rows, Dv] and features · k [B, Hs, G, rows]."""
+        if self.second_order is not None:
+            x = term.x.flatten(2, 3)
+            numerator, mass = self.second_order.numerator(x), self.second_order.mass(x)
+            return numerator.unflatten(2, term.x.shape[2:4]), mass.unflatten(2, term.x.shape[2:4])
+        numerator_and_mass = term.features @ self.zk
+        return numerator_and_mass[..., :-1], numerator_and_mass[..., -1]
+
     def row_scores(self, q: Tensor) -> Tensor:
         """Returns the logits [B, Hs, G, rows, R] of the state's own rows."""
         scores = (q @ self.row_keys.mT).mul_(self.scale)
@@ -117,9 +138,9 @@ class Prefix:
     def linear_term(self, q: Tensor) -> LinearTerm:
         """Computes the linear-attention term of queries [B, Hs, G, rows, D]."""
         x = q * self.feature_scale
-        phi = self.feature_map(x)
+        phi = None if self.second_order is not None else self.feature_map(x)
         if self.centers is None:
-            top = phi.new_zeros(1, 1, 1, 1) if self.log_scale is None else self.log_scale[..., 0]
+            top = x.new_zeros(1, 1, 1, 1) if self.log_scale is None else self.log_scale[..., 0]
             return LinearTerm(x, phi, None, phi, top)
         log_weight = (q @ self.centers.mT).mul_(self.scale)
         if self.log_scale is not None:
@@ -144,16 +165,14 @@ def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> Non
             merged.mul_((lse - shift).exp_().unsqueeze(-1))
             merged.add_(scores.sub_(shift.unsqueeze(-1)).exp_() @ prefix.row_values)
             lse.copy_(total)
-        if prefix.zk is not None:
+        if prefix.has_features:
             term = prefix.linear_term(q)
-            numerator_and_mass = term.features @ prefix.zk
-            log_mass = numerator_and_mass[..., -1].clamp(min=0).log_().add_(term.top)
+            numerator, mass = prefix.numerator_and_mass(term)
+            log_mass = mass.clamp(min=0).log_().add_(term.top)
             total = torch.logaddexp(lse, log_mass)
             shift = normaliser(total)
             merged.mul_((lse - shift).exp_().unsqueeze(-1))
-            merged.addcmul_(
-                numerator_and_mass[..., :-1], term.weight_in(shift, numerator_and_mass[..., -1]).unsqueeze(-1)
-            )
+            merged.addcmul_(numerator, term.weight_in(shift, mass).unsqueeze(-1))
             lse.copy_(total)
         if merged.dtype != out.dtype:
             out_rows.copy_(merged)
@@ -182,7 +201,13 @@ def prefix_backward(
     """
     need_query, *need_state = needs_grad
     grad_query = empty_grad(query, lse.dtype) if need_query else None
-    sums = _StateSums(prefix, state, need_state, lse.dtype)
+    sums, features = _StateSums(prefix, state, need_state, lse.dtype), prefix.second_order
+    grad_z = None
+    if features is not None and sums.needs("z"):
+        states = 1 if prefix.state_index is None else query.shape[0]
+        grad_z = query.new_zeros(
+            states, prefix.num_heads, features.blocks.num_features, grad_out.shape[3], dtype=lse.dtype
+        )
     views = (prefix.group_heads(tensor) for tensor in (query, grad_out, normaliser(lse), delta))
     all_q, all_grad, all_normalisers, all_delta = views
     for rows in prefix.chunks(query.shape[2]):
@@ -193,8 +218,12 @@ def prefix_backward(
             _rows_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
         if prefix.zk is not None:
             _linear_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+        if features is not None:
+            _second_order_backward(prefix, features, q, grad, row_normaliser, row_delta, grad_q, sums, grad_z)
         if need_query:
             prefix.group_heads(grad_query)[..., rows, :] = grad_q
+    if grad_z is not None:
+        sums.add("z", features.blocks.unpack(grad_z).unsqueeze(2))
     return [grad_query, *sums.result()]
 
 
@@ -243,16 +272,49 @@ def _linear_backward(
             grad_log_weight = (term.phi * grad_features).sum(-1, keepdim=True)
         else:
             grad_log_weight = (grad_features @ term.phi.unsqueeze(-1)).squeeze(-1).mul_(term.weight)
-        if sums.needs("log_scale"):
-            sums.add("log_scale", grad_log_weight.sum(-2))
-        if prefix.centers is not None:
-            if sums.needs("centers"):
-                sums.add("centers", grad_log_weight.mT @ q * prefix.scale)
-            if grad_q is not None:
-                grad_q.add_(grad_log_weight @ prefix.centers, alpha=prefix.scale)
+        _weights_backward(prefix, q, grad_log_weight, grad_q, sums)
     if grad_q is not None:
         grad_x = prefix.feature_map.backward(grad_phi, term.x, term.phi)
         grad_q.add_(grad_x, alpha=prefix.feature_scale)
+
+
+def _weights_backward(
+    prefix: Prefix, q: Tensor, grad_log_weight: Tensor, grad_q: Tensor | None, sums: "_StateSums"
+) -> None:
+    """Adds the gradients through log w [B, Hs, G, rows, C] to `grad_q` and `sums`."""
+    if sums.needs("log_scale"):
+        sums.add("log_scale", grad_log_weight.sum(-2))
+    if prefix.centers is not None:
+        if sums.needs("centers"):
+            sums.add("centers", grad_log_weight.mT @ q * prefix.scale)
+        if grad_q is not None:
+            grad_q.add_(grad_log_weight @ prefix.centers, alpha=prefix.scale)
+
+
+def _second_order_backward(
+    prefix: Prefix, features: SecondOrder, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor,
+    grad_q: Tensor | None, sums: "_StateSums", grad_z: Tensor | None,
+) -> None:  # fmt: skip
+    """As `_linear_backward`, but that the gradient of z is added to `grad_z`, in the order of `features.blocks`."""
+    group = q.shape[2:4]
+    term = prefix.linear_term(q)
+    x = term.x.flatten(2, 3)
+    mass = features.mass(x)
+    weight = term.weight_in(normaliser, mass.unflatten(2, group)).flatten(2, 3)
+    grad_mass = (delta.flatten(2, 3) * weight).neg_().masked_fill_(mass <= 0, 0)
+    grad = grad.flatten(2, 3) * weight.unsqueeze(-1)
+    if grad_z is not None:
+        features.add_grad_of_z(grad_z, x, grad)
+    if sums.needs("k"):
+        sums.add("k", features.grad_of_k(x, grad_mass).unsqueeze(2))
+    needs_weight = sums.needs("centers", "log_scale")
+    if grad_q is None and not needs_weight:
+        return
+    grad_x, grad_log_weight = features.grad_of_rows(x, grad, grad_mass, mass)
+    if prefix.centers is not None or needs_weight:
+        _weights_backward(prefix, q, grad_log_weight.unflatten(2, group).unsqueeze(-1), grad_q, sums)
+    if grad_q is not None:
+        grad_q.add_(grad_x.unflatten(2, group), alpha=prefix.feature_scale)
 
 
 class _StateSums:

@@ -4,7 +4,8 @@
 
 over the rows j of centre c. With one centre, tiles are slices of the rows of a few heads. With several, the rows of a
 head are sorted by centre and gathered in tiles that have rows of one centre each; a tile that is not full repeats its
-last row, with weight 0. Tiles are summed in the dtype of the accumulation, and their sums in float64.
+last row, with weight 0. Tiles are summed in the dtype of the accumulation, and their sums in float64. Features of
+second order around one centre are made in blocks (`second_order.py`), of one head after the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from ...feature_maps import LINEAR, get_feature_map
 from ...inputs import SumInputs
 from ..centers import elements_at_a_time, rows_by_center
 from ..results import empty_sum_grads, empty_sums, lse_dtype
+from .second_order import Blocks, SecondOrder, is_second_order
 
 _MAX_TILE_ROWS = 2048  # more would lose digits
 _MIN_TILE_ROWS = 16
@@ -62,6 +64,9 @@ class _Tiles(NamedTuple):
 def sum_features(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Computes z [H, C, r, Dv], k [H, C, r] and count [H, C]."""
     results = empty_sums(inputs)
+    if _is_in_blocks(inputs):
+        sums = _sum_in_blocks(inputs)
+        return tuple(result.copy_(part.unsqueeze(1)) for result, part in zip(results, sums, strict=True))
     z, k, count = (torch.zeros_like(result, dtype=torch.float64) for result in results)
     phi_of = get_feature_map(inputs.feature_map)
     constant = 1 if phi_of.sections == (LINEAR,) else 0  # features that are 1 and need no product
@@ -90,6 +95,8 @@ def sum_features_backward(
     grad_z: Tensor, grad_k: Tensor, inputs: SumInputs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Computes the gradients of keys, values and centres; those that `needs_grad` excludes have no elements."""
+    if _is_in_blocks(inputs):
+        return _backward_in_blocks(grad_z, grad_k, inputs, needs_grad)
     grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
     phi_of, of_centers = get_feature_map(inputs.feature_map), torch.zeros_like(grad_centers, dtype=torch.float64)
     for tiles in _tiles(inputs):
@@ -114,6 +121,71 @@ def sum_features_backward(
     if needs_grad[2]:
         grad_centers.copy_(of_centers.neg_())
     return grads
+
+
+def _is_in_blocks(inputs: SumInputs) -> bool:
+    return is_second_order(get_feature_map(inputs.feature_map)) and inputs.num_centers == 1
+
+
+def _sum_in_blocks(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes z [H, r, Dv], k [H, r] and count [H] in float64, of features of second order around one centre."""
+    heads, num_rows, head_dim = inputs.keys.shape
+    dtype, device = lse_dtype(inputs.keys), inputs.keys.device
+    blocks = Blocks(head_dim, dtype, device)
+    shapes = (heads, blocks.num_features, inputs.values.shape[2]), (heads, head_dim + 1, head_dim + 1), (heads,)
+    z, products, count = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+    for head in range(heads):
+        for start in range(0, num_rows, _MAX_TILE_ROWS):
+            of_tile = z.new_zeros(z.shape[1:], dtype=dtype)
+            for tile in _tiles_of(head, start, min(start + _MAX_TILE_ROWS, num_rows), blocks.max_rows):
+                y, v, w = _rows_of(tile, inputs)
+                of_tile.addmm_(blocks.features(y.mT.contiguous()), v if w is None else w * v)
+                with_one = torch.cat([y.new_ones(y.shape[0], 1), y], dim=-1)
+                products[head] += with_one.mT @ (with_one if w is None else w * with_one)
+                count[head] += y.shape[0] if w is None else w.sum()
+            z[head] += of_tile
+    first, second = products[:, 0], products[:, 1:, 1:]
+    return blocks.unpack(z), torch.cat([first, blocks.of_square(second)], dim=-1), count
+
+
+def _backward_in_blocks(grad_z: Tensor, grad_k: Tensor, inputs: SumInputs, needs_grad: Sequence[bool]) -> tuple:
+    """As `sum_features_backward`, for features of second order around one centre."""
+    grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
+    heads, num_rows, head_dim = inputs.keys.shape
+    of_centers = torch.zeros_like(grad_centers, dtype=torch.float64)
+    for head in range(heads):
+        features = SecondOrder(grad_z[head : head + 1], grad_k[head : head + 1], head_dim)
+        for tile in _tiles_of(head, 0, num_rows, features.blocks.max_rows):
+            y, v, w = _rows_of(tile, inputs)
+            y, v = y[None, None], v[None, None]
+            if needs_grad[1]:
+                grad = features.numerator(y)[0]
+                tile.set_rows(grad_values, grad if w is None else grad.mul_(w))
+            if needs_grad[0] or needs_grad[2]:
+                ones = y.new_ones(y.shape[:3])
+                grad = features.grad_of_rows(y, v, ones, ones)[0][0].mul_(inputs.key_scale)
+                if w is not None:
+                    grad.mul_(w)
+                if needs_grad[0]:
+                    tile.set_rows(grad_keys, grad)
+                if needs_grad[2]:
+                    tile.add_to(of_centers, grad.sum(1))
+    if needs_grad[2]:
+        grad_centers.copy_(of_centers.neg_())
+    return grads
+
+
+def _tiles_of(head: int, start: int, stop: int, num_tile_rows: int) -> Iterator[_Tiles]:
+    """Yields the rows of one head from `start` to `stop`."""
+    for row in range(start, stop, num_tile_rows):
+        yield _Tiles(slice(head, head + 1), slice(row, min(row + num_tile_rows, stop)), None, None)
+
+
+def _rows_of(tile: _Tiles, inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns y [T, D], v [T, Dv] and weights [T, 1], None if all are 1, of a tile of one head."""
+    w = _weights_of(tile, inputs)
+    y = _centred_keys(tile, inputs).mul_(inputs.key_scale)
+    return y[0], tile.rows_of(inputs.values)[0].to(y.dtype), None if w is None else w[0]
 
 
 def _tiles(inputs: SumInputs) -> Iterator[_Tiles]:
