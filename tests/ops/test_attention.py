@@ -7,6 +7,7 @@ from cases import CASES, case_named, make_inputs, served_by
 from oracle import check_case, run
 
 from ntk_kernels import ntk_attention
+from ntk_kernels.backends.torch import add_prefix
 from ntk_kernels.backends.torch import prefix_term as prefix
 
 WITH_LSE_GRADIENT = ["plain", "elu", "all_parts", "fewer_keys_plain", "more_keys", "mask_bool", "value_wider", "bf16"]
@@ -34,6 +35,7 @@ def test_chunks_of_rows(case, rows, monkeypatch):
     """The prefix is added in chunks: five of them here, or one of 36 rows and one of a single row."""
     monkeypatch.setattr(prefix, "_CHUNK_ELEMENTS", {"cpu": 1})
     monkeypatch.setattr(prefix, "_MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(add_prefix, "compiled", lambda: None)
     check_case(make_inputs(case), case.dtype, backend="torch", backward=True)
 
 

@@ -20,7 +20,7 @@ from ...inputs import DecodeInputs, Inputs, Leaves, StateTensors
 from ..low_rank import pair_grads, with_full_z
 from ..results import empty_grad, empty_out, in_layout, lse_dtype
 from ..triton import kernels_lack
-from . import cached, fused, packed
+from . import add_prefix, cached, fused, packed
 from .lse import merge
 from .prefix_term import Prefix, merge_prefix, prefix_backward
 from .row_tiles import row_tiles, tile_bias, without_hidden_keys
@@ -40,10 +40,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if inputs.state.exists and query.numel():
         inputs = with_full_z(inputs)
         if kernels := _kernels_for(inputs):
+            lse = lse.contiguous()
             kernels.add_prefix(inputs, out, lse)
         else:
-            merge_prefix(Prefix(inputs, query, lse.dtype), query, out, lse)
-    return out, lse
+            lse = _add_prefix(inputs, query, out, lse)
+    return out, lse.contiguous()
 
 
 def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
@@ -55,11 +56,20 @@ def decode(inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         # Whatever shares a head of the state as rows of that head: a product over few rows would wait for Z each time.
         heads, shared = (state.row_keys if state.k is None else state.k).shape[1], state.state_index is None
         query, rows, lse_rows = (cached.rows_of_heads(tensor, heads, shared) for tensor in (inputs.query, out, lse))
-        merge_prefix(Prefix(with_full_z(inputs), query, lse.dtype), query, rows, lse_rows)
+        lse_rows = _add_prefix(with_full_z(inputs), query, rows, lse_rows)
         for tensor, packed_rows in ((out, rows), (lse, lse_rows)):
-            if packed_rows.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # not a view of it
+            if packed_rows.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # not in place
                 tensor.copy_(cached.heads_of_rows(packed_rows, tensor.shape))
     return out, lse
+
+
+def _add_prefix(inputs: Inputs | DecodeInputs, query: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """Adds the prefix to `out` in place; returns the new lse. `inputs` have a full Z."""
+    if add_prefix.takes(inputs, query, out):
+        return add_prefix.add_prefix(inputs, query, out, lse)
+    lse = lse.contiguous()
+    merge_prefix(Prefix(inputs, query, lse.dtype), query, out, lse)
+    return lse
 
 
 def backward(grad_out, grad_lse, inputs: Inputs, out: Tensor, lse: Tensor, needs: Leaves) -> Leaves:
@@ -154,7 +164,7 @@ def _keys_forward(query, key, value, attn_mask, scale, band) -> tuple[Tensor, Te
     tiles = row_tiles(q.shape[2], k.shape[2], *band, attn_mask) if query.numel() else []
     if len(tiles) == 1:
         tile_out, tile_lse = _tile_forward(tiles[0], q, k, v, attn_mask, scale, band)
-        return in_layout(tile_out, partial(empty_out, query, value)), tile_lse.contiguous()
+        return in_layout(tile_out, partial(empty_out, query, value)), tile_lse
     out = empty_out(query, value)
     lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
     for tile in tiles:

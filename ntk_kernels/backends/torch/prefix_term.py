@@ -21,7 +21,7 @@ from .second_order import MIN_ROWS, SecondOrder, is_second_order
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # features per chunk of rows: as many as the cache holds
 _MIN_CHUNK_ROWS = 64
-_MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which is not bounded otherwise (see the reference)
+MAX_EXPONENT = 40.0  # of the weight of a prefix without mass, which is not bounded otherwise (see the reference)
 
 
 def normaliser(lse: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class LinearTerm(NamedTuple):
         With mass the weight is at most 1 / mass anyway. A mass that rounding has moved to the other side of 0 must not
         lift that bound.
         """
-        bound = (1 - mass.log()).nan_to_num_(_MAX_EXPONENT, posinf=_MAX_EXPONENT).clamp_(min=_MAX_EXPONENT)
+        bound = (1 - mass.log()).nan_to_num_(MAX_EXPONENT, posinf=MAX_EXPONENT).clamp_(min=MAX_EXPONENT)
         return torch.minimum(self.top - normaliser, bound).exp_()
 
 
@@ -148,7 +148,7 @@ class Prefix:
         if self.num_centers == 1:
             return LinearTerm(x, phi, None, phi, log_weight[..., 0])
         top = log_weight.masked_fill(self.is_massless, -math.inf).amax(-1)
-        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=_MAX_EXPONENT).exp_()
+        weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=MAX_EXPONENT).exp_()
         return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
 
 
