@@ -53,6 +53,8 @@ def check_state(state: Any, query: Tensor, key: Tensor, value: Tensor, state_ind
             hint = ", which gives one when it is called"
         elif isinstance(state, Tensor):
             hint = "; a mask goes in `attn_mask`"
+        elif isinstance(state, list | tuple):
+            hint = "; PrefixState.stack makes one of several, `state_index` says which each batch row uses"
         raise TypeError(f"`state` must be a PrefixState, got {type(state).__name__}{hint}")
 
 

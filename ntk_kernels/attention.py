@@ -143,7 +143,7 @@ def ntk_attention(
         window_right=0 if is_causal else right, causal_offset=offset, backend=backend, feature_map=feature_map,
         feature_scale=feature_scale,
     )  # fmt: skip
-    if call is not None:
+    if call is not None and query.device.type != "meta":  # there the op's fake tells shapes
         return _shortcuts.learn(call, inputs, return_lse)
     out, lse = library.attention(inputs)
     return (out, lse) if return_lse else out

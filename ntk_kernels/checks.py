@@ -6,12 +6,14 @@ compiled graph. The values of index tensors are checked where that is free (`che
 
 import math
 import os
+import sys
 from itertools import pairwise
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+_MAX_FLOAT = int(sys.float_info.max)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,6 +65,8 @@ def check_int(name: str, value, *, minimum: int = -(2**62), maximum: int = 2**62
 def check_finite(name: str, value, *, positive: bool = False) -> None:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat)):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
+    if type(value) is int and not -_MAX_FLOAT <= value <= _MAX_FLOAT:
+        raise ValueError(f"`{name}` must fit a float, got an int of {value.bit_length()} bits")
     if not -math.inf < value < math.inf:  # NaN included; math.isfinite would break a graph
         raise ValueError(f"`{name}` must be finite, got {value}")
     if positive and value <= 0:
@@ -140,8 +144,11 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
         for size, want in zip(attn_mask.shape[::-1], full[::-1], strict=False)
     )  # fmt: skip
     if not fits:
+        hint = ""
+        if attn_mask.shape == (full[0], full[3]):
+            hint = "; a padding mask [B, Lk] goes in as mask[:, None, None], or as `key_start` and `key_stop`"
         raise ValueError(
-            f"`attn_mask` must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(attn_mask.shape)}"
+            f"`attn_mask` must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(attn_mask.shape)}{hint}"
         )
 
 

@@ -143,7 +143,7 @@ def ntk_attention_decode(
             is_causal=is_causal, scale=scale, window=window, softcap=softcap, state_index=state_index,
             return_lse=return_lse,
         )  # fmt: skip
-    if call is not None:
+    if call is not None and query.device.type != "meta":  # there the op's fake tells shapes
         return _shortcuts.learn(call, inputs, return_lse)
     out, lse = library.attention_decode(inputs)
     return (out, lse) if return_lse else out

@@ -60,6 +60,8 @@ class _Op:
         # Does the work of the op's autograd kernel, without the way through the dispatcher. (torch.func wants to see
         # the autograd.Function itself, not an op with one behind it.)
         if torch._C._are_functorch_transforms_active() or _in_forward_mode():
+            if _is_functionalized():
+                return self.overload(*inputs)
             return self.function.apply(*inputs)
         if _needs_grad(inputs):
             return self.eager.apply(*inputs)
@@ -72,6 +74,12 @@ def _needs_grad(inputs) -> bool:
             if x is not None and isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is the innermost transform; it takes ops, but no autograd.Function."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return bool(stack) and stack[-1].key() == torch._C._functorch.TransformType.Functionalize
 
 
 def _in_forward_mode() -> bool:

@@ -122,7 +122,7 @@ def ntk_attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, state, is_causal=is_causal,
             scale=scale, window=window, softcap=softcap, state_index=state_index, return_lse=return_lse,
         )  # fmt: skip
-    if call is not None:
+    if call is not None and query.device.type != "meta":  # there the op's fake tells shapes
         return _shortcuts.learn(call, inputs, return_lse)
     out, lse = library.attention(inputs)
     return (out, lse) if return_lse else out

@@ -26,6 +26,7 @@ dO_i of out_i and Δ_i = dO_i·out_i (minus the gradient of lse_i, if any):
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _scores(
     key_start: Tensor | None = None, key_stop: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns the logits [B, Hq, Lq, Lk] over the input's keys, -inf where a key is hidden."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = key.repeat_interleave(query.shape[1] // max(key.shape[1], 1), dim=1)
     scores = scale * query @ key.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -117,9 +118,9 @@ def ntk_attention(
         none = torch.zeros(1, device=query.device).bool() if state_index is None else state_index < 0
         return logits.masked_fill(none[:, None, None, None], -math.inf)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         q, value = query.to(dtype), value.to(dtype)
-        value = value.repeat_interleave(num_heads // value.shape[1], dim=1)
+        value = value.repeat_interleave(num_heads // max(value.shape[1], 1), dim=1)
         scores = _scores(
             q, key.to(dtype), scale, attn_mask, is_causal, window, softcap, causal_offset, key_start, key_stop
         )
@@ -188,10 +189,11 @@ def ntk_attention_varlen(
         out, lse = ntk_attention(*sequence, state, state_index=index, return_lse=True, **options)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
-    rest = query[bounds_q[-1] :]  # belongs to no sequence
-    outs.append(rest.new_zeros(*rest.shape[:2], value.shape[-1]))
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lses.append(rest.new_full(rest.shape[1::-1], -math.inf, dtype=lses[0].dtype if lses else dtype))
+    # Rows that belong to no sequence see nothing.
+    rest = (tensor.transpose(0, 1)[None] for tensor in (query[bounds_q[-1] :], key[:0], value[:0]))
+    out, lse = ntk_attention(*rest, return_lse=True, compute_dtype=options.get("compute_dtype"))
+    outs.append(out[0].transpose(0, 1))
+    lses.append(lse[0])
     out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
     return (out, lse) if return_lse else out
 
@@ -230,9 +232,8 @@ def ntk_attention_decode(
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
-    if not outs:
-        out = query.new_zeros(*query.shape[:3], value_cache.shape[3])
-        return (out, out[..., 0].to(torch.promote_types(out.dtype, torch.float32))) if return_lse else out
+    if not outs:  # no batch row
+        return ntk_attention(query, key_cache[:0], value_cache[:0], return_lse=return_lse)
     out, lse = torch.cat(outs), torch.cat(lses)
     return (out, lse) if return_lse else out
 

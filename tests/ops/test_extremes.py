@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import all_backends, fused_backends
+from backends import all_backends, fused_backends, triton_only
 from oracle import NAN_STATES, check_nan, run
 from small_cases import a_state, qkv, sdpa
 
@@ -103,6 +103,59 @@ def test_a_centre_of_values_alone_hides_no_mass(above, backend):
     if above < 40:
         torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-4)
     assert out.isfinite().all()
+
+
+@all_backends
+@pytest.mark.parametrize("bounded_by", ["keys", "rows"])
+def test_a_centre_of_values_alone_keeps_them(bounded_by, backend):
+    """With k_c = 0, its weight e^-1 in the output is bounded by keys or rows, not by the other centres, 300 below."""
+    query, key, value = (tensor.float() for tensor in qkv(backend))
+    tensors = a_state(backend, feature_map="taylor1", centers=2, log_scale=True, dtype=torch.float32).tensors()
+    tensors["k"][:, 0] = 0
+    tensors["centers"][:, 0] = key[0, :, 0] = 0
+    tensors["log_scale"][:] = torch.tensor([299.0, 0.0])
+    options = {"attn_mask": torch.zeros(21, 21).index_fill(1, torch.tensor(0), 300.0)}  # the score of key 0 on all rows
+    if bounded_by == "rows":
+        options = {}
+        tensors |= {"keys": torch.zeros(2, 1, 8), "values": value[0, :, :1], "bias": torch.full((2, 1), 300.0)}
+    leaves = [query, key, value, *tensors.values()]
+    grad_out, results = torch.randn(2, 4, 21, 8), []
+    for leaves_, backend_ in ((leaves, backend), ([tensor.double() for tensor in leaves], "reference")):
+        leaves_ = [tensor.clone().requires_grad_() for tensor in leaves_]
+        state = PrefixState(**dict(zip(tensors, leaves_[3:], strict=True)), feature_map="taylor1")
+        mask = {name: mask.to(leaves_[0].dtype) for name, mask in options.items()}
+        out, lse = ntk_attention(*leaves_[:3], state, **mask, return_lse=True, backend=backend_)
+        results.append([out, lse, *torch.autograd.grad(out, leaves_, grad_out.to(out))])
+    only_keys = ntk_attention(query, key, value, **options, backend=backend)
+    assert (results[1][0] - only_keys).abs().max() > 0.1, "the centre adds nothing that could be lost"
+    for name, ours, expected in zip(["out", "lse", "query", "key", "value", *tensors], *results, strict=True):
+        if name != "k":  # its gradient is cut off in the reference
+            torch.testing.assert_close(ours, expected.float(), rtol=5e-4, atol=5e-4, msg=f"gradient of {name}")
+
+
+@all_backends
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 1e-60])
+def test_a_scale_that_float32_cannot_hold_is_zero(scale, backend):
+    """PyTorch's ops hide keys by -inf and then multiply by it: 0 · -inf = NaN."""
+    query, key, value = (tensor.float().requires_grad_() for tensor in qkv(backend))
+    results = []
+    for scale_ in (scale, 0.0):
+        out = ntk_attention(query, key, value, is_causal=True, scale=scale_, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sum(), (query, key, value))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@triton_only
+@pytest.mark.parametrize("softcap", [1e20, 3e38])
+def test_a_softcap_beyond_all_scores_changes_nothing(softcap):
+    query, key, value = (tensor.requires_grad_() for tensor in qkv("triton"))
+    results = []
+    for options in ({"softcap": softcap}, {}):
+        out = ntk_attention(query, key, value, **options, backend="triton")
+        results.append([out, *torch.autograd.grad(out.sum(), (query, key, value))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @all_backends

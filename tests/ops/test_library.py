@@ -1,5 +1,6 @@
 """The ops under torch.library's own checks, torch.compile and torch.export."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from cases import case_named, make_inputs
 from oracle import leaves, op_inputs
 from torch.autograd import forward_ad
 
-from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode
+from ntk_kernels import PrefixState, ntk_attention, ntk_attention_decode, ntk_attention_varlen
 from ntk_kernels.inputs import NUM_DIFFERENTIABLE, Inputs, StateTensors, schema
 
 attention = torch.ops.ntk_kernels.attention.default
@@ -284,6 +285,61 @@ def test_vmap():
 
     expected = torch.stack([attend(*tensors) for tensors in zip(query, key, value, strict=True)])
     torch.testing.assert_close(torch.vmap(attend)(query, key, value), expected, rtol=0, atol=0)
+
+
+@fused_backends
+def test_functionalize(backend):
+    """Alone, inside vmap, and under autograd. Elsewhere among transforms PyTorch takes no autograd.Function with it."""
+    query, key, value = torch.randn(3, 2, 2, 2, 8, 8)
+    z = torch.rand(2, 8, 8, requires_grad=True)
+
+    def attend(query, key, value):
+        out = ntk_attention(query, key, value, PrefixState(z, z[..., 0], "elu"), is_causal=True, backend=backend)
+        return out + 1
+
+    def decode(query, key, value):
+        return ntk_attention_decode(query[..., :1, :], key, value, backend=backend)
+
+    functionalize, vmap = torch.func.functionalize, torch.vmap
+    for function in (attend, decode):
+        expected = vmap(function)(query, key, value)
+        torch.testing.assert_close(vmap(functionalize(function))(query, key, value), expected, rtol=0, atol=0)
+        alone = functionalize(function)(query[0], key[0], value[0])
+        torch.testing.assert_close(alone, expected[0], rtol=0, atol=0)
+    grads = [torch.autograd.grad(f(query[0], key[0], value[0]).sum(), z) for f in (attend, functionalize(attend))]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_meta_tensors(backend):
+    """Results and gradients have shapes, strides and dtypes of real ones, without a warning."""
+
+    def results(device):
+        query, key, value = torch.randn(3, 2, 4, 9, 8, device=device).bfloat16().unbind()
+        tensors = {name: torch.rand(4, *shape, device=device) for name, shape in
+                   {"z_a": (8, 3), "z_b": (3, 8), "k": (8,), "keys": (2, 8), "values": (2, 8)}.items()}  # fmt: skip
+        leaves_ = [tensor.requires_grad_() for tensor in (query, key, value, *tensors.values())]
+        state = PrefixState(**tensors, feature_map="elu")
+        out, lse = ntk_attention(query, key, value, state, is_causal=True, return_lse=True, backend=backend)
+        decoded = ntk_attention_decode(query[:, :, :1].detach(), key, value, None, state.detach(), backend=backend)
+        return [out, lse, decoded, *torch.autograd.grad([out.sum(), lse.sum()], leaves_)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ours, real in zip(results("meta"), results("cpu"), strict=True):
+            assert ours.device.type == "meta"
+            assert (ours.shape, ours.stride(), ours.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_meta_tensors_of_packed_sequences_and_pages():
+    query = torch.randn(9, 2, 8, device="meta", requires_grad=True)
+    bounds = torch.tensor([0, 4, 9], device="meta")
+    out, lse = ntk_attention_varlen(query, query, query, bounds, bounds, 5, 5, softcap=1.0, return_lse=True)
+    assert (out.shape, lse.shape) == ((9, 2, 8), (2, 9))
+    assert torch.autograd.grad(out.sum(), query)[0].shape == query.shape
+    pages, table = torch.randn(6, 2, 16, 8, device="meta"), torch.zeros(3, 2, dtype=torch.int64, device="meta")
+    out = ntk_attention_decode(torch.randn(3, 2, 1, 8, device="meta"), pages, pages, table[:, 0], block_table=table)
+    assert out.shape == (3, 2, 1, 8)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # raised inside PyTorch

@@ -69,6 +69,20 @@ def test_forward_and_backward(name, dtype, backend):
         assert_as_accurate(result, ours[result], eager[result], exact[result], dtype, lse_size=10)
 
 
+@all_backends
+@pytest.mark.parametrize("spare", [0, 2])
+def test_no_sequence_at_all_has_a_gradient(spare, backend):
+    """Rows that belong to no sequence, even if there are no others, are part of the graph."""
+    query = torch.randn(spare, 4, 16, requires_grad=True)
+    key = torch.randn(spare, 2, 16, requires_grad=True)
+    nothing = torch.zeros(1, dtype=torch.int32)
+    out, lse = ntk_attention_varlen(query, key, key, nothing, nothing, 0, 0, return_lse=True, backend=backend)
+    assert (out.shape, lse.shape) == ((spare, 4, 16), (4, spare))
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    for grad, tensor in zip(torch.autograd.grad(out.sum(), (query, key)), (query, key), strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
+
+
 @fused_backends
 def test_each_sequence_is_as_if_alone(backend):
     query, key, value, state, options = make_call("index")

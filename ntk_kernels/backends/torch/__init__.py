@@ -8,6 +8,8 @@ def lacks(query: Tensor, value: Tensor, attn_mask: Tensor | None = None, softcap
     """The feature that keeps it from serving a call; None if there is none."""
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return "a gradient for `attn_mask`"
+    if query.device.type == "meta":  # nothing is computed: the op tells shapes
+        return None
     if softcap is not None:
         return "softcap"
     if query.device.type not in ("cpu", "cuda"):

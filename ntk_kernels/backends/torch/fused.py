@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+_MIN_SCALE = 2.0**-149  # the smallest float32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias: Tensor | None):
@@ -22,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias
 
     Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq], -inf where no key is visible.
     """
-    value_dim = v.shape[3]
+    value_dim, scale = v.shape[3], _as_accumulated(scale, q)
     q, k, v = _pad(q, k, v)
     q, scale = _positive_scale(q, scale)
     out, lse, *_ = _op(q, k, v, is_causal, bias).forward(q, k, v, scale, is_causal, bias)
@@ -43,6 +44,7 @@ def backward(
     bias: Tensor | None,
 ):  # fmt: skip
     """Gradients of `q`, `k`, `v` through these keys, where `out` and `lse` are those of the whole softmax."""
+    scale = _as_accumulated(scale, q)
     head_dim, value_dim, sign = q.shape[3], v.shape[3], (scale > 0) - (scale < 0)
     q, k, v = _pad(q, k, v)
     q, scale = _positive_scale(q, scale)
@@ -72,6 +74,11 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale < 0:
         return -q, -scale  # q · scale would be rounded
     return (q, scale) if scale else (q * 0.0, 1.0)
+
+
+def _as_accumulated(scale: float, q: Tensor) -> float:
+    """The scale as the ops know it: 0 if float32 has nothing smaller."""
+    return 0.0 if q.dtype != torch.float64 and abs(scale) < _MIN_SCALE else scale
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

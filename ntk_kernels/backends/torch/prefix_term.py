@@ -1,10 +1,11 @@
 """The terms that a prefix state adds to attention, in plain tensor operations on chunks of query rows.
 
 Tensors of query rows are [B, Hs, G, rows, ...]: the G = Hq / Hs query heads that share a head of the state are side by
-side. Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term has weights relative to the largest
-centre logit `top`: numerator = e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more
-value column: `zk` = [z | k] gives both in one product, forward and backward. Features of second order never are in
-memory for all heads: `second_order.py` makes those of one after the other.
+side. Tensors of the state are [B or 1, Hs, 1, ...]. The linear-attention term has weights relative to `top`, which is
+the largest centre logit or, with several centres, the lse of the other keys if that is larger: numerator =
+e^top · (features @ z), mass = e^top · (features @ k). The mass is treated as one more value column: `zk` = [z | k]
+gives both in one product, forward and backward. Features of second order never are in memory for all heads:
+`second_order.py` makes those of one after the other.
 """
 
 import math
@@ -135,8 +136,9 @@ class Prefix:
         scores = (q @ self.row_keys.mT).mul_(self.scale)
         return scores if self.row_bias is None else scores.add_(self.row_bias)
 
-    def linear_term(self, q: Tensor) -> LinearTerm:
-        """Computes the linear-attention term of queries [B, Hs, G, rows, D]."""
+    def linear_term(self, q: Tensor, lse: Tensor) -> LinearTerm:
+        """Computes the linear-attention term of queries [B, Hs, G, rows, D]; `lse` [B, Hs, G, rows], of keys that are
+        at least a part of the softmax, bounds the weights of centres without mass."""
         x = q * self.feature_scale
         phi = None if self.second_order is not None else self.feature_map(x)
         if self.centers is None:
@@ -147,7 +149,7 @@ class Prefix:
             log_weight.add_(self.log_scale)
         if self.num_centers == 1:
             return LinearTerm(x, phi, None, phi, log_weight[..., 0])
-        top = log_weight.masked_fill(self.is_massless, -math.inf).amax(-1)
+        top = torch.maximum(log_weight.masked_fill(self.is_massless, -math.inf).amax(-1), lse)
         weight = log_weight.sub_(normaliser(top).unsqueeze(-1)).clamp_(max=MAX_EXPONENT).exp_()
         return LinearTerm(x, phi, weight, (weight.unsqueeze(-1) * phi.unsqueeze(-2)).flatten(-2), top)
 
@@ -166,7 +168,7 @@ def merge_prefix(prefix: Prefix, query: Tensor, out: Tensor, lse: Tensor) -> Non
             merged.add_(scores.sub_(shift.unsqueeze(-1)).exp_() @ prefix.row_values)
             lse.copy_(total)
         if prefix.has_features:
-            term = prefix.linear_term(q)
+            term = prefix.linear_term(q, lse)
             numerator, mass = prefix.numerator_and_mass(term)
             log_mass = mass.clamp(min=0).log_().add_(term.top)
             total = torch.logaddexp(lse, log_mass)
@@ -208,18 +210,18 @@ def prefix_backward(
         grad_z = query.new_zeros(
             states, prefix.num_heads, features.blocks.num_features, grad_out.shape[3], dtype=lse.dtype
         )
-    views = (prefix.group_heads(tensor) for tensor in (query, grad_out, normaliser(lse), delta))
-    all_q, all_grad, all_normalisers, all_delta = views
+    views = (prefix.group_heads(tensor) for tensor in (query, grad_out, lse, delta))
+    all_q, all_grad, all_lse, all_delta = views
     for rows in prefix.chunks(query.shape[2]):
         q, grad = (tensor[..., rows, :].to(lse.dtype) for tensor in (all_q, all_grad))
-        row_normaliser, row_delta = all_normalisers[..., rows], all_delta[..., rows]
+        row_lse, row_delta = all_lse[..., rows], all_delta[..., rows]
         grad_q = torch.zeros_like(q) if need_query else None
         if prefix.row_keys is not None:
-            _rows_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+            _rows_backward(prefix, q, grad, row_lse, row_delta, grad_q, sums)
         if prefix.zk is not None:
-            _linear_backward(prefix, q, grad, row_normaliser, row_delta, grad_q, sums)
+            _linear_backward(prefix, q, grad, row_lse, row_delta, grad_q, sums)
         if features is not None:
-            _second_order_backward(prefix, features, q, grad, row_normaliser, row_delta, grad_q, sums, grad_z)
+            _second_order_backward(prefix, features, q, grad, row_lse, row_delta, grad_q, sums, grad_z)
         if need_query:
             prefix.group_heads(grad_query)[..., rows, :] = grad_q
     if grad_z is not None:
@@ -228,11 +230,11 @@ def prefix_backward(
 
 
 def _rows_backward(
-    prefix: Prefix, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor, grad_q: Tensor | None,
+    prefix: Prefix, q: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor | None,
     sums: "_StateSums",
 ) -> None:  # fmt: skip
     """Adds the gradients through the state's own rows to `grad_q` and `sums`."""
-    p = prefix.row_scores(q).sub_(normaliser.unsqueeze(-1)).exp_()
+    p = prefix.row_scores(q).sub_(normaliser(lse).unsqueeze(-1)).exp_()
     grad_scores = (grad @ prefix.row_values.mT).sub_(delta.unsqueeze(-1)).mul_(p)
     if sums.needs("row_values"):
         sums.add("row_values", p.mT @ grad)
@@ -245,13 +247,13 @@ def _rows_backward(
 
 
 def _linear_backward(
-    prefix: Prefix, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor, grad_q: Tensor | None,
+    prefix: Prefix, q: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor | None,
     sums: "_StateSums",
 ) -> None:  # fmt: skip
     """Adds the gradients through the linear-attention term to `grad_q` and `sums`."""
-    term = prefix.linear_term(q)
+    term = prefix.linear_term(q, lse)
     mass = (prefix.zk[..., -1:].mT @ term.features.mT).squeeze(-2)  # 5x as fast as a matrix times a column
-    weight = term.weight_in(normaliser, mass)
+    weight = term.weight_in(normaliser(lse), mass)
     grad_mass = (delta * weight).neg_().masked_fill_(mass <= 0, 0)
     grad = torch.cat([grad * weight.unsqueeze(-1), grad_mass.unsqueeze(-1)], dim=-1)
     if sums.needs("z", "k"):
@@ -292,15 +294,15 @@ def _weights_backward(
 
 
 def _second_order_backward(
-    prefix: Prefix, features: SecondOrder, q: Tensor, grad: Tensor, normaliser: Tensor, delta: Tensor,
+    prefix: Prefix, features: SecondOrder, q: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
     grad_q: Tensor | None, sums: "_StateSums", grad_z: Tensor | None,
 ) -> None:  # fmt: skip
     """As `_linear_backward`, but that the gradient of z is added to `grad_z`, in the order of `features.blocks`."""
     group = q.shape[2:4]
-    term = prefix.linear_term(q)
+    term = prefix.linear_term(q, lse)
     x = term.x.flatten(2, 3)
     mass = features.mass(x)
-    weight = term.weight_in(normaliser, mass.unflatten(2, group)).flatten(2, 3)
+    weight = term.weight_in(normaliser(lse), mass.unflatten(2, group)).flatten(2, 3)
     grad_mass = (delta.flatten(2, 3) * weight).neg_().masked_fill_(mass <= 0, 0)
     grad = grad.flatten(2, 3) * weight.unsqueeze(-1)
     if grad_z is not None:

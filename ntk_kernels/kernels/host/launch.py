@@ -23,6 +23,8 @@ from . import autotune, configs
 
 _MAX_KINDS = 1024
 _MAX_INT32 = 2**31 - 1
+_MIN_SCALE = 2.0**-126  # GPUs take smaller float32 numbers for 0
+_MAX_SOFTCAP = 2.0**100  # a larger one changes no score, and scale / softcap would underflow
 _kinds: dict[tuple, "Kind"] = {}
 _NO_MASK = Strided(None, (0, 0, 0, 0))
 
@@ -296,6 +298,7 @@ def _kind_of(inputs, arch: str) -> Kind:
     precision = configs.precisions(arch, query.dtype)
     num_centers = 0 if state.k is None else state.k.shape[2]
     num_rows = 0 if state.row_keys is None else state.row_keys.shape[2]
+    scale = inputs.scale if abs(inputs.scale) >= _MIN_SCALE else 0.0
     any_of_state = state.row_keys if state.k is None else state.k
     state_heads = 0 if any_of_state is None else any_of_state.shape[1]
     in_bfloat16 = query.dtype == torch.bfloat16
@@ -313,8 +316,8 @@ def _kind_of(inputs, arch: str) -> Kind:
         "HAS_LOWER": inputs.window_left >= 0,
         "HAS_UPPER": inputs.window_right >= 0,
         "SOFTCAP": inputs.softcap > 0,
-        "HAS_SCALE": inputs.scale != 0,
-        "POSITIVE_SCALE": inputs.scale > 0,
+        "HAS_SCALE": scale != 0,
+        "POSITIVE_SCALE": scale > 0,
         "PRECISION": precision.keys,
         "LOGIT_PRECISION": precision.logits,
         "PREFIX_PRECISION": precision.prefix,
@@ -332,7 +335,9 @@ def _kind_of(inputs, arch: str) -> Kind:
     return Kind(
         arch=arch, device=query.device, dtype=query.dtype, blocks=blocks, heads=heads,
         kv_heads=heads if key is None else key.shape[1],
-        scales=Scales(inputs.scale * LOG2_E.value, inputs.softcap * LOG2_E.value, inputs.feature_scale),
+        scales=Scales(
+            scale * LOG2_E.value, min(inputs.softcap, _MAX_SOFTCAP) * LOG2_E.value, inputs.feature_scale
+        ),
         feature_map=inputs.feature_map,
         state_sizes=(heads // state_heads if state_heads else 1, state_heads, num_centers, num_rows),
         # Many programs will read Z; see add_taylor for the exception.
