@@ -1,5 +1,6 @@
 """`Format`: safetensors files of states and prefixes, whose metadata say what they hold."""
 
+import hashlib
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_MAY_BE_MINUS_INFINITY = ("bias", "log_scale")  # ends of names: weights that are switched off
 
 
 class Format(NamedTuple):
@@ -25,14 +28,16 @@ class Format(NamedTuple):
         copies = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
-        save_file(copies, str(path), metadata={"format": self.name, "version": str(self.version), **metadata})
+        metadata = {"format": self.name, "version": str(self.version), **metadata}
+        save_file(copies, str(path), metadata=metadata | {"sha256": _checksum(copies, metadata)})
 
     def load(self, path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Reads tensors, to the CPU, and metadata.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if it is of another kind or version.
+            ValueError: if it is of another kind or version, has changed since it was written (0.1.0 wrote no
+                checksum), or has a number that is not finite, but for weights that are switched off.
         """
         safe_open, _ = safetensors()
         if not Path(path).is_file():
@@ -51,7 +56,35 @@ class Format(NamedTuple):
                     f"`path` must be a file written by {self.written_by} with {what} {want!r}, got {str(path)!r} with "
                     f"{what} {metadata.get(what)!r}"
                 )
+        checksum = metadata.pop("sha256", None)
+        if checksum is not None and checksum != _checksum(tensors, metadata):
+            raise ValueError(
+                f"`path` must be a file as {self.written_by} wrote it, got {str(path)!r}, whose contents do not have "
+                "its checksum"
+            )
+        for name, tensor in tensors.items():
+            check_finite(name, tensor, path)
         return tensors, metadata
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Returns the SHA-256 of tensors, by name, and metadata."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(name: str, tensor: Tensor, path: str | PathLike[str]) -> None:
+    """Raises ValueError if a tensor of a file has a number that is not finite, other than a weight of e^-inf."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:  # refused by their dtype, as are complex ones
+        return
+    if name.endswith(_MAY_BE_MINUS_INFINITY):
+        tensor = tensor.masked_fill(tensor == -torch.inf, 0)
+    if not tensor.isfinite().all():
+        wrong = tensor[~tensor.isfinite()]
+        raise ValueError(f"`{name}` in {str(path)!r} must be finite, got {wrong[0].item()} ({len(wrong)} such numbers)")
 
 
 def safetensors() -> tuple[Callable[..., Any], Callable[..., None]]:

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from os import PathLike
 from typing import Any
@@ -203,7 +204,7 @@ class PrefixState:
         if self.z_a is None:
             return self.z
         dtype = torch.promote_types(torch.promote_types(self.z_a.dtype, self.z_b.dtype), torch.float32)
-        with torch.autocast(self.z_a.device.type, enabled=False):
+        with nullcontext() if self.z_a.is_meta else torch.autocast(self.z_a.device.type, enabled=False):
             return self.z_a.to(dtype) @ self.z_b.to(dtype)
 
     @property
@@ -313,12 +314,14 @@ class PrefixState:
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if `save` of this version did not write the file, or its tensors do not fit each other.
+            ValueError: if `save` of this version did not write the file, it has changed since, its tensors do not fit
+                each other or are not finite (-inf may stand in `log_scale` and `bias`), or there is no such device.
         """
         try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"`device` must be a torch.device or its name, got {device!r}") from error
+            device = torch.empty(0, device=device).device
+        except (AssertionError, ImportError, RuntimeError) as error:
+            what = "a torch.device or its name, one that this PyTorch has"
+            raise ValueError(f"`device` must be {what}, got {device!r}: {error}") from error
         tensors, metadata = _FILES.load(path)
         try:
             unknown = sorted(set(tensors) - set(_TENSORS))
@@ -326,7 +329,7 @@ class PrefixState:
                 raise ValueError(f"unknown tensors {unknown}")
             arguments: dict[str, Any] = tensors | json.loads(metadata["state"])
             state = cls(**arguments)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must hold a valid prefix state, got {str(path)!r}: {error}") from error
         return state.to(device)
 

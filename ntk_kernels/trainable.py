@@ -65,7 +65,7 @@ def options_of_state(state: PrefixState) -> dict[str, Any]:
         raise ValueError(f"`state` must be a single state, got a stack of {state.num_states}")
     return {
         "feature_map": state.feature_map,
-        "rank": state.rank,
+        "rank": state.rank or None,  # a pair of rank 0 is a Z of 0
         "centers": None if state.centers is None else state.num_centers,
         "num_rows": state.num_rows,
         "log_scale": state.log_scale is not None,
@@ -215,7 +215,8 @@ class NTKPrefix(nn.Module):
         class explains, it is the same up to rounding.
 
         Args:
-            state: a single state, not a stack. Parameters are float32, or float64 if one of its tensors is.
+            state: a single state, not a stack. Parameters are float32, or float64 if one of its tensors is. A pair of
+                rank 0 is trained as its product.
 
         Raises:
             TypeError, ValueError: if it is not a single state, or if entries of its `k` that have to be positive for
@@ -228,6 +229,8 @@ class NTKPrefix(nn.Module):
             state.num_heads, state.head_dim, value_dim=state.value_dim, **options, positive=positive,
             scale_by_k=scale_by_k, device=state.device, dtype=torch.float64 if is_wide else torch.float32,
         )  # fmt: skip
+        if state.rank == 0:
+            tensors["z"] = state.full_z
         if state.num_rows and state.bias is None:
             tensors["bias"] = state.keys.new_zeros(state.keys.shape[:-1])
         if state.k is not None:
@@ -241,7 +244,7 @@ class NTKPrefix(nn.Module):
                     f"to {weight.min().item():.6g}"
                 )
             if scale_by_k:
-                name = "z" if state.rank is None else "z_a"
+                name = "z_a" if state.rank else "z"
                 tensors[name] = tensors[name].double() / weight[..., None]
             if positive is not None and is_polynomial:
                 tensors["raw_k"] = torch.cat([_inverse(weight, positive), k[..., 1:] / weight], dim=-1)

@@ -58,8 +58,9 @@ def prefix_to_state(
     """Converts the m rows of a prefix to a state, in closed form or fitted to calibration queries.
 
     Closed form: exp(scale·q·k_j) is expanded around the centre nearest to k_j and summed over the rows. Differentiable
-    in `prefix_key` and `prefix_value`. Real keys share a large mean: expand around it at least, an expansion around 0
-    is useless for them. "elu" does not approximate exp: its closed form over-weights the prefix about D times.
+    in `prefix_key` and `prefix_value`, but not through means found by k-means (`centers` an int), which count as
+    constants. Real keys share a large mean: expand around it at least, an expansion around 0 is useless for
+    them. "elu" does not approximate exp: its closed form over-weights the prefix about D times.
 
     Fitted: the state with the smallest error of the output on `query`. On the queries that are held out its error is at
     most that of the closed form. Use this for real keys: the default of 128 rows can replace thousands. The report has

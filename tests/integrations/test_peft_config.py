@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -231,6 +232,12 @@ def test_files_that_are_refused(tmp_path):
         ({}, good | {name: good[name][:1].clone()}, rf"`{name}` in .* must have the shape that adapter_config.json tells, \[2, 3, 8\], got \[1, 3, 8\]"),
         ({"rank": 4}, None, r"must have the shape that adapter_config.json tells, \[2, 8, 4\], got \[2, 8, 3\]"),
         ({"rank": None}, None, r"must hold the weights .*ntk_states.z` among them"),
+        ({}, good | {"base_model.model.lm_head.weight": torch.zeros(2)}, "`modules_to_save`, None, alone, got `base_model.model.lm_head.weight` too"),
+        ({"modules_to_save": ["head"]}, good | {"base_model.model.lm_head.weight": torch.zeros(2)}, "alone, got `base_model.model.lm_head"),
+        ({"shapes": dict(list(config["shapes"].items())[:1])}, None, "alone, got `base_model.model.model.layers.1"),
+        ({"shapes": {"model.layers.1.self_attn": [2, 8]}}, None, r"`shapes\['model.layers.1.self_attn'\]` must be \[Hkv, D, Dv\], got \[2, 8\]"),
+        ({"shapes": {"model.layers.1.self_attn": [2, 8, 0]}}, None, "Dv` must be at least 1, got 0"),
+        ({}, good | {name: good[name] * math.nan}, f"`{name}` in .* must be finite, got nan"),
     ]  # fmt: skip
     for options, weights, message in cases:
         rewritten(folder, weights, **options)
@@ -244,6 +251,19 @@ def test_files_that_are_refused(tmp_path):
             model.load_adapter(folder, "b")
         assert snapshot(model) == before
         rewritten(folder, good, **config)
+    for options, weights, message in (
+        ({"shapes": []}, None, "`shapes` must have .* by the names of modules, got list"),
+        ({}, good | {name: good[name].long()}, "must be float16, bfloat16, float32 or float64, got torch.int64"),
+    ):
+        rewritten(folder, weights, **options)
+        with pytest.raises(TypeError, match=message):
+            PeftModel.from_pretrained(build(LLAMA), folder)
+        rewritten(folder, good, **config)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes((whole := weights.read_bytes())[:-8])
+    with pytest.raises(ValueError, match=f"{weights} must be a safetensors file, got another or a part of one"):
+        PeftModel.from_pretrained(build(LLAMA), folder)
+    weights.write_bytes(whole)
     assert torch.equal(
         visible_logits(PeftModel.from_pretrained(build(LLAMA), folder), inputs(LLAMA)),
         visible_logits(model, inputs(LLAMA)),
@@ -264,7 +284,8 @@ def test_models_of_other_sizes_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(base, tmp_path / "a")
         assert snapshot(base) == before
-    deeper = PeftModel.from_pretrained(build(LLAMA, num_hidden_layers=3), tmp_path / "a")
+    with pytest.warns(UserWarning, match="for 2 modules; .* match `model.layers.2.self_attn` too"):
+        deeper = PeftModel.from_pretrained(build(LLAMA, num_hidden_layers=3), tmp_path / "a")
     assert list(prefixes_of(deeper, "default")) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 

@@ -1,6 +1,7 @@
 """Models, modules and arguments that `attach_prefix` refuses or leaves alone, and files that do not fit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -211,9 +212,16 @@ def test_modules_whose_weights_are_buffers():
     assert [prefix.z.device.type for prefix in attach_prefix(model).values()] == ["cpu", "meta"]
 
 
+def written_to(folder, tensors, metadata):
+    from safetensors.torch import save_file
+
+    save_file(tensors, str(folder / "changed"), metadata=metadata)
+    return folder / "changed"
+
+
 def test_files_that_do_not_fit(tmp_path):
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     family = BY_NAME["llama"]
     model = build(family)
@@ -240,10 +248,11 @@ def test_files_that_do_not_fit(tmp_path):
     tensors = load_file(path)
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
+    refused(written_to(tmp_path, tensors, metadata | {"model": "another"}), "do not have its checksum")
+    del metadata["sha256"]
 
     def written(tensors, **changes):
-        save_file(tensors, str(tmp_path / "changed"), metadata=metadata | changes)
-        return tmp_path / "changed"
+        return written_to(tmp_path, tensors, metadata | changes)
 
     refused(written(tensors, version="2"), "with version '1', got .* with version '2'")
     refused(
@@ -254,8 +263,34 @@ def test_files_that_do_not_fit(tmp_path):
     name = "model.layers.0.self_attn.ntk_prefix.z"
     refused(written(tensors | {name: torch.zeros(2, 8, 4)}), r"torch.Size\(\[2, 8, 4\]\)")
     refused(written({key: tensor for key, tensor in tensors.items() if key != name}), 'Missing key.* "z"')
+    refused(written(tensors | {name: tensors[name].long()}), "`z` must be float16, .*, got torch.int64")
+    refused(written(tensors | {name: tensors[name].cfloat()}), "`z` must be float16, .*, got torch.complex64")
+    refused(written(tensors | {name: tensors[name] * math.nan}), f"`{name}` in .* must be finite, got nan")
+    for option in ('"device": "cpu"', '"dtype": null', '"num_rows": 1e9', '"nothing": 1'):
+        options = metadata["prefixes"].replace("}", f", {option}}}", 1)
+        refused(written(tensors, prefixes=options), "`path` must hold valid prefixes")
+    refused(written(tensors, prefixes="[" * 100_000), "`path` must hold valid prefixes")
+    load_prefix(build(family), written(tensors))  # without a checksum, as 0.1.0 wrote it
     with pytest.raises(ValueError, match="must have no prefixes yet"):
         load_prefix(model, path)
+
+
+def test_a_file_that_tells_of_a_huge_prefix_takes_no_memory(tmp_path):
+    """Sizes are compared before anything is made: 10^13 numbers would not fit."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "prefix.safetensors"
+    model = build(BY_NAME["llama"])
+    attach_prefix(model, None, num_rows=2)
+    save_prefix(model, path)
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["sha256"]
+    metadata["prefixes"] = metadata["prefixes"].replace('"num_rows": 2', f'"num_rows": {10**12}')
+    save_file(load_file(path), str(path), metadata=metadata)
+    with pytest.raises(ValueError, match="size mismatch for keys"):
+        load_prefix(build(BY_NAME["llama"]), path)
 
 
 def test_a_part_of_the_heads_is_refused():

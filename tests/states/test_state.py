@@ -86,7 +86,7 @@ def test_load_refuses_foreign_files(tmp_path):
     path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
     with pytest.raises(ValueError, match="`path` must be a safetensors file"):
         PrefixState.load(path)
-    with pytest.raises(ValueError, match="`device` must be a torch.device or its name, got 'nowhere'"):
+    with pytest.raises(ValueError, match="`device` must be a torch.device or its name, .*, got 'nowhere'"):
         PrefixState.load(path, device="nowhere")
     z, k = torch.rand(2, 4, 6), torch.rand(2, 4)
     write(path, metadata={}, z=z, k=k)
@@ -104,10 +104,58 @@ def test_load_refuses_foreign_files(tmp_path):
     write(path, z=z, k=k, metadata={"format": "ntk-kernels prefix state", "version": "1"})
     with pytest.raises(ValueError, match="valid prefix state"):
         PrefixState.load(path)
+    for text in ("[" * 100_000 + "]" * 100_000, '{"feature_map": "elu", "feature_scale": 1' + 400 * "0" + "}", "null"):
+        write(path, z=z, k=k, metadata={"format": "ntk-kernels prefix state", "version": "1", "state": text})
+        with pytest.raises(ValueError, match="valid prefix state"):
+            PrefixState.load(path)
+    for dtype in (torch.int64, torch.complex64, torch.float8_e5m2):
+        write(path, z=z, k=k.to(dtype))
+        with pytest.raises(ValueError, match="`k` must be float16, bfloat16, float32 or float64, got"):
+            PrefixState.load(path)
     a_state().save(path)
+    with pytest.raises(ValueError, match="`device` must be .* that this PyTorch has, got 'cuda:63'"):
+        PrefixState.load(path, device="cuda:63")
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="`path` must be a safetensors file"):
         PrefixState.load(path)
+
+
+def test_load_refuses_flipped_bits_and_reads_files_without_a_checksum(tmp_path):
+    """Every bit of the tensors counts, and what the metadata say; 0.1.0 wrote no checksum."""
+    path, state = tmp_path / "state.safetensors", a_state(rows=1, dtype=torch.bfloat16)
+    state.save(path)
+    assert_same(PrefixState.load(path), state)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for place in (header, (header + len(good)) // 2, len(good) - 1):
+        for bit in (0, 7):
+            flipped = bytearray(good)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(
+                ValueError, match=r"as PrefixState\.save wrote it, .*, whose contents do not have its checksum"
+            ):
+                PrefixState.load(path)
+    path.write_bytes(good.replace(b'\\"feature_scale\\": null', b'\\"feature_scale\\": 1e-9'))
+    with pytest.raises(ValueError, match="checksum"):
+        PrefixState.load(path)
+    write(path, z=torch.ones(2, 4, 6), k=torch.ones(2, 4))
+    assert PrefixState.load(path).feature_map == "elu"
+
+
+def test_load_refuses_numbers_that_are_not_finite(tmp_path):
+    path = tmp_path / "state.safetensors"
+    tensors = a_state(feature_map="taylor1", centers=2, log_scale=True, rows=2).tensors()
+    for name, tensor in tensors.items():
+        for number in (math.nan, math.inf, -math.inf):
+            changed = tensor.clone()
+            changed.view(-1)[1] = number
+            PrefixState(**tensors | {name: changed}, feature_map="taylor1").save(path)
+            if name in ("bias", "log_scale") and number < 0:  # switched off
+                PrefixState.load(path)
+                continue
+            with pytest.raises(ValueError, match=rf"`{name}` in .* must be finite, got -?(nan|inf) \(1 such numbers\)"):
+                PrefixState.load(path)
 
 
 @every_recipe

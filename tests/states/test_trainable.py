@@ -151,13 +151,14 @@ def converted(kind):
         return prefix_to_state(key, value, num_rows=5)
     if kind == "exact_rows":  # without bias
         return PrefixState(keys=key, values=value)
-    if kind == "low_rank":
-        return PrefixState(k=torch.rand(HEADS, DIM), z_a=torch.randn(HEADS, DIM, 2), z_b=torch.randn(HEADS, 2, DIM), feature_map="elu")  # fmt: skip
+    if kind in ("low_rank", "rank_0"):
+        rank = 2 if kind == "low_rank" else 0
+        return PrefixState(k=torch.rand(HEADS, DIM), z_a=torch.randn(HEADS, DIM, rank), z_b=torch.randn(HEADS, rank, DIM), feature_map="elu")  # fmt: skip
     feature_map, centers = {"elu": ("elu", None), "taylor2": ("taylor2", "mean"), "centers": ("taylor1", 3)}[kind]
     return prefix_to_state(key, value, feature_map, centers=centers)
 
 
-KINDS = ["elu", "taylor2", "centers", "low_rank", "rows", "exact_rows"]
+KINDS = ["elu", "taylor2", "centers", "low_rank", "rank_0", "rows", "exact_rows"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,6 +169,8 @@ def test_from_state_is_exact(kind):
     if kind == "exact_rows":
         assert torch.equal(got.bias, torch.zeros(HEADS, 40))
         got = PrefixState(keys=got.keys, values=got.values)
+    if kind == "rank_0":
+        state = PrefixState(state.full_z, state.k, "elu")
     assert_same(got, state)
     assert all(parameter.requires_grad for parameter in prefix.parameters())
     assert prefix().tensors().keys() == NTKPrefix(**prefix.options)().tensors().keys()

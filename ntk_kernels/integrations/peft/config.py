@@ -1,7 +1,7 @@
 """`NTKConfig`: the configuration of an adapter, as adapter_config.json holds it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ... import checks
-from ...files import safetensors
+from ...files import check_finite, safetensors
 from ...state import PrefixState
 from ...trainable import NTKPrefix, PrefixOptions, options_of_state
 from ..transformers.attention_interface import CHILD
@@ -87,6 +87,7 @@ class NTKConfig(PrefixOptions, PeftConfig):
             self.layers_to_transform = _list_of("layers_to_transform", layers, int, "numbers")
         if self.centers is not None:
             checks.check_int("centers", self.centers, minimum=1)
+        _check_shapes(self.shapes)
         # To refuse options that do not fit; the meta device takes neither memory nor random numbers.
         NTKPrefix(1, 1, **self.prefix_options, device="meta")
 
@@ -115,8 +116,9 @@ class NTKConfig(PrefixOptions, PeftConfig):
         """Reads adapter_config.json, and checks the weights beside it before they meet a model.
 
         Raises:
-            TypeError, ValueError: if the file does not exist or is of another version, or if the weights do not have
-                the names and shapes that it implies.
+            TypeError, ValueError: if the file does not exist or is of another version, or if the weights are not finite
+                or do not have the names and shapes that it implies. Others than prefixes have to be of its
+                `modules_to_save`.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -133,18 +135,45 @@ class NTKConfig(PrefixOptions, PeftConfig):
             for key, parameter in prefix.named_parameters():
                 expected[f"base_model.model.{name}.{CHILD}.{STATES}.{key}"] = list(parameter.shape)
         safe_open, _ = safetensors()
-        with safe_open(str(path), framework="pt") as file:
-            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own types
+            raise ValueError(f"{path} must be a safetensors file, got another or a part of one: {error}") from error
+        found = {key: list(tensor.shape) for key, tensor in tensors.items()}
         if missing := [key for key in expected if key not in found]:
             raise ValueError(
                 f"{path} must hold the weights that adapter_config.json tells of, `{missing[0]}` among them, got "
                 f"{list_names(found) or 'nothing'}"
+            )
+        # PEFT would load any weight into the model.
+        saved = [f".{name}." for name in self.modules_to_save or ()]
+        if unknown := [key for key in found if key not in expected and not any(name in key for name in saved)]:
+            raise ValueError(
+                f"{path} must hold the prefixes that adapter_config.json tells of and its `modules_to_save`, "
+                f"{self.modules_to_save}, alone, got {list_names(unknown)} too (embeddings that were resized: "
+                "save_pretrained(..., save_embedding_layers=False) leaves them out)"
             )
         for key, shape in expected.items():
             if found[key] != shape:
                 raise ValueError(
                     f"`{key}` in {path} must have the shape that adapter_config.json tells, {shape}, got {found[key]}"
                 )
+            checks.check_floating(key, tensors[key])
+            check_finite(key, tensors[key], path)
+
+
+def _check_shapes(shapes: Any) -> None:
+    """Raises TypeError or ValueError unless `shapes` is None or has [Hkv, D, Dv] for each name."""
+    if shapes is None:
+        return
+    if not isinstance(shapes, Mapping):
+        raise TypeError(f"`shapes` must have [Hkv, D, Dv] by the names of modules, got {type(shapes).__name__}")
+    for name, sizes in shapes.items():
+        if not isinstance(sizes, list | tuple) or len(sizes) != 3:
+            raise ValueError(f"`shapes[{name!r}]` must be [Hkv, D, Dv], got {sizes!r:.80}")
+        for letters, size in zip(("Hkv", "D", "Dv"), sizes, strict=True):
+            checks.check_int(f"shapes[{name!r}]: {letters}", size, minimum=1)
 
 
 def _is_int(value: object) -> bool:

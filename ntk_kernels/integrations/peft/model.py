@@ -296,7 +296,21 @@ def _resolve(model: PreTrainedModel, config: NTKConfig) -> tuple[dict[str, nn.Mo
                 f"the adapter must be for the heads of `{name}`, [Hkv, D, Dv] = {shapes[name]}, got one for "
                 f"{list(config.shapes[name])}"
             )
+    if config.shapes is not None and (others := [name for name in _targeted(found, config) if name not in shapes]):
+        warnings.warn(
+            f"the adapter has prefixes for {len(shapes)} modules; its `target_modules` and `layers_to_transform` match "
+            f"{list_names(others)} too, which stay without one",
+            stacklevel=3,
+        )
     return {name: found[name] for name in shapes}, replace(config, shapes=shapes)
+
+
+def _targeted(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:
+    """Returns the names that a configuration targets; none if it names modules that the model does not have."""
+    try:
+        return _matching(found, config)
+    except ValueError:
+        return []
 
 
 def _matching(found: dict[str, nn.Module], config: NTKConfig) -> list[str]:

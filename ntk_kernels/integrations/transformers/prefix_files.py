@@ -2,10 +2,13 @@
 
 import json
 from os import PathLike
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ... import checks
 from ...files import Format
 from ...trainable import NTKPrefix
 from .attach import attach_prefix, attached_prefixes, check_bare
@@ -38,7 +41,8 @@ def load_prefix(model: PreTrainedModel, path: str | PathLike[str], *, freeze: bo
     Raises:
         FileNotFoundError: if the file does not exist.
         TypeError, ValueError: if `attach_prefix` refuses the model, the file was not written by `save_prefix` of this
-            version, or its prefixes do not fit the model. Then nothing of the model has changed.
+            version or has changed since, or its prefixes do not fit the model or are not finite. Then nothing of the
+            model has changed.
     """
     attention_modules(model, None)
     check_bare(model)
@@ -48,12 +52,10 @@ def load_prefix(model: PreTrainedModel, path: str | PathLike[str], *, freeze: bo
         for name, options in json.loads(metadata["prefixes"]).items():
             start = f"{name}.{CHILD}."
             own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
-            dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own.values()) else torch.float32
-            prefixes[name] = NTKPrefix(**options, dtype=dtype)
-            prefixes[name].load_state_dict(own)
+            prefixes[name] = _prefix_of(own, options)
         if tensors:
             raise ValueError(f"unknown tensors {sorted(tensors)}")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"`path` must hold valid prefixes, got {str(path)!r}: {error}") from error
     try:
         return attach_prefix(model, prefixes=prefixes, freeze=freeze)
@@ -62,3 +64,14 @@ def load_prefix(model: PreTrainedModel, path: str | PathLike[str], *, freeze: bo
             f"`path` must hold prefixes that fit the model, a {type(model).__name__}, got {str(path)!r}, of a "
             f"{metadata.get('model')}: {error}"
         ) from error
+
+
+def _prefix_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> NTKPrefix:
+    """Returns the prefix of the options with these tensors as its parameters."""
+    for name, tensor in tensors.items():
+        checks.check_floating(name, tensor)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+    # The meta device takes no memory, whatever sizes the file tells.
+    prefix = NTKPrefix(**options, dtype=dtype, device="meta")
+    prefix.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return prefix
