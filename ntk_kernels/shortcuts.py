@@ -104,8 +104,11 @@ class _Shortcut:
 
     def __init__(self, shortcuts: Shortcuts, call: Call, flat: tuple, returns_lse: bool):
         self.returns_lse = returns_lse
-        self._options = [None if isinstance(x, Tensor) else x for x in flat]
-        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]  # of tensors among the op's arguments
+        # Of tensors among the op's arguments.
+        self._places = [i for i, x in enumerate(flat) if x is not None and isinstance(x, Tensor)]
+        self._options = [*flat]
+        for place in self._places:
+            self._options[place] = None
         # Of numbers, in each call.
         has_numbers = any(x.dtype in _INDEX and checks.readable(x) for x in call.tensors[3:])
         self._check = shortcuts.check if has_numbers else None

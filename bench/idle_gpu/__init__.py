@@ -44,6 +44,7 @@ def turn_on(folder: str) -> None:
     cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)
     cuda.get_device_name = lambda device=None: properties.name
     cuda.synchronize = lambda device=None: None
+    cuda.get_rng_state, cuda.set_rng_state = lambda device=None: torch.empty(0), lambda state, device=None: None
     cuda.is_current_stream_capturing = lambda: False
     torch.version.cuda = "12.8"
 

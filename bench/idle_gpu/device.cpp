@@ -196,6 +196,23 @@ static void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::
   }
 }
 
+// cuDNN's attention: room for its results, without what cuDNN does on the host.
+static void idle_attention(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+  const auto given = torch::jit::last(*stack, op.schema().arguments().size()).vec();
+  torch::jit::drop(*stack, given.size());
+  const Tensor query = given[0].toTensor(), key = given[1].toTensor();
+  const Tensor number = at::empty({}, query.options().dtype(at::kLong));
+  auto sizes = query.sizes().vec();
+  sizes[3] = 1;
+  torch::jit::push(*stack, at::empty_like(query), at::empty(sizes, query.options().dtype(at::kFloat)), Tensor(), Tensor());
+  torch::jit::push(*stack, query.size(2), key.size(2), number, number, Tensor());
+}
+static void idle_attention_backward(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+  const auto given = torch::jit::last(*stack, op.schema().arguments().size()).vec();
+  torch::jit::drop(*stack, given.size());
+  for (int i : {1, 2, 3}) torch::jit::push(*stack, at::empty_like(given[i].toTensor()));
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
@@ -211,6 +228,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("sum.dim_IntList", idle_sum);
   library.impl("zero_", idle_zero_);
   library.impl("fill_.Scalar", idle_fill_);
+  library.impl("_scaled_dot_product_cudnn_attention",
+               torch::CppFunction::makeFromBoxedFunction<&idle_attention>());
+  library.impl("_scaled_dot_product_cudnn_attention_backward",
+               torch::CppFunction::makeFromBoxedFunction<&idle_attention_backward>());
 }
 
 static PyObject* get_device(PyObject*, PyObject*) { return PyLong_FromLong(current_device); }
@@ -220,6 +241,9 @@ static PyObject* exchange_device(PyObject*, PyObject* device) {
   if (index >= 0) current_device = index;
   return PyLong_FromLong(before);
 }
+// Functions of their own, as Dynamo tells them apart.
+static PyObject* set_device(PyObject* self, PyObject* device) { return exchange_device(self, device); }
+static PyObject* maybe_exchange_device(PyObject* self, PyObject* device) { return exchange_device(self, device); }
 static PyObject* get_stream(PyObject*, PyObject*) { return PyLong_FromLong(0); }
 
 static PyObject* reuse_memory(PyObject*, PyObject* reused) {
@@ -230,9 +254,9 @@ static PyObject* reuse_memory(PyObject*, PyObject* reused) {
 static PyMethodDef methods[] = {
     {"reuse_memory", reuse_memory, METH_O, nullptr},
     {"_cuda_getDevice", get_device, METH_NOARGS, nullptr},
-    {"_cuda_setDevice", exchange_device, METH_O, nullptr},
+    {"_cuda_setDevice", set_device, METH_O, nullptr},
     {"_cuda_exchangeDevice", exchange_device, METH_O, nullptr},
-    {"_cuda_maybeExchangeDevice", exchange_device, METH_O, nullptr},
+    {"_cuda_maybeExchangeDevice", maybe_exchange_device, METH_O, nullptr},
     {"_cuda_getCurrentRawStream", get_stream, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "idle_gpu_device", nullptr, -1, methods};

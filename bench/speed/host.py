@@ -3,7 +3,8 @@
 B=2, 16 heads, 512 tokens, D=64, bfloat16, causal; decode of one token with 8 sequences (or one) and a cache of 2,048.
 For each call the least and the median CPU time over blocks of calls, and how many functions of Python and of C one call
 enters, which is the same in every run: `bench gate` compares that. How the GPU does nothing: `bench/idle_gpu/`. On a
-machine with a GPU, a call takes this long (and some microseconds for each launch) before its kernels can run.
+machine with a GPU, a call takes this long (and some microseconds for each launch) before its kernels can run. cuDNN's
+attention takes nothing here, though it does on a GPU's host.
 """
 
 import argparse

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from ntk_kernels import NTKPrefix, PrefixState, ntk_attention, ntk_attention_decode
+from ntk_kernels.backends.torch import fused
 
 _HEADS, _DIM, _LENGTH, _CACHE = 16, 64, 512, 2048
 
@@ -60,6 +61,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "decode, elu", decode(8, frozen)
     yield "decode, elu, in splits", decode(1, frozen)
     yield "decode, a cache that grows", _growing(token, frozen)
+    fused._op = lambda *arguments: fused._Cudnn  # as on a Hopper GPU
+    yield "cuDNN and prefix, forward", lambda: attend(query, key, value, frozen, "torch")
+    yield "cuDNN and prefix, forward and backward", lambda: torch.autograd.grad(
+        attend(*leaves, trained, "torch"), [*leaves, trained.z, trained.k], grad_out
+    )
+    compiled = torch.compile(attend, fullgraph=True)
+    yield "in torch.compile, forward", lambda: compiled(query, key, value, frozen)
     prefix = NTKPrefix(_HEADS, _DIM, "elu", device="cuda")
     yield "NTKPrefix()", prefix
 

@@ -82,4 +82,4 @@ class Replayed:
         if known is None:
             known = Repeated(self.function)
             self._known.keep(kind, known)
-        return known([x for x in arguments if isinstance(x, Tensor)], lambda tensors: arguments)
+        return known([x for x in arguments if x is not None and isinstance(x, Tensor)], lambda tensors: arguments)

@@ -28,15 +28,20 @@ def modes() -> tuple:
     )  # fmt: skip
 
 
+_NUMBERS = (int, float, bool, str)
+
+
 def kind_of(arguments: Iterable[Any]) -> tuple:
     """Returns the kind of a call of an op's implementation."""
-    kind: list[Any] = [modes()]
-    for x in arguments:
-        if isinstance(x, Tensor):
-            kind += x.shape, x.stride(), x.dtype, x.device
-        else:
-            kind.append(tuple(x) if isinstance(x, list) else x)
-    return tuple(kind)
+    return (
+        modes(),
+        *[
+            x if x is None or x.__class__ in _NUMBERS
+            else (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor)
+            else tuple(x) if isinstance(x, list) else x
+            for x in arguments
+        ],
+    )  # fmt: skip
 
 
 class Known(dict[tuple, Any]):

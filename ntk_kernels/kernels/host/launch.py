@@ -96,13 +96,15 @@ def _collect_facts(items: tuple, facts: list) -> int:
     for item in items:
         if item is None:
             facts.append(None)
-        elif isinstance(item, int):
+            continue
+        kind = item.__class__
+        if kind is int or kind is bool:
             facts.append((item & 15 == 0) + 2 * (item == 1) + 4 * (item > _MAX_INT32))
-        elif isinstance(item, tuple):
-            addresses |= _collect_facts(item, facts)
-        elif isinstance(item, torch.Tensor):
+        elif kind is torch.Tensor or isinstance(item, torch.Tensor):
             facts.append(item.dtype)
             addresses |= item.data_ptr()
+        elif isinstance(item, tuple):
+            addresses |= _collect_facts(item, facts)
         elif isinstance(item, TensorDescriptor):
             facts.append((item.base.dtype, *item.block_shape))
             addresses |= item.base.data_ptr()
@@ -266,7 +268,7 @@ def prepare(inputs, arch: str | None = None) -> Call:
         _sizes_of(inputs),
         strided(made_addressable(query)),
         keys,
-        State(*map(contiguous, state), *kind.state_sizes),
+        State(*[x if x is None or x.is_contiguous() else x.contiguous() for x in state], *kind.state_sizes),
         _NO_MASK if mask is None else mask,
         Sequences(*map(contiguous, sequences)),
     )
