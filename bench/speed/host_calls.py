@@ -63,8 +63,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "decode, a cache that grows", _growing(token, frozen)
     fused._op = lambda *arguments: fused._Cudnn  # as on a Hopper GPU
     yield "cuDNN and prefix, forward", lambda: attend(query, key, value, frozen, "torch")
-    yield "cuDNN and prefix, forward and backward", lambda: torch.autograd.grad(
-        attend(*leaves, trained, "torch"), [*leaves, trained.z, trained.k], grad_out
+    yield (
+        "cuDNN and prefix, forward and backward",
+        lambda: torch.autograd.grad(attend(*leaves, trained, "torch"), [*leaves, trained.z, trained.k], grad_out),
     )
     compiled = torch.compile(attend, fullgraph=True)
     yield "in torch.compile, forward", lambda: compiled(query, key, value, frozen)
