@@ -12,9 +12,7 @@ from test_varlen import varlen
 from ntk_kernels import ntk_attention, replay
 
 # Each way that a call takes through the kernels: launches, and operations of PyTorch between them.
-KERNELS = [
-    "plain", "low_rank", "low_rank_taylor2", "all_parts", "mask_additive_causal", "d256", "blhd_cache", "bf16",
-]  # fmt: skip
+KERNELS = ["plain", "low_rank", "all_parts", "mask_additive_causal", "blhd_cache"]
 DECODE = ["plain", "low_rank_elu", "all_parts", "index", "key_start_window", "bf16", "bhdl"]
 
 
