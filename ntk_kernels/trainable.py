@@ -13,6 +13,7 @@ from . import checks
 from .feature_maps import REGISTRY, get_feature_map
 from .state import PrefixState
 
+AUTO = "auto"
 POSITIVE = ("softplus", "exp", None)
 _STD = 0.1  # of random keys and centres: they have to differ, but to weigh about the same
 
@@ -51,6 +52,17 @@ class PrefixOptions:
                 raise ValueError(f"`{name}` must come with a `feature_map`, got feature_map=None")
         if self.num_rows == 0:
             raise ValueError("`num_rows` must be at least 1 with feature_map=None, got 0")
+
+
+def resolved_map(feature_map: str | None, num_rows: int = 0, **options: Any) -> str | None:
+    """Returns `feature_map`, or for "auto" None (rows only) if of the options only `num_rows` is of a state's parts,
+    else "elu"."""
+    if feature_map != AUTO:
+        return feature_map
+    has_options = any(
+        options.get(name) not in (None, False) for name in ("rank", "centers", "log_scale", "feature_scale")
+    )
+    return None if num_rows and not has_options else PrefixOptions.feature_map
 
 
 def options_of_state(state: PrefixState) -> dict[str, Any]:

@@ -162,7 +162,10 @@ def test_models_that_do_not_fit():
         get_peft_model(model, NTKConfig())
     assert snapshot(model) == before
     model = build(LLAMA)
-    get_peft_model(model, NTKConfig())
+    of_peft = get_peft_model(model, NTKConfig(num_rows=2))
+    assert of_peft.peft_config["default"].feature_map is None
+    with pytest.raises(TypeError, match=r"PreTrainedModel, got PeftModel, whose get_base_model\(\) is one"):
+        attach_prefix(of_peft)
     with pytest.raises(ValueError, match="`model.layers.0.self_attn` must have no attribute 'ntk_prefix' yet"):
         attach_prefix(model)
 

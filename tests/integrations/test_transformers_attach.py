@@ -260,3 +260,163 @@ def test_compiles_in_one_graph():
     model.set_attn_implementation("sdpa")  # a graph cannot hold the error that this raises
     with pytest.raises(RuntimeError, match="Observed exception"):
         compiled(**given)
+
+
+# Positions, packed batches, checkpoints --------------------------------------------------------------------------
+
+
+def padded_call(lengths=(9, 5, 1)):
+    """Returns a left-padded batch with its mask, and the positions of its tokens."""
+    tokens = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return tokens * mask, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@some("llama", "gemma2", "gpt_oss", "glm")
+@pytest.mark.parametrize("by", ["attach", "peft"])
+def test_left_padded_rows_are_as_without_padding(family, by):
+    """A state has its place before position 0, so rows must begin there."""
+    model = build(family)
+    if by == "peft":
+        peft = pytest.importorskip("peft")
+        from ntk_kernels.integrations.peft import NTKConfig
+
+        called = peft.get_peft_model(model, NTKConfig(num_rows=3))
+        randomise({name: module for name, module in model.named_modules() if name.endswith("ntk_states.default")})
+    else:
+        called = model
+        randomise(attach_prefix(model, num_rows=3))
+    tokens, mask, positions = padded_call()
+    logits = called(input_ids=tokens, attention_mask=mask).logits
+    assert torch.equal(logits, called(input_ids=tokens, attention_mask=mask, position_ids=positions).logits)
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        alone = called(input_ids=tokens[row : row + 1, -length:]).logits
+        torch.testing.assert_close(logits[row : row + 1, -length:], alone, rtol=1e-4, atol=1e-4)
+    shifted = called(input_ids=tokens, attention_mask=mask, position_ids=torch.arange(9)[None]).logits
+    assert (shifted - logits)[1, -5:].abs().max() > 0.01, "the positions would not matter"
+    if by == "peft":
+        with called.disable_adapter():
+            disabled = called(input_ids=tokens, attention_mask=mask).logits
+        assert torch.equal(disabled, build(family)(input_ids=tokens, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "static, long mask"])
+def test_left_padding_with_a_cache(cache):
+    """The tokens are read in two parts; the second knows from the mask how many came before."""
+    model = build(BY_NAME["llama"])
+    randomise(attach_prefix(model, num_rows=3))
+    tokens, mask, _ = padded_call()
+    expected = model(input_ids=tokens, attention_mask=mask).logits
+    past = transformers.DynamicCache(config=model.config)
+    if cache != "dynamic":
+        past = transformers.StaticCache(config=model.config, max_cache_len=12)
+    if cache == "static, long mask":
+        mask = torch.nn.functional.pad(mask, (0, 3))
+    parts = []
+    with torch.no_grad():
+        for start, stop in ((0, 6), (6, 9)):
+            seen = mask if cache == "static, long mask" else mask[:, :stop]
+            part = model(input_ids=tokens[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True)
+            parts.append(part.logits)
+    logits = torch.cat(parts, dim=1)
+    for row, length in enumerate((9, 5, 1)):
+        torch.testing.assert_close(logits[row, -length:], expected[row, -length:], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_the_models_own_again_without_prefixes():
+    model = build(BY_NAME["llama"])
+    tokens, mask, _ = padded_call()
+    expected = model(input_ids=tokens, attention_mask=mask).logits
+    attach_prefix(model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for each in (model, copied):
+        assert len(each.model._forward_pre_hooks) == 1
+        detach_prefix(each)
+        assert not each.model._forward_pre_hooks and not each.model._forward_pre_hooks_with_kwargs
+        assert torch.equal(each(input_ids=tokens, attention_mask=mask).logits, expected)
+
+
+@some("llama", "gemma2", "gpt_oss", "opt")
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("position_ids", [False, True])
+def test_packed_sequences_do_not_see_each_other(family, use_cache, position_ids, monkeypatch):
+    """Batches of DataCollatorWithFlattening: each sequence gives what it gives alone, without a mask of all tokens."""
+    from ntk_kernels.integrations.transformers import attention_interface
+
+    model = build(family)
+    randomise(attach(family, model, num_rows=3))
+    lengths = (4, 9, 1, 7)
+    features = [{"input_ids": torch.arange(3, 3 + length).tolist()} for length in lengths]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = {name: x for name, x in collator(features, return_tensors="pt").items() if name != "labels"}
+    expected = [model(input_ids=torch.tensor([feature["input_ids"]])).logits for feature in features]
+    calls, varlen = [], attention_interface.ntk_attention_varlen
+    monkeypatch.setattr(
+        attention_interface,
+        "ntk_attention_varlen",
+        lambda *args, **kwargs: (calls.append(1), varlen(*args, **kwargs))[1],
+    )
+    if not position_ids and family.name != "opt":  # rotary: only distances count, but for the prefix
+        for module in model.modules():
+            if hasattr(module, "ntk_prefix"):
+                module.ntk_prefix.bias.data.fill_(-1e9)
+        expected = [model(input_ids=torch.tensor([feature["input_ids"]])).logits for feature in features]
+        del batch["position_ids"]
+    logits = model(**batch, use_cache=use_cache).logits
+    torch.testing.assert_close(logits, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+
+
+def test_packed_sequences_and_other_masks():
+    """Where a layer's mask is more than causality and a window, sequences are hidden within it."""
+    from ntk_kernels.integrations.transformers import ntk_attention_forward
+
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+    bias = torch.randn(1, 2, 9, 9)
+    module = torch.nn.Module()
+    module.is_causal = False
+    for options in ({}, {"position_bias": bias}, {"attention_mask": bias}, {"attention_mask": bias[:, :1] > -1}):
+        arguments = {"attention_mask": None} | options
+        ours, _ = ntk_attention_forward(module, query, key, value, **arguments, **packed)
+        for part in (slice(0, 4), slice(4, 9)):
+            alone = {k: None if x is None else x[..., part, part] for k, x in arguments.items()}
+            expected, _ = ntk_attention_forward(module, *(x[:, :, part] for x in (query, key, value)), **alone)
+            torch.testing.assert_close(ours[:, part], expected)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must come with one batch row of packed sequences, got 2"):
+        ntk_attention_forward(module, *(x.expand(2, -1, -1, -1) for x in (query, key, value)), None, **packed)
+
+
+def test_rows_alone_mean_no_features():
+    model = build(BY_NAME["llama"])
+    for options, feature_map in (
+        ({"num_rows": 2}, None),
+        ({"num_rows": 2, "init_mass": 0.1}, None),
+        ({"num_rows": 2, "rank": 3}, "elu"),
+        ({"num_rows": 2, "feature_map": "elu"}, "elu"),
+        ({}, "elu"),
+    ):
+        prefixes = attach_prefix(model, **options)
+        assert {prefix.feature_map for prefix in prefixes.values()} == {feature_map}
+        detach_prefix(model)
+
+
+def test_checkpoints_of_a_trainer_have_the_prefixes(tmp_path):
+    pytest.importorskip("accelerate")
+    from ntk_kernels.integrations.transformers import SavePrefixCallback
+
+    model = build(BY_NAME["llama"])
+    randomise(attach_prefix(model, num_rows=3))
+    examples = [{"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)}] * 4
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[SavePrefixCallback()])
+    trainer.train()
+    expected = visible_logits(model.eval(), inputs(BY_NAME["llama"]))
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2").eval()
+    assert not torch.equal(visible_logits(again, inputs(BY_NAME["llama"])), expected)
+    load_prefix(again, tmp_path / "checkpoint-2" / SavePrefixCallback.FILE)
+    torch.testing.assert_close(visible_logits(again, inputs(BY_NAME["llama"])), expected)
+    assert (tmp_path / "checkpoint-1" / "prefix.safetensors").is_file()

@@ -174,7 +174,7 @@ def test_dropout_that_is_not_applied_is_said_once():
 
 def test_attention_weights_are_not_given():
     query = torch.randn(3, 1, 2, 5, 8)
-    with pytest.warns(UserWarning, match="`output_attentions` gives None"):
+    with pytest.warns(UserWarning, match="with `output_attentions` a model returns `attentions` that are empty"):
         assert ntk_attention_forward(torch.nn.Module(), *query, None, output_attentions=True)[1] is None
 
 

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ... import checks
 from ...files import check_finite, safetensors
 from ...state import PrefixState
-from ...trainable import NTKPrefix, PrefixOptions, options_of_state
+from ...trainable import AUTO, NTKPrefix, PrefixOptions, options_of_state, resolved_map
 from ..transformers.attention_interface import CHILD
 from ..transformers.attention_modules import list_names
 
@@ -48,7 +48,8 @@ class NTKConfig(PrefixOptions, PeftConfig):
             them.
         layers_to_transform: number or numbers of the layers to which the target modules are restricted.
         feature_map, rank, centers, num_rows, positive, scale_by_k, log_scale, feature_scale, init_mass: as in
-            `NTKPrefix`; `centers` is a number.
+            `NTKPrefix`; `centers` is a number. The default "auto" of `feature_map` becomes "elu", and None (rows only)
+            with `num_rows` and no option of features.
         modules_to_save: other modules of the model to be trained and saved as a whole, such as a classifier's head.
         shapes: [Hkv, D, Dv] by the names of the adapter's modules, filled in when it meets a model, and saved. A model
             with other shapes is refused.
@@ -58,6 +59,7 @@ class NTKConfig(PrefixOptions, PeftConfig):
         TypeError, ValueError: an argument does not fit; the message names it.
     """
 
+    feature_map: str | None = AUTO
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
@@ -87,6 +89,7 @@ class NTKConfig(PrefixOptions, PeftConfig):
             self.layers_to_transform = _list_of("layers_to_transform", layers, int, "numbers")
         if self.centers is not None:
             checks.check_int("centers", self.centers, minimum=1)
+        self.feature_map = resolved_map(**self.prefix_options)
         _check_shapes(self.shapes)
         # To refuse options that do not fit; the meta device takes neither memory nor random numbers.
         NTKPrefix(1, 1, **self.prefix_options, device="meta")

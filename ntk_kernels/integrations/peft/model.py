@@ -20,7 +20,7 @@ from ...trainable import NTKPrefix
 from ..transformers.attach import check_bare, use_ntk
 from ..transformers.attention_interface import CHILD
 from ..transformers.attention_modules import attention_modules, find_shape, list_names, placement
-from ..transformers.switch import add_child, remove_child, sync_flash_support
+from ..transformers.switch import add_child, remove_child, sync_parts
 from .config import STATES, NTKConfig
 from .layer import BASE, NTKLayer
 
@@ -94,7 +94,7 @@ class NTKModel(BaseTuner):
             switch.turn_off()
             raise
         setattr(model, _SWITCHES, [*getattr(model, _SWITCHES, []), switch])
-        sync_flash_support(model)
+        sync_parts(model)
 
     def _prepare_adapter_config(self, peft_config: NTKConfig, model_config: dict[str, Any]) -> NTKConfig:
         return peft_config
@@ -243,7 +243,7 @@ class NTKModel(BaseTuner):
             self.model.__dict__.pop("peft_config", None)  # PEFT up to 0.18 leaves it there
         for switch in self.model.__dict__.pop(_SWITCHES, []):
             switch.turn_off()
-        sync_flash_support(self.model)
+        sync_parts(self.model)
         return self.model
 
     def _unload_beside_others(self) -> None:

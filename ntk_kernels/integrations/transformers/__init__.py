@@ -14,6 +14,8 @@ children:
 Any child that is a `PrefixSource` will do. It is asked in each forward, so its answer may depend on the task at hand.
 """
 
+from typing import TYPE_CHECKING, Any
+
 try:
     from .attach import attach_prefix, attached_prefixes, detach_prefix
     from .attention_interface import PrefixSource, ntk_attention_forward
@@ -26,9 +28,13 @@ except ImportError as error:
         "pip install 'ntk-kernels[transformers]'"
     ) from error
 
+if TYPE_CHECKING:
+    from .trainer import SavePrefixCallback
+
 __all__ = [
     "AttentionShape",
     "PrefixSource",
+    "SavePrefixCallback",
     "attach_prefix",
     "attached_prefixes",
     "attention_shapes",
@@ -38,3 +44,11 @@ __all__ = [
     "prompt_to_states",
     "save_prefix",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SavePrefixCallback":  # transformers' Trainer takes seconds to import
+        from .trainer import SavePrefixCallback
+
+        return SavePrefixCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

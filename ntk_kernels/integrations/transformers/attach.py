@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ... import checks
 from ...state import PrefixState
-from ...trainable import NTKPrefix, PrefixOptions
+from ...trainable import AUTO, NTKPrefix, resolved_map
 from .attention_interface import CHILD, IMPLEMENTATION
 from .attention_modules import (
     AttentionShape,
@@ -20,7 +20,7 @@ from .attention_modules import (
     placement,
     shape_of,
 )
-from .switch import Switch, add_child, remove_child, sync_flash_support
+from .switch import Switch, add_child, remove_child, sync_parts
 
 _RECORD = "_ntk_attachment"
 
@@ -36,7 +36,7 @@ class _Attachment:
 
 def attach_prefix(
     model: PreTrainedModel,
-    feature_map: str | None = "elu",
+    feature_map: str | None = AUTO,
     *,
     modules: str | None = None,
     prefixes: Mapping[str, NTKPrefix | PrefixState] | None = None,
@@ -46,7 +46,8 @@ def attach_prefix(
     """Gives attention modules of a model a trainable prefix each, as their child `ntk_prefix`.
 
     The model then uses the attention implementation "ntk". Its weights keep their names and values. If an argument is
-    refused, nothing of the model has changed.
+    refused, nothing of the model has changed. In left-padded batches a rotary decoder takes the positions of tokens
+    from `attention_mask` if it is given no `position_ids`, since a prefix has its place before the first token.
 
     A converted state is as accurate as its conversion if `scale` of the conversion was that of the model (1/sqrt(D) in
     most), and keys and queries were taken after rotation and, in models that scale the query themselves (OPT, Whisper),
@@ -56,7 +57,8 @@ def attach_prefix(
         model: any model that dispatches its attention through transformers' `AttentionInterface` and supports sdpa or
             attention backends. Until `detach_prefix`, forward under another implementation raises RuntimeError.
         feature_map, options: of `NTKPrefix`, the same for every module. A prefix has the key/value heads of its module
-            and is float32 (float64 in a float64 model) on its device.
+            and is float32 (float64 in a float64 model) on its device. The default, "auto", is "elu", and None (rows
+            only) with `num_rows` and no option of features.
         modules: a regular expression that is searched for in the names of the modules: r"decoder.*self_attn",
             r"layers\\.[0-7]\\.". None for all, cross-attention and encoders of images included.
         prefixes: instead of these, the prefixes to attach, by the names of their modules: each an `NTKPrefix`, or a
@@ -75,6 +77,7 @@ def attach_prefix(
     check_bare(model)
     checks.check_bool("freeze", freeze)
     if prefixes is None:
+        feature_map = resolved_map(feature_map, **options)
         shapes = {name: shape_of(name, module) for name, module in found.items()}
         children = {
             name: NTKPrefix(
@@ -84,8 +87,7 @@ def attach_prefix(
             for name, shape in shapes.items()
         }  # fmt: skip
     else:
-        has_map = feature_map != PrefixOptions.feature_map  # the default, which cannot be told from no argument
-        given = {"feature_map": has_map, "modules": modules is not None} | dict.fromkeys(options, True)
+        given = {"feature_map": feature_map != AUTO, "modules": modules is not None} | dict.fromkeys(options, True)
         for name, is_given in given.items():
             if is_given:
                 raise ValueError(f"`{name}` must not be given together with `prefixes`, got both")
@@ -105,7 +107,7 @@ def detach_prefix(model: PreTrainedModel) -> dict[str, NTKPrefix]:
     for name in record.names:
         remove_child(model.get_submodule(name))
     record.switch.turn_off()
-    sync_flash_support(model)
+    sync_parts(model)
     for parameter in record.frozen:
         parameter.requires_grad_(True)
     delattr(model, _RECORD)
@@ -190,7 +192,7 @@ def attach_children(
         raise
     for parameter in frozen:
         parameter.requires_grad_(False)
-    sync_flash_support(model)
+    sync_parts(model)
     setattr(model, _RECORD, _Attachment(list(children), switch, frozen))
 
 

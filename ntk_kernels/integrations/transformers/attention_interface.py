@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from ...attention import ntk_attention
 from ...decode import ntk_attention_decode
 from ...state import PrefixState
+from ...varlen import ntk_attention_varlen
 from .attention_modules import find_shape
 from .observer import Observer
 
@@ -59,6 +60,9 @@ def ntk_attention_forward(
         dropout: not applied; a warning says so.
         s_aux: [Hq], a logit per head that takes its share of the softmax and adds no value (attention sinks).
         position_bias: [B or 1, Hq, Lq, Lk], added to the scores.
+        kwargs: with `cu_seq_lens_q` and `cu_seq_lens_k` [N + 1] the tokens of the one batch row are N sequences that do
+            not see each other (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`). If the layer is causal and
+            has no masks beside its window, `ntk_attention_varlen` serves them and `attention_mask` is not looked at.
 
     Returns:
         out [B, Lq, Hq, Dv], 0 for a query that sees neither key nor prefix, and None for the attention weights.
@@ -79,10 +83,19 @@ def ntk_attention_forward(
     state, state_index = (None, None) if child is None else _prefix_of(child, query.shape[0], query_scale)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal) and attention_mask is None and seq_q > 1
+    is_layer_causal = bool(is_causal)
+    is_causal = is_layer_causal and attention_mask is None and seq_q > 1
     if is_causal and key.shape[2] > seq_q:  # a static cache, filled with these tokens only
         key, value = key[:, :, :seq_q], value[:, :, :seq_q]
     mask = _mask(attention_mask, position_bias, key.shape[2])
+    cu_seqlens, window = kwargs.get("cu_seq_lens_q"), None
+    if cu_seqlens is not None:
+        bounds = _bounds(query, cu_seqlens, kwargs.get("cu_seq_lens_k"))
+        if is_layer_causal and position_bias is None:
+            window = _window_of_packed(module, attention_mask, kwargs.get("sliding_window"))
+        if window is None:
+            mask = _within_sequences(mask, is_causal, *bounds, query.shape[2], key.shape[2])
+            is_causal = False
     if isinstance(child, Observer):
         child.observe(query, key, value, mask, scale=scale, query_scale=query_scale, softcap=softcap, sink=s_aux)
     options: dict[str, Any] = {
@@ -91,7 +104,9 @@ def ntk_attention_forward(
         "state_index": state_index,
         "return_lse": s_aux is not None,
     }
-    if seq_q == 1 and mask is None and not torch.is_grad_enabled():
+    if window is not None:
+        out = _attend_packed(query, key, value, state, *bounds, window=window, kwargs=kwargs, **options)
+    elif seq_q == 1 and mask is None and not torch.is_grad_enabled():
         out = ntk_attention_decode(query, key, value, None, state, is_causal=False, **options)
     else:
         offset = 0 if is_causal else None
@@ -118,7 +133,69 @@ def _check_call(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> No
             f"configuration to train without this warning"
         )
     if kwargs.get("output_attentions"):
-        _warn("attention weights are never computed: `output_attentions` gives None for them")
+        _warn(
+            "attention weights are never computed: with `output_attentions` a model returns `attentions` that are "
+            "empty, or None for each layer"
+        )
+
+
+def _bounds(query: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns where the sequences of packed queries and keys begin."""
+    if query.shape[0] != 1:
+        raise ValueError(f"`cu_seq_lens_q` must come with one batch row of packed sequences, got {query.shape[0]}")
+    cu_seqlens_q = cu_seqlens_q.to(query.device)
+    return cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k.to(query.device)
+
+
+def _window_of_packed(
+    module: nn.Module, attention_mask: Tensor | None, sliding_window: int | None
+) -> tuple[int, int] | None:
+    """Returns the window of a causal layer whose mask hides nothing else within a sequence; None for other layers."""
+    config: Any = getattr(module, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    kind = None if kinds is None or number is None else kinds[number]
+    if kind not in (None, "full_attention", "sliding_attention") or getattr(config, "attention_chunk_size", None):
+        return None
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1):
+        return None
+    if sliding_window is not None:
+        return sliding_window - 1, -1
+    has_window = kind == "sliding_attention" or (kind is None and getattr(config, "sliding_window", None) is not None)
+    return None if has_window else (-1, -1)
+
+
+def _within_sequences(
+    mask: Tensor | None, is_causal: bool, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_q: int, seq_k: int
+) -> Tensor:
+    """Returns the mask with keys of other sequences hidden."""
+    i, j = (torch.arange(length, device=cu_seqlens_q.device) for length in (seq_q, seq_k))
+    of_query, of_key = (
+        torch.bucketize(x, bounds[1:].contiguous(), right=True) for x, bounds in ((i, cu_seqlens_q), (j, cu_seqlens_k))
+    )
+    visible = of_query[:, None] == of_key
+    if is_causal:
+        visible = visible & (j <= i[:, None])
+    if mask is None:
+        return visible
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -math.inf)
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, state: PrefixState | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    *, window: tuple[int, int], kwargs: dict[str, Any], state_index: Tensor | None, return_lse: bool, **options: Any,
+) -> Any:  # fmt: skip
+    """Returns what `ntk_attention` would of one batch row that is several sequences."""
+    if state_index is not None:
+        state_index = state_index.expand(cu_seqlens_q.shape[0] - 1)
+    longest_q, longest_k = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out, lse = ntk_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q if isinstance(longest_q, int) else q.shape[0],
+        longest_k if isinstance(longest_k, int) else k.shape[0], state, is_causal=True, window=window,
+        state_index=state_index, return_lse=True, **options,
+    )  # fmt: skip
+    out = out.transpose(0, 1)[None]
+    return (out, lse[None]) if return_lse else out
 
 
 def _check_all_heads(module: nn.Module, query: Tensor) -> None:

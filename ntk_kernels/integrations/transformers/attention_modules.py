@@ -43,7 +43,8 @@ def attention_shapes(model: PreTrainedModel, modules: str | None = None) -> dict
 def attention_modules(model: PreTrainedModel, pattern: str | None) -> dict[str, nn.Module]:
     """Returns the attention modules that can have a prefix, by name; arguments and errors as in `attention_shapes`."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
+        hint = ", whose get_base_model() is one" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}{hint}")
     found = {
         name: module
         for name, module in model.named_modules()

@@ -193,6 +193,11 @@ def _prompt_and_texts(
     device = placement(model.get_input_embeddings(), model)["device"]
 
     def flat(name: str, tokens: Tensor) -> Tensor:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"`{name}` must be a torch.Tensor of token ids, got {type(tokens).__name__}; "
+                "tokenizer(text, return_tensors='pt').input_ids[0] is one"
+            )
         checks.check_tensor(name, tokens)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"`{name}` must be token ids, int64 or int32, got {tokens.dtype}")
@@ -209,7 +214,10 @@ def _prompt_and_texts(
     if isinstance(texts, Tensor) and texts.dim() != 2:
         raise ValueError(f"`texts` must have shape [N, L], got {list(texts.shape)}")
     if not isinstance(texts, Tensor | Sequence) or isinstance(texts, str):
-        raise TypeError(f"`texts` must be a tensor or a sequence of tensors, got {type(texts).__name__}")
+        raise TypeError(
+            f"`texts` must be a tensor or a sequence of tensors of token ids, got {type(texts).__name__}; "
+            "tokenizer(text, return_tensors='pt').input_ids[0] is one"
+        )
     texts = [flat(f"texts[{i}]", text) for i, text in enumerate(texts)]
     if not texts:
         raise ValueError("`texts` must be at least one, got none")

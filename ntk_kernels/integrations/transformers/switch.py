@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention_interface import CHILD, IMPLEMENTATION
+from .positions import sync_positions
 
 _HOOK = "_ntk_hook"
 
@@ -83,15 +84,17 @@ def _check_implementation(module: nn.Module, args: tuple[Any, ...]) -> None:
         )
 
 
-def sync_flash_support(model: PreTrainedModel) -> None:
-    """Marks models with prefixes as not supporting flash attention, and removes the mark from others.
+def sync_parts(model: PreTrainedModel) -> None:
+    """Marks models with prefixes as not supporting flash attention and has them number tokens; undoes that in others.
 
     Continuous batching would otherwise use flash attention where it is installed, and only log the error of
     `_check_implementation`.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            if any(CHILD in module._modules for module in part.modules()):
+            has_prefix = any(CHILD in module._modules for module in part.modules())
+            if has_prefix:
                 part._supports_flash_attn = False
             else:
                 part.__dict__.pop("_supports_flash_attn", None)
+            sync_positions(part, has_prefix)
