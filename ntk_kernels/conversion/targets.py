@@ -14,6 +14,8 @@ from .terms import Terms
 HELD_OUT = 0.25  # share of the queries, the last ones
 TINY = 1e-300
 _CHUNK_WEIGHTS = 2**22  # attention weights held at a time
+# Queries and keys of which the weights are computed at once; on a CPU they stay in its cache.
+_ATTENDED_AT_ONCE = {"cpu": (256, 1024), "cuda": (4096, 4096)}
 _MAX_SAMPLED_QUERIES = 4096  # queries that decide which rows have the most attention
 
 
@@ -113,11 +115,13 @@ def most_attended(targets: Targets, prefix_key: Tensor, count: int, scale: float
     chosen = []
     fitted = targets.fitted
     every_nth = slice(None, None, -(-fitted.num_queries // _MAX_SAMPLED_QUERIES))
-    rows_at_once = max(1, _CHUNK_WEIGHTS // prefix_key.shape[1])
+    num_queries, num_keys = _ATTENDED_AT_ONCE[prefix_key.device.type]
     for key, query, lse in zip(prefix_key.float(), fitted.query.float(), fitted.lse.float(), strict=True):
+        queries = [(2 * scale * query[every_nth]).split(num_queries), (-2 * lse[every_nth, None]).split(num_queries)]
         sums = key.new_zeros(key.shape[0])
-        for q, t in zip(query[every_nth].split(rows_at_once), lse[every_nth].split(rows_at_once), strict=True):
-            sums += (scale * q @ key.mT - t[:, None]).exp_().square_().sum(0)
+        for of_keys, k in zip(sums.split(num_keys), key.split(num_keys), strict=True):
+            for q, t in zip(*queries, strict=True):
+                of_keys += torch.addmm(t, q, k.mT).exp_().sum(0)
         chosen.append(sums.topk(count).indices)
     return torch.stack(chosen)
 
