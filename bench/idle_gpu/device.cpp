@@ -158,6 +158,9 @@ static Tensor idle_sum(
 }
 static Tensor& idle_zero_(Tensor& self) { return self; }
 static Tensor& idle_fill_(Tensor& self, const Scalar&) { return self; }
+static Tensor idle_eq(const Tensor& self, const Scalar&) { return at::empty_like(self, self.options().dtype(at::kBool)); }
+static Tensor idle_masked_fill(const Tensor& self, const Tensor&, const Scalar&) { return at::empty_like(self); }
+static Tensor idle_softplus(const Tensor& self, const Scalar&, const Scalar&) { return at::empty_like(self); }
 static Scalar idle_item(const Tensor& self) { return at::_local_scalar_dense(on_cpu(self)); }
 
 // Every other operation is that of the CPU.
@@ -228,6 +231,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("sum.dim_IntList", idle_sum);
   library.impl("zero_", idle_zero_);
   library.impl("fill_.Scalar", idle_fill_);
+  library.impl("eq.Scalar", idle_eq);
+  library.impl("masked_fill.Scalar", idle_masked_fill);
+  library.impl("softplus", idle_softplus);
   library.impl("_scaled_dot_product_cudnn_attention",
                torch::CppFunction::makeFromBoxedFunction<&idle_attention>());
   library.impl("_scaled_dot_product_cudnn_attention_backward",

@@ -103,32 +103,44 @@ def functions_of(function: Callable) -> int:
     return count - 1  # without that of setprofile
 
 
-def figures_of(function: Callable, blocks: int) -> dict:
+def counts_of(function: Callable) -> dict[str, int]:
+    """Returns the functions and launches of a call of a known kind."""
     for _ in range(20):
         function()
     before = idle_gpu.launches()
     function()
     launches = idle_gpu.launches() - before
     with torch.autograd.set_multithreading_enabled(False):
-        functions = functions_of(function)
-    times = []
-    gc.collect()
-    gc.disable()
+        return {"functions": functions_of(function), "launches": launches}
+
+
+def times_of(functions: dict[str, Callable], blocks: int) -> dict[str, list[float]]:
+    """Returns microseconds of a call, for blocks of ten of them, in turns with those of the other functions."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(blocks):
-        start = time.process_time_ns()
-        for _ in range(10):
-            function()
-        times.append((time.process_time_ns() - start) / 1e4)
-    gc.enable()
-    return {
-        "low_us": min(times), "median_us": statistics.median(times), "functions": functions, "launches": launches,
-    }  # fmt: skip
+        gc.collect()
+        gc.disable()
+        for name, function in functions.items():
+            function()  # what the others have put out of the processor's caches
+            start = time.process_time_ns()
+            for _ in range(10):
+                function()
+            times[name].append((time.process_time_ns() - start) / 1e4)
+        gc.enable()
+    return times
 
 
 def main() -> None:
     blocks = int(sys.argv[2])
     torch.set_num_threads(1)
-    print(json.dumps({name: figures_of(function, blocks) for name, function in calls()}))
+    functions = dict(calls())
+    counts = {name: counts_of(function) for name, function in functions.items()}
+    times = times_of(functions, blocks)
+    print(
+        json.dumps(
+            {name: {"low_us": min(x), "median_us": statistics.median(x)} | counts[name] for name, x in times.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

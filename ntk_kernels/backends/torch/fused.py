@@ -112,7 +112,7 @@ class _Cpu:
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     """The random state that the GPU backwards ask for; without dropout nothing reads it."""
-    nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+    nothing = torch.empty((), dtype=torch.int64, device=q.device)
     return nothing, nothing
 
 
