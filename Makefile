@@ -1,7 +1,7 @@
 # The checks of .ci/run, each by itself. PYTHON is one that has the package with the extra "test" (make install).
 PYTHON ?= .venv/bin/python
 
-.PHONY: help install test lint types report report-check docs gate static static-all
+.PHONY: help install test fuzz lint types report report-check docs gate static static-all
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ install:  ## .venv with all that the checks need
 
 test:  ## all tests, on all cores
 	$(PYTHON) -m pytest -n auto
+
+fuzz:  ## 5,000 random calls by each backend, others in every run (hours in the interpreter)
+	FUZZ=5000 $(PYTHON) -m pytest tests/ops/test_properties.py
 
 lint:  ## style and format of the code
 	$(PYTHON) -m ruff check .
