@@ -258,3 +258,29 @@ def test_offsets_beyond_two_to_the_31(far):
     else:
         cache = storage.as_strided(cache.shape, (16, 16, 2**23 + 2**20, 1)).copy_(cache)
     assert torch.equal(ntk_attention_decode(query, cache, cache, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (3, 1)}, {"is_causal": False}], ids=str)
+def test_the_torch_backend_where_reading_lengths_would_wait(options, monkeypatch):
+    """On GPUs it masks the whole cache, whose rest may hold anything finite."""
+    monkeypatch.setattr(cached, "_lengths_are_free", lambda query: False)
+    query, cache = torch.randn(4, 4, 3, 8), torch.randn(2, 4, 2, 12, 8)
+    lengths, start = torch.tensor([12, 0, 7, 1]), torch.tensor([0, 0, 3, 0])
+    calls = [
+        ntk_attention_decode(query, *cache, lengths, key_start=start, return_lse=True, backend=backend, **options)
+        for backend in ("torch", "reference")
+    ]
+    for ours, expected in zip(*calls, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@all_backends
+def test_block_tables_of_any_strides(backend):
+    query, pages = torch.randn(3, 4, 2, 8), torch.randn(2, 6, 2, 16, 8)
+    lengths, table = torch.tensor([32, 17, 5]), torch.randperm(6).reshape(2, 3).t()
+    apart = torch.stack([table, table], dim=-1)[..., 0]
+    assert table.stride() == (1, 3) and apart.stride(1) != 1
+    expected = ntk_attention_decode(query, *pages, lengths, block_table=table.contiguous(), backend=backend)
+    for strided in (table, apart):
+        out = ntk_attention_decode(query, *pages, lengths, block_table=strided, backend=backend)
+        assert torch.equal(out, expected)

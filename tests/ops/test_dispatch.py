@@ -154,6 +154,7 @@ def test_other_devices_go_to_the_reference():
     [
         ({}, "torch"),
         ({"length": 512}, "triton"),  # shorter than where it pays
+        ({"key_length": 512}, "triton"),
         ({"head_dim": 96}, "triton"),  # not measured
         ({"dtype": torch.float32}, "triton"),
         ({"is_square": False}, "triton"),
@@ -172,4 +173,15 @@ def test_default_on_a_hopper_gpu(changes, expected, monkeypatch):
     monkeypatch.setattr(triton, "_has_fast_cudnn", lambda index: call["hopper"])
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: call["deterministic"])
     monkeypatch.setattr(triton, "_device_lacks", lambda *device: None)
-    assert dispatch.choose_backend(None, tensor, tensor, tensor, is_square=call["is_square"]) == expected
+    key = SimpleNamespace(**vars(tensor) | {"shape": (1, 8, call.get("key_length", call["length"]), call["head_dim"])})
+    assert dispatch.choose_backend(None, tensor, key, key, is_square=call["is_square"]) == expected
+
+
+@pytest.mark.parametrize("capability, lacks", [((8, 0), None), ((7, 5), "GPUs older than compute capability 8.0 (T4)")])
+def test_gpus_that_triton_takes(capability, lacks, monkeypatch):
+    tiles = pytest.importorskip("ntk_kernels.kernels.jit.tiles")
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value_ in {"is_available": True, "get_device_capability": capability, "get_device_name": "T4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *index, value_=value_: value_)
+    assert triton._probe_device("cuda", 0) == lacks

@@ -301,3 +301,8 @@ def test_refused_states():
         ValueError, match=r"`state.k` must be positive with positive='softplus' .* got values down to -"
     ):
         NTKPrefix.from_state(negative, positive="softplus")
+
+
+def test_half_precision_moves_a_prefix_and_does_not_round_it():
+    prefix = NTKPrefix(HEADS, DIM, num_rows=2).to(device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in prefix.parameters()} == {("meta", torch.float32)}
