@@ -143,8 +143,7 @@ class PrefixState:
     def unchecked(cls, values: dict[str, Any]) -> "PrefixState":
         """Makes a state of arguments that are known to fit each other; those left out are None."""
         state = object.__new__(cls)
-        for name, value in (dict.fromkeys(_FIELDS) | values).items():
-            object.__setattr__(state, name, value)
+        vars(state).update(_NOTHING | values)
         return state
 
     # Properties ------------------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ class PrefixState:
         return state.to(device)
 
 
-_FIELDS = tuple(field.name for field in fields(PrefixState))
+_NOTHING: dict[str, Any] = dict.fromkeys(field.name for field in fields(PrefixState))
 
 
 def _flatten(state: PrefixState) -> tuple[list[Tensor], list[Any]]:

@@ -160,6 +160,9 @@ static Tensor& idle_zero_(Tensor& self) { return self; }
 static Tensor& idle_fill_(Tensor& self, const Scalar&) { return self; }
 static Tensor idle_eq(const Tensor& self, const Scalar&) { return at::empty_like(self, self.options().dtype(at::kBool)); }
 static Tensor idle_masked_fill(const Tensor& self, const Tensor&, const Scalar&) { return at::empty_like(self); }
+static Tensor idle_mul(const Tensor& self, const Tensor& other) {
+  return at::empty(at::infer_size(self.sizes(), other.sizes()), self.options());
+}
 static Tensor idle_softplus(const Tensor& self, const Scalar&, const Scalar&) { return at::empty_like(self); }
 static Scalar idle_item(const Tensor& self) { return at::_local_scalar_dense(on_cpu(self)); }
 
@@ -234,6 +237,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("eq.Scalar", idle_eq);
   library.impl("masked_fill.Scalar", idle_masked_fill);
   library.impl("softplus", idle_softplus);
+  library.impl("mul.Tensor", idle_mul);
   library.impl("_scaled_dot_product_cudnn_attention",
                torch::CppFunction::makeFromBoxedFunction<&idle_attention>());
   library.impl("_scaled_dot_product_cudnn_attention_backward",
