@@ -8,6 +8,13 @@ from ntk_kernels import feature_dim
 from ntk_kernels.inputs import DecodeInputs, Inputs, StateTensors
 from ntk_kernels.kernels.add_prefix import ADD_PREFIX
 from ntk_kernels.kernels.add_prefix_backward import ADD_PREFIX_DQ, ADD_RESIDENT_BWD
+from ntk_kernels.kernels.add_second_order import (
+    ADD_SECOND_ORDER,
+    empty_packed,
+    pack_k_launch,
+    pack_z_launch,
+    second_order_rows_launch,
+)
 from ntk_kernels.kernels.backward_delta import delta_launch
 from ntk_kernels.kernels.backward_keys import DK, DKDV, DV
 from ntk_kernels.kernels.backward_query import DQ
@@ -15,7 +22,7 @@ from ntk_kernels.kernels.backward_state import StateGrads, rows_launch, state_la
 from ntk_kernels.kernels.decode import DECODE, DecodeResults, decode_launch, merge_launch
 from ntk_kernels.kernels.forward import FORWARD
 from ntk_kernels.kernels.host import configs
-from ntk_kernels.kernels.host.launch import prepare
+from ntk_kernels.kernels.host.launch import prepare, prepare_exactly
 from ntk_kernels.kernels.host.sections import SECTIONS, num_features
 from ntk_kernels.kernels.jit.row_terms import RowTerms
 from ntk_kernels.kernels.sums import (
@@ -155,6 +162,19 @@ def _add_prefix(shape: Shape):
     return _KERNELS[shape.kernel].launch(call, *_results(inputs), shape.config())
 
 
+def _second_order(shape: Shape, section: str = ""):
+    inputs = shape.inputs()
+    out, lse = _results(inputs)
+    call, config = prepare_exactly(inputs.without_keys(), shape.arch), shape.config()
+    packed_z, packed_k = empty_packed(call)
+    weights = _meta(*lse.shape[:2], 2, lse.shape[2])
+    if section:
+        return pack_z_launch(call, packed_z, config) if section == "z" else pack_k_launch(call, packed_k, config)
+    if shape.kernel == "second_order_rows":
+        return second_order_rows_launch(call, packed_k, lse, weights, config)
+    return _KERNELS[shape.kernel].launch(call, packed_z, weights, out, config)
+
+
 def _add_resident_bwd(shape: Shape):
     inputs = shape.inputs()
     out, lse = _results(inputs)
@@ -283,7 +303,8 @@ def _sums_bwd(shape: Shape, section: str):
 
 _PASSES = [
     (FORWARD, _forward), (ADD_PREFIX, _add_prefix), (DKDV, _dkdv), (DK, _dkdv), (DV, _dkdv), (DQ, _dq),
-    (ADD_PREFIX_DQ, _add_prefix_dq), (ADD_RESIDENT_BWD, _add_resident_bwd), (DECODE, _decode),
+    (ADD_PREFIX_DQ, _add_prefix_dq), (ADD_RESIDENT_BWD, _add_resident_bwd), (ADD_SECOND_ORDER, _second_order),
+    (DECODE, _decode),
 ]  # fmt: skip
 _KERNELS = {kernel.name: kernel for kernels, _ in _PASSES for kernel in kernels}
 # The launch of each kernel; a section of features, or of gradients, follows its name behind a space.
@@ -294,7 +315,10 @@ CASES = {kernel.name: case for kernels, case in _PASSES for kernel in kernels} |
     "merge": _merge,
     "sums": _sums,
     "sums_bwd": _sums_bwd,
+    "second_order_rows": _second_order,
+    "second_order_pack": _second_order,
 }
+SECOND_ORDER = ("add_second_order", "second_order_rows", "second_order_pack z", "second_order_pack k")
 HEAD_DIMS = (32, 64, 128, 256)
 DECODE_OPTIONS = ("paged", "rows", "state index", "state per query head", "low rank", "softcap", "window", "key range")
 MASKS = ("bool mask", "additive mask", "float32 mask")
@@ -315,6 +339,7 @@ def shapes(archs, *, quick: bool = False) -> list[Shape]:
                 passes = ("add_resident", "add_resident_bwd")
                 listed += [Shape(arch, dim, name, kernel=kernel) for kernel in passes for name in ("elu", "taylor1")]
                 listed += [Shape(arch, dim, "taylor1", "centre", kernel="add_resident")]
+        listed += [Shape(arch, dim, "taylor2", kernel=kernel) for dim in (64, 128) for kernel in SECOND_ORDER]
         if quick and arch != "sm90":
             if arch == "sm100":  # other tiles compile to a trap
                 listed.append(Shape(arch, 128, dtype="float32", kernel="dkdv"))

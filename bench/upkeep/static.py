@@ -36,6 +36,11 @@ _KNOWN_SPILLS = {
     ("3.6", "sm90", "decode", 256): 8,
     ("3.6", "sm100", "merge", 64): 8,  # where a split left something out
     ("3.6", "sm100", "sums_bwd keys", 256): 24,  # taylor2
+    # Once, after the loop, in return for a second program on the multiprocessor.
+    ("3.6", "sm90", "add_second_order", 64): 64,
+    ("3.6", "sm90", "add_second_order", 128): 40,
+    ("3.7", "sm90", "add_second_order", 64): 56,
+    ("3.7", "sm90", "add_second_order", 128): 64,
     ("3.7", "sm90", "decode", 256): 16,  # elu
     ("3.7", "sm100", "forward", 64): 8,  # without a state
     ("3.7", "sm100", "rows values", 64): 8,
@@ -61,7 +66,7 @@ def examine(shape: Shape) -> dict:
     if found["spilled"] > known and spill_free:
         faults.append(f"spills {found['spilled']} bytes")
     config = shape.config()
-    multiplies = shape.kernel not in ("delta", "merge")
+    multiplies = shape.kernel not in ("delta", "merge", "second_order_pack z", "second_order_pack k")
     if multiplies and shape.arch == "sm90" and min(config.block_m, config.block_n) < 64:
         faults.append("a product with a dimension below 64")
     if multiplies and not found["tensor_core"]:

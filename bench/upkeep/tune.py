@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ntk_kernels import FEATURE_MAPS, PrefixState, feature_dim, ntk_attention, ntk_attention_decode
+from ntk_kernels.kernels import add_second_order
 from ntk_kernels.kernels.host import autotune, configs
 from ntk_kernels.kernels.host.configs import TileConfig
 from ntk_kernels.kernels.jit.tiles import INTERPRETED
@@ -29,7 +30,9 @@ from ..lib import record, timing
 
 _TRAINING = ("forward", "dkdv", "dk", "dv", "dq")
 _PASSES = ("add_resident", "add_resident_bwd")  # of the torch backend, for the maps of "state" below
-_KERNELS = (*_TRAINING, *_PASSES, "decode")
+# That run only where they were measured: checked against, and timed beside, calls that go without them.
+_UNPROVEN = ("add_second_order",)  # of the torch backend
+_KERNELS = (*_TRAINING, *_PASSES, *_UNPROVEN, "decode")
 # Rows, keys and warps of more tiles, and stages for each.
 _GRID = {
     (128, 128, 8): (2, 3), (128, 64, 8): (2, 3, 4), (128, 64, 4): (2, 3), (64, 128, 4): (2, 3), (64, 128, 8): (2, 3),
@@ -139,6 +142,8 @@ def _runs(kernel: str, shape: Shape) -> bool:
     """Whether a call of that shape, forward and backward, launches the kernel."""
     if kernel in _PASSES:
         return shape.dtype == "bfloat16" and shape.head_dim <= 128 and shape.feature_map in _MAPS_OF["state"]
+    if kernel in _UNPROVEN:
+        return shape.dtype == "bfloat16" and shape.head_dim <= 128 and shape.feature_map == "taylor2"
     return kernel in _TRAINING
 
 
@@ -147,7 +152,7 @@ def best_tiles(results: list[dict], arch: str) -> dict[str, TileConfig]:
     default's.
 
     A tile must have run for every shape that shares the entry, all maps that share it must have been timed, and it must
-    gain 2% to replace the default.
+    gain 2% to replace the default; for a kernel that is none, calls with it must gain as much on those without it.
     """
     groups = {}
     for result in results:
@@ -166,7 +171,8 @@ def best_tiles(results: list[dict], arch: str) -> dict[str, TileConfig]:
             for tile in tiles
         }  # fmt: skip
         best = min(tiles, key=cost.get)
-        if cost[best] < 0.98:
+        gain = max(r["calls"]["with"] / r["calls"]["without"] for r in group) if kernel in _UNPROVEN else cost[best]
+        if gain < 0.98:
             found[configs.tuned_key(kernel, kind, dim)] = best
     return found
 
@@ -193,7 +199,10 @@ def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> di
             found.append(candidates_of(kernel, candidates, search))
         return candidates[0]
 
-    expected = _with(look, call)
+    expected = _with(look, call, without=_UNPROVEN)
+    if kernel in _UNPROVEN:
+        _with(look, call, without=())
+    without = () if kernel in _UNPROVEN else _UNPROVEN
     problems = {}
     for config in found[0][part::_PARTS] if found else ():
 
@@ -201,7 +210,7 @@ def check(shape: Shape, kernel: str, device: str, search: bool, part: int) -> di
             return config if key.split()[0] == kernel else candidates[0]
 
         try:
-            results = _with(take, call)
+            results = _with(take, call, without)
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize(device)
         except Exception as error:  # of the compiler, of the launcher: what kind is not known beforehand
@@ -229,7 +238,19 @@ def time(shape: Shape, kernel: str, wrong: dict[str, str], arguments: argparse.N
         return candidates[0]
 
     tokens = max(arguments.tokens, shape.length)
-    _with(measure, maker(shape, kernel, arguments.device, arguments.heads, tokens))
+    call = maker(shape, kernel, arguments.device, arguments.heads, tokens)
+    _with(measure, call, without=() if kernel in _UNPROVEN else _UNPROVEN)
+    if kernel in _UNPROVEN:
+
+        def first(key, candidates, launch_with, device_name):
+            return candidates[0]
+
+        ways = {"without": _UNPROVEN, "with": ()}
+        times = {
+            name: _with(first, lambda: _median_time(call, arguments.device), without=without)
+            for name, without in ways.items()
+        }  # fmt: skip
+        results = [result | {"calls": times} for result in results]
     return results
 
 
@@ -239,9 +260,13 @@ def _median_time(function, device: str) -> float:
     return timing.measure({"": function}, device, seconds=0, min_rounds=2)[""]["ms"]
 
 
-def _with(choose, call):
-    """A call in which `choose` stands for the autotuner."""
-    with mock.patch.dict(os.environ, NTK_KERNELS_AUTOTUNE="1"), mock.patch.object(autotune, "fastest", choose):
+def _with(choose, call, without: tuple[str, ...]):
+    """A call in which `choose` stands for the autotuner, and the kernels `without` are not chosen."""
+    with (
+        mock.patch.dict(os.environ, NTK_KERNELS_AUTOTUNE="1"),
+        mock.patch.object(autotune, "fastest", choose),
+        mock.patch.object(add_second_order, "is_chosen", lambda call, kernel: kernel not in without),
+    ):
         return call()
 
 
@@ -265,7 +290,7 @@ def maker(shape: Shape, kernel: str, device: str, heads: int, tokens: int):
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
 
     def call():
-        backend = "torch" if kernel in _PASSES else "triton"
+        backend = "torch" if kernel in (*_PASSES, *_UNPROVEN) else "triton"
         out = ntk_attention(query, key, value, state, is_causal=shape.causal, backend=backend)
         grads = torch.autograd.grad(out, leaves, grad)
         return {"out": out.detach()} | {f"gradient of {name}": g for name, g in zip(inputs, grads, strict=True)}

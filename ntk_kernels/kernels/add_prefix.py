@@ -4,7 +4,8 @@ Two kernels. The general one takes every state: a program owns BLOCK_M rows of o
 forward does (`forward.py`), and merges with what `out` and `lse` hold. The resident one is for the states that are
 trained most: one centre at most, features of first order ("elu", "taylor1"), a full Z, no rows, under a bfloat16 model
 with heads up to 128. There the pass is bound by memory: each program keeps its Z in shared memory and walks tiles of
-query rows, of which the next are on their way. The formula is that of `reference/attention.py`.
+query rows, of which the next are on their way. The formula is that of `reference/attention.py`. Prefixes of second
+order have kernels of their own, where they are known to be faster (`add_second_order.py`).
 
 Grid: general, one program for each tile of rows, head and batch row (or packed sequence); resident, (heads · batch
 rows, splits), a split taking every n-th tile of BLOCK_M rows.
@@ -14,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_second_order import is_second_order, run_add_second_order
 from .host import configs
-from .host.launch import Call, Kernel, Launch, ceil_div, prepare, run_pass, strided
+from .host.launch import Call, Kernel, Launch, ceil_div, prepare_exactly, run_pass, strided, with_rounded_z
 from .jit.features import elu_of
 from .jit.prefix_term import (
     MAX_WEIGHT,
@@ -235,4 +237,8 @@ ADD_PREFIX = (
 
 def run_add_prefix(inputs, out, lse) -> None:
     """Adds the prefix to `out` and `lse`, attention over the keys alone."""
-    run_pass(ADD_PREFIX, prepare(inputs.without_keys()), out, lse, updated=(out, lse))
+    call = prepare_exactly(inputs.without_keys())
+    if is_second_order(call):
+        run_add_second_order(call, out, lse)
+    else:
+        run_pass(ADD_PREFIX, with_rounded_z(call), out, lse, updated=(out, lse))

@@ -36,6 +36,40 @@ def test_tune_checks_and_times_every_candidate(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_tune_compares_a_new_kernel_with_calls_without_it(monkeypatch):
+    """It becomes the default, with the fastest of its tiles, if calls gain by it."""
+    from bench.upkeep import tune
+    from ntk_kernels.backends.torch import implementation as torch_backend
+    from ntk_kernels.backends.triton import implementation as triton_backend
+    from ntk_kernels.kernels.host import launch
+    from ntk_kernels.kernels.host.configs import TileConfig
+
+    tiles, names = (TileConfig(32, 32, 4, 1), TileConfig(16, 64, 4, 1)), []
+    original = launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self: (names.append(self.kernel.__name__), original(self))[1])
+    monkeypatch.setattr(torch_backend, "_kernels_for", lambda inputs: triton_backend)
+    monkeypatch.setattr(tune, "candidates_of", lambda *args: tiles)
+    monkeypatch.setattr(tune, "_PARTS", 1)
+    monkeypatch.setattr(tune, "_CHECKED_HEADS", 1)
+    shape, new = tune.Shape("float32", 8, "taylor2", True, 20), "_ntk_add_second_order_kernel"
+    assert tune.check(shape, "add_second_order", "cpu", search=True, part=0) == {}
+    assert names.count(new) == 3 and names.count("_ntk_add_prefix_kernel") == 1  # which the tiles are compared with
+
+    def time(function, device):
+        names.clear()
+        function()
+        return 2.0 if "_ntk_add_prefix_kernel" in names else 1.0
+
+    monkeypatch.setattr(tune, "_median_time", time)
+    arguments = argparse.Namespace(search=True, tokens=20, heads=1, device="cpu")
+    (result,) = tune.time(shape, "add_second_order", {}, arguments)
+    assert result["calls"] == {"without": 2.0, "with": 1.0}
+    result["shape"]["dtype"] = "bfloat16"
+    assert tune.best_tiles([result], "sm90").keys() == {"add_second_order, taylor2, 64"}
+    assert tune.best_tiles([result | {"calls": {"without": 1.0, "with": 1.0}}], "sm90") == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
 def test_tune(monkeypatch, tmp_path, capsys):
     from concurrent.futures import ThreadPoolExecutor
 

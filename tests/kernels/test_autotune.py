@@ -35,6 +35,11 @@ def test_every_kernel_has_tiles_for_every_call():
                             and max(blocks[:2]) <= 128 and feature_map in ("elu", "taylor1"))
                         ):  # fmt: skip
                             continue
+                        if "second_order" in kernel and not (
+                            arch == "interpreter" or (dtype == torch.bfloat16 and max(blocks[:2]) <= 128
+                            and feature_map == "taylor2")
+                        ):  # fmt: skip
+                            continue
                         for mask_bytes in (0, 1, 2, 4):
                             entries = configs.candidates(
                                 kernel, arch, blocks, dtype, feature_map, bool(mask_bytes), mask_bytes

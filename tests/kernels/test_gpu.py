@@ -1,8 +1,10 @@
 """The option tables on a GPU."""
 
+import functools
+
 import pytest
 import torch
-from cases import BF16, CASES, CAUSAL, F32, F64, HALF, Case, make_inputs, served_by
+from cases import BF16, CASES, CAUSAL, F32, F64, HALF, TAYLOR2, Case, make_inputs, served_by
 from decode_cases import CALLS, check, decode_by, in_pages, make_call, served
 from fit_cases import STATES as FITTED
 from fit_cases import Sample
@@ -19,8 +21,10 @@ from ntk_kernels import (
     ntk_attention_decode,
     prefix_to_state,
     reference,
+    replay,
 )
 from ntk_kernels.inputs import SumInputs
+from ntk_kernels.kernels import add_second_order
 from ntk_kernels.kernels.host import configs
 
 pytestmark = pytest.mark.gpu
@@ -177,6 +181,31 @@ def test_every_tile_of_the_resident_prefix_pass(dim, feature_map, centers, monke
         there = [tensor.to("cuda") for tensor in inputs[:4]]
         for first, second in zip(added(*there, **inputs[4]), added(*there, **inputs[4]), strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "state", [{}, {"centers": 1, "log_scale": True}, {"mass": "none"}], ids=["", "centre", "no mass"]
+)
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (128, 128), (40, 72), (128, 64)])
+def test_every_tile_of_the_second_order_pass(dim, value_dim, state, backend, monkeypatch):
+    """Right, and the same bit for bit in a second run."""
+    monkeypatch.setattr(add_second_order, "is_chosen", lambda call, kernel: True)
+    case = Case("", "", head_dim=dim, value_dim=value_dim, seq_q=300, seq_k=300, dtype=BF16, options=CAUSAL,
+                state=TAYLOR2 | state)  # fmt: skip
+    inputs, candidates = make_inputs(case), configs.candidates
+    arch = configs.arch_of(torch.device("cuda", 0))
+    attention = functools.partial(ntk_attention, backend=backend)
+    for tile in candidates("add_second_order", arch, configs.blocks(arch, dim, value_dim), BF16, "taylor2"):
+        monkeypatch.setattr(
+            configs, "candidates",
+            lambda kernel, *args, tile=tile: (tile,) if kernel == "add_second_order" else candidates(kernel, *args),
+        )  # fmt: skip
+        replay.forget()
+        check_case(inputs, BF16, backend=backend, device="cuda", **TOLERANCE)
+        first, second = (run(attention, *inputs, device="cuda") for _ in range(2))
+        for name, result in first.items():
+            assert torch.equal(result, second[name]), (tile, name)
 
 
 @pytest.mark.parametrize("name", [name for name in DECODED if served(name, "triton")])

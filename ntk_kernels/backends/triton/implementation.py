@@ -9,6 +9,7 @@ from ...feature_maps import get_feature_map
 from ...inputs import DecodeInputs, Inputs, Leaves, StateTensors, SumInputs
 from ...kernels.add_prefix import run_add_prefix
 from ...kernels.add_prefix_backward import run_add_prefix_bwd
+from ...kernels.add_second_order import takes_second_order
 from ...kernels.backward import run_bwd
 from ...kernels.backward_state import StateGrads
 from ...kernels.decode import run_decode
@@ -27,6 +28,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     if not _keeps_pair(inputs, few_rows=False):
         inputs = with_full_z(inputs)
+    if takes_second_order(inputs):
+        out, lse = forward(inputs._replace(state=StateTensors(), feature_map=None))
+        add_prefix(inputs, out, lse)
+        return out, lse
     out, kernel_out, lse = _empty_results(query, inputs.value)
     if inputs.cu_seqlens_q is not None:  # rows that belong to no sequence
         kernel_out.zero_()

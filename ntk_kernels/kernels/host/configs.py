@@ -121,6 +121,7 @@ def _shared_bytes(
         "forward": stages * n, "add_prefix": stages * n, "decode": stages * n, "merge": 0,
         "delta": 0, "dq": m + stages * n, "add_prefix_dq": m + stages * n, "dkdv": n + stages * m, "dk": n + stages * m,
         "dv": n + stages * m, "state": stages * m, "rows": m, "sums": stages * m, "sums_bwd": m,
+        "add_second_order": stages * n, "second_order_rows": m, "second_order_pack": 0,
     }[kernel]  # fmt: skip
     numbers = rows * (blocks.block_d + blocks.block_dv)
     if dtype == torch.float32:
@@ -226,7 +227,8 @@ def candidates(
 
         fitting = (_with_less_in_flight(entry, shared_bytes) for entry in entries)
         entries = tuple(dict.fromkeys(entry for entry in fitting if entry is not None))
-    if crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8):  # would spill
+    would_spill = crowded or dtype == torch.float16 or feature_map == "taylor1" or _TRITON >= (3, 8)
+    if would_spill and "second_order" not in kernel:
         entries = tuple(dict.fromkeys(replace(entry, max_registers=None) for entry in entries))
     if kernel == "forward" and arch in ("sm90", "sm100"):
         # Not the default before a GPU has said that they pay. Two stages: three can misalign them (triton issue 10474).

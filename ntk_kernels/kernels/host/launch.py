@@ -215,6 +215,10 @@ class Kind:
             kernel, self.arch, self.blocks, self.dtype, self.feature_map, self.crowded, self.mask_bytes
         )
 
+    def tuned(self, kernel: str) -> configs.TileConfig | None:
+        """The entry that was measured for a kernel, None if absent."""
+        return configs.tuned_tile(kernel, self.arch, self.blocks, self.dtype, self.feature_map)
+
     def shape_class(self, kernel: str, seq_k: int) -> str:
         """The autotuning key. Batch size is left out and lengths are bucketed: they hardly change which tile is
         fastest."""
@@ -242,6 +246,18 @@ class Call(NamedTuple):
 def prepare(inputs, arch: str | None = None) -> Call:
     """The call of `inputs`, a record with the fields of Inputs or DecodeInputs in `ntk_kernels/inputs.py`. Without keys
     (`key` None; `value` gives its head dimension) the prefix alone. `arch` defaults to that of the device."""
+    return with_rounded_z(prepare_exactly(inputs, arch))
+
+
+def with_rounded_z(call: Call) -> Call:
+    """The call with Z in bfloat16 where most kernels take it so."""
+    if not call.kind.rounds_z:
+        return call
+    return call._replace(state=call.state._replace(z=call.state.z.to(torch.bfloat16)))
+
+
+def prepare_exactly(inputs, arch: str | None = None) -> Call:
+    """As `prepare`, but with Z as the state has it."""
     query, key, value, state, mask = inputs.query, inputs.key, inputs.value, inputs.state, inputs.attn_mask
     name = (
         query.device, arch, query.dtype, query.shape[1], query.shape[3], None if key is None else key.shape[1],
@@ -254,8 +270,6 @@ def prepare(inputs, arch: str | None = None) -> Call:
         if len(_kinds) >= _MAX_KINDS:
             _kinds.clear()
         kind = _kinds[name] = _kind_of(inputs, configs.arch_of(query.device) if arch is None else arch)
-    if kind.rounds_z:
-        state = state._replace(z=state.z.to(torch.bfloat16))
     keys = None
     if key is not None:
         keys = Keys(strided(made_addressable(key)), strided(made_addressable(value)), None, None)
@@ -365,6 +379,12 @@ class Kernel:
     def __post_init__(self):
         if self.tiles is not None:
             configs.TABLES[self.name] = self.tiles
+
+
+def is_chosen(call: Call, kernel: str) -> bool:
+    """Whether a kernel that is no default may serve a call: where `bench tune --write` has found that it is right and
+    faster, and with NTK_KERNELS_AUTOTUNE=1."""
+    return autotune.enabled() or call.kind.tuned(kernel) is not None
 
 
 def run_pass(kernels: tuple[Kernel, ...], call: Call, *arguments, updated: tuple = ()) -> None:

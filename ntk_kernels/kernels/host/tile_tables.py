@@ -124,6 +124,27 @@ _ADD_RESIDENT = {
     }
 }
 _ADD_RESIDENT_BWD = {"sm90": {"state": {dim: (_T(64, 64, 8, 3), _T(64, 64, 8, 2)) for dim in (64, 128)}}}
+# Two programs on a multiprocessor, with at most 48 KB of shared memory between them and the L1 cache.
+_ADD_SECOND_ORDER = {
+    "sm90": {
+        "taylor2": {dim: (_T(256, 64, 8, 3, 128), _T(256, 64, 8, 4, 128), _T(128, 64, 4, 3, 128)) for dim in (64, 128)}
+    },
+    "sm80": {"taylor2": {dim: (_T(128, 64, 8, 3), _T(128, 64, 4, 3)) for dim in (64, 128)}},
+    "sm100": {"taylor2": {dim: (_T(128, 64, 8, 3), _T(128, 64, 4, 3)) for dim in (64, 128)}},
+    "gfx942": {"taylor2": {dim: (_T(128, 64, 4, 1), _T(64, 64, 4, 1)) for dim in (64, 128)}},
+}
+_SECOND_ORDER_ROWS = {
+    arch: {
+        "taylor2": {
+            64: (_T(128 if arch == "sm90" else 64, 64, 4, 1),),
+            128: (_T(128 if arch == "sm90" else 64, 64, 8, 1),),
+        }
+    }
+    for arch in ("sm80", "sm90", "sm100", "gfx942")
+}
+_SECOND_ORDER_PACK = {
+    arch: {"taylor2": {dim: (_T(64, 64, 4, 1),) for dim in (64, 128)}} for arch in ("sm80", "sm90", "sm100", "gfx942")
+}
 
 
 _DKDV = {
@@ -317,6 +338,8 @@ TABLES = {
     "forward": _FORWARD, "decode": _DECODE, "merge": _MERGE,
     "add_prefix": _FORWARD, "add_resident": _ADD_RESIDENT,
     "add_prefix_dq": _DQ, "add_resident_bwd": _ADD_RESIDENT_BWD,
+    "add_second_order": _ADD_SECOND_ORDER, "second_order_rows": _SECOND_ORDER_ROWS,
+    "second_order_pack": _SECOND_ORDER_PACK,
     "delta": _DELTA, "dkdv": _DKDV, "dk": _DK, "dv": _DV, "dq": _DQ, "state": _STATE,
     "rows": _ROWS, "sums": _SUMS, "sums_bwd": _SUMS_BWD,
 }  # fmt: skip

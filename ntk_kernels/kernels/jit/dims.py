@@ -38,6 +38,7 @@ class Dims(NamedTuple):
     CHUNK: Any = None  # features (or own rows) of a step
     SLICES: Any = None  # programs that share the columns of dK and dV
     STAGES: Any = None  # tiles in flight
+    HOPPER: Any = None  # whether products run beside the program, with registers as their left side
 
 
 def dims_for(kernel, **constants) -> Dims:
