@@ -36,7 +36,7 @@ def test_default_configurations_have_no_faults(tmp_path):
     kernels = json.loads(record.read_text())["kernels"]
     assert {kernel["arch"] for kernel in kernels} == {"sm80", "sm90", "sm100", "gfx942"}
     for kernel in kernels:
-        assert kernel["registers"] > 32
+        assert kernel["registers"] > 16
 
 
 MACHINE_CODE = """
