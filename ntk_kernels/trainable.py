@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, optimizer_eps
 from .feature_maps import REGISTRY, get_feature_map
 from .state import PrefixState
 
@@ -90,7 +90,8 @@ class NTKPrefix(nn.Module):
 
     It starts close to no prefix: `Z` is zero and the mass that it adds to the denominator of the softmax is about
     `init_mass`, yet every parameter has a gradient from the first step on (`z_a` from the second). Gradients are as
-    small as that mass: give Adam `eps=1e-15`, since its default of 1e-8 is larger than they are.
+    small as that mass: give Adam `eps=1e-15`, since its default of 1e-8 is larger than they are (a warning at the first
+    step of such an optimizer says so).
 
     `k` has to stay positive, as attention divides by it. So its logarithm, or nearly that (`positive`), is trained:
     with "elu" of every entry, with "taylor1" and "taylor2" of the factor k_0 in k = k_0·[1, u] only, as the entries of
@@ -187,6 +188,7 @@ class NTKPrefix(nn.Module):
                 self.bias.fill_(math.log(init_mass / num_rows))
         with torch.no_grad():
             PrefixState(**self._state())  # for its checks
+        optimizer_eps.watch(self)
 
     def _add_features(self, options: PrefixOptions, parameter: Callable[..., nn.Parameter]) -> None:
         feature_map = get_feature_map(options.feature_map)
