@@ -253,7 +253,7 @@ def check_finite_rows(name: str, tensor: Tensor) -> None:
 
 
 def readable(tensor: Tensor | None) -> bool:
-    """Whether values are to be read: on the CPU, and elsewhere with NTK_KERNELS_CHECK=1."""
+    """Returns whether values are to be read: on the CPU, and elsewhere with NTK_KERNELS_CHECK=1."""
     if tensor is None:
         return False
     return tensor.device.type == "cpu" or os.environ.get("NTK_KERNELS_CHECK", "0") == "1"

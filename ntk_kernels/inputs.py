@@ -112,7 +112,7 @@ class Inputs(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the tensors are [total, H, ...]."""
+        """True if the tensors are [total, H, ...]."""
         return self.query.dim() == 3
 
     @property

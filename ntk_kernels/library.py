@@ -77,13 +77,13 @@ def _needs_grad(inputs) -> bool:
 
 
 def _is_functionalized() -> bool:
-    """Whether torch.func.functionalize is the innermost transform; it takes ops, but no autograd.Function."""
+    """Returns whether torch.func.functionalize is the innermost transform; it takes ops, but no autograd.Function."""
     stack = torch._C._functorch.get_interpreter_stack()
     return bool(stack) and stack[-1].key() == torch._C._functorch.TransformType.Functionalize
 
 
 def _in_forward_mode() -> bool:
-    """Whether inputs may have tangents, which only an autograd.Function sees."""
+    """Returns whether inputs may have tangents, which only an autograd.Function sees."""
     return forward_ad._current_level >= 0
 
 

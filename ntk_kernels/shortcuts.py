@@ -36,7 +36,7 @@ class Call:
 
 
 class Shortcuts:
-    """What is known of the calls of a public function. `replayed` is the implementation of its op, `check` checks the
+    """Knows the calls of a public function. `replayed` is the implementation of its op, `check` checks the
     numbers among its arguments."""
 
     def __init__(self, replayed: Replayed, check: Callable, *, has_backward: bool):
@@ -169,7 +169,7 @@ _INDEX = (torch.int32, torch.int64)
 
 
 class _Attention(torch.autograd.Function):
-    """As the op's own function, it saves all tensors and results: checkpointing may recompute the other way."""
+    """Saves all tensors and results, as the op's own function does: checkpointing may recompute the other way."""
 
     @staticmethod
     def forward(ctx, shortcut, *tensors):
@@ -185,12 +185,12 @@ class _Attention(torch.autograd.Function):
 
 
 def _has_function_modes() -> bool:
-    """Whether there are others than those of `torch.set_default_device` and `with torch.device(...)`."""
+    """Returns whether there are others than those of `torch.set_default_device` and `with torch.device(...)`."""
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_num_function_modes()))
 
 
 def _is_ordinary() -> bool:
-    """Whether nothing watches or changes what calls do."""
+    """Returns whether nothing watches or changes what calls do."""
     return not (
         _is_transformed()
         or forward_ad._current_level >= 0

@@ -218,7 +218,7 @@ class PrefixState:
 
     @functools.cached_property
     def op_tensors(self) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
-        """Which of the tensors that an op takes the state has, and these tensors, in the op's order."""
+        """For each tensor of a state that an op takes whether it is there, and those that are."""
         tensors = (
             self.z if self.z_a is None else self.z_a, self.z_b, self.k, self.centers, self.log_scale, self.keys,
             self.values, self.bias,

@@ -185,7 +185,7 @@ def _ntk_add_resident_prefix_kernel(query, state, sequences, out, lse_ptr, strid
 
 
 def can_be_resident(call: Call) -> bool:
-    """Whether the resident kernel takes the prefix of a call."""
+    """Returns whether the resident kernel takes the prefix of a call."""
     kind, state = call.kind, call.state
     served = kind.arch in configs.TABLES["add_resident"] and kind.dtype == torch.bfloat16
     return (

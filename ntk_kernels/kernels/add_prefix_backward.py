@@ -189,7 +189,7 @@ def _ntk_add_resident_prefix_bwd_kernel(
 
 
 def can_be_resident_bwd(call: Call) -> bool:
-    """Whether the resident kernel takes the gradients through the prefix of a call."""
+    """Returns whether the resident kernel takes the gradients through the prefix of a call."""
     blocks = call.kind.blocks
     fits = call.state.centers is None or max(blocks.block_d, blocks.block_dv) <= 64  # into the registers
     return can_be_resident(call) and fits and call.state.index is None and call.sequences.cu_seqlens_q is None

@@ -201,7 +201,7 @@ def _out_ptrs(out, batch, head, first_q, start_m, seq_q, columns, dims):
 
 
 def can_be_second_order(call: Call) -> bool:
-    """Whether these kernels can take the prefix of a call."""
+    """Returns whether these kernels can take the prefix of a call."""
     kind, state, query = call.kind, call.state, call.query.ptr
     return (
         kind.feature_map == "taylor2"
@@ -216,12 +216,12 @@ def can_be_second_order(call: Call) -> bool:
 
 
 def is_second_order(call: Call) -> bool:
-    """Whether these kernels serve a call: not before a GPU has shown that they are right and faster there."""
+    """Returns whether these kernels serve a call: not before a GPU has shown that they are right and faster there."""
     return call.kind.feature_map == "taylor2" and is_chosen(call, "add_second_order") and can_be_second_order(call)
 
 
 def takes_second_order(inputs) -> bool:
-    """Whether these kernels are to add the prefix of a call to attention without it."""
+    """Returns whether these kernels are to add the prefix of a call to attention without it."""
     return inputs.feature_map == "taylor2" and is_second_order(prepare_exactly(inputs.without_keys()))
 
 

@@ -49,7 +49,7 @@ class StateGrads(NamedTuple):
 
 @triton.jit
 def _uses(state, batch, number):
-    """Whether a batch row uses the state `number`."""
+    """Returns whether a batch row uses the state `number`."""
     used = number == number
     if state.index is not None:
         used = tl.load(state.index + batch) == number

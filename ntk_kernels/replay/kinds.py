@@ -45,7 +45,7 @@ def kind_of(arguments: Iterable[Any]) -> tuple:
 
 
 class Known(dict[tuple, Any]):
-    """What is known of kinds of calls. It is emptied when it is full."""
+    """A table of kinds of calls. It is emptied when it is full."""
 
     def keep(self, kind: tuple, value: Any) -> None:
         if len(self) >= _MAX_KINDS:

@@ -1,4 +1,4 @@
-"""What a call did to its tensors, and the Python function that is written of it."""
+"""Programs: what a call did to its tensors, and the Python function that is written of it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -232,7 +232,7 @@ class _Writer:
         return f"{name}.as_strided({self._constant(view.shape)}, {self._constant(view.stride)}, {offset})"
 
     def _is_whole(self, view: View) -> bool:
-        """Whether a view has the numbers of its register in their order."""
+        """Returns whether a view has the numbers of its register in their order."""
         register = self.registers[view.register]
         same_size = math.prod(view.shape) == math.prod(register.shape)
         return view.offset == 0 and same_size and _is_contiguous(view) and _is_contiguous(register)

@@ -29,7 +29,7 @@ def current_recording() -> "Recording | None":
 
 
 class Recording(TorchDispatchMode):
-    """What is done, while it is entered, to the tensors of `arguments` and to those made of them.
+    """Records what is done, while it is entered, to the tensors of `arguments` and to those made of them.
 
     The recorded code has to take `arguments` from here: they are other objects than those given, so that two tensors
     that are the same, or share memory, can be told apart. It is entered by `record`.

@@ -20,7 +20,7 @@ def lacks(query: Tensor, value: Tensor, attn_mask: Tensor | None = None, softcap
 
 
 def prefers(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> bool:
-    """Whether a call should start with it: all that no other backend prefers."""
+    """Returns whether a call should start with it: all that no other backend prefers."""
     return True
 
 

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from ... import replay
+from ...feature_maps import ELU, LINEAR, get_feature_map
 from ...inputs import DecodeInputs, Inputs
 from .prefix_term import MAX_EXPONENT
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-w")
 _MAX_FEATURES = 512
+_SECTIONS = ((ELU,), (LINEAR,))
 
 
 class _Call(ctypes.Structure):
@@ -49,7 +51,9 @@ def takes(inputs: Inputs | DecodeInputs, query: Tensor, out: Tensor) -> bool:
     """Returns whether the pass serves a call: elu or taylor1 around one centre or none, in float32, without rows of the
     state's own, one state for all batch rows; and whether it could be compiled."""
     state = inputs.state
-    if query.device.type != "cpu" or inputs.feature_map not in ("elu", "taylor1"):
+    if query.device.type != "cpu" or inputs.feature_map is None:
+        return False
+    if get_feature_map(inputs.feature_map).sections not in _SECTIONS:
         return False
     if state.row_keys is not None or state.state_index is not None or state.k.shape[:3:2] != (1, 1):
         return False
@@ -68,7 +72,8 @@ def add_prefix(inputs: Inputs | DecodeInputs, query: Tensor, out: Tensor, lse: T
     z, _, k, centers, log_scale, *_ = inputs.state
     new_lse = lse.new_empty(lse.shape)
     tensors = (query, z, k, centers, log_scale, lse, out, new_lse)
-    numbers = (inputs.feature_map == "elu", inputs.scale, inputs.feature_scale)
+    is_elu = get_feature_map(inputs.feature_map).sections == (ELU,)
+    numbers = (is_elu, inputs.scale, inputs.feature_scale)
     recording = replay.current_recording()
     if recording is None:
         _run(tensors, numbers)

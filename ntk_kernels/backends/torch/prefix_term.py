@@ -297,7 +297,7 @@ def _second_order_backward(
     prefix: Prefix, features: SecondOrder, q: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
     grad_q: Tensor | None, sums: "_StateSums", grad_z: Tensor | None,
 ) -> None:  # fmt: skip
-    """As `_linear_backward`, but that the gradient of z is added to `grad_z`, in the order of `features.blocks`."""
+    """Does as `_linear_backward`, but adds the gradient of z to `grad_z`, in the order of `features.blocks`."""
     group = q.shape[2:4]
     term = prefix.linear_term(q, lse)
     x = term.x.flatten(2, 3)

@@ -149,7 +149,7 @@ def _sum_in_blocks(inputs: SumInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_in_blocks(grad_z: Tensor, grad_k: Tensor, inputs: SumInputs, needs_grad: Sequence[bool]) -> tuple:
-    """As `sum_features_backward`, for features of second order around one centre."""
+    """Computes `sum_features_backward` for features of second order around one centre."""
     grad_keys, grad_values, grad_centers = grads = empty_sum_grads(inputs, needs_grad)
     heads, num_rows, head_dim = inputs.keys.shape
     of_centers = torch.zeros_like(grad_centers, dtype=torch.float64)

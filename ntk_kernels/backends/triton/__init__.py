@@ -23,7 +23,7 @@ def lacks(query: Tensor, value: Tensor, attn_mask: Tensor | None = None, softcap
 
 
 def prefers(query: Tensor, key: Tensor, value: Tensor, is_square: bool) -> bool:
-    """Whether a call should start with it: those on a GPU, but for long ones that cuDNN serves faster."""
+    """Returns whether a call should start with it: those on a GPU, but for long ones that cuDNN serves faster."""
     return query.device.type == "cuda" and not (is_square and _is_faster_by_cudnn(query, key, value))
 
 

@@ -116,7 +116,7 @@ def _rows(inputs: SumInputs):
 
 
 def _keeps_pair(inputs: Inputs | DecodeInputs, few_rows: bool) -> bool:
-    """Whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
+    """Returns whether the pair saves work: for many rows and few features it costs less to multiply it out once."""
     state = inputs.state
     if state.z_b is None or not (few_rows or get_feature_map(inputs.feature_map).order > 1):
         return False

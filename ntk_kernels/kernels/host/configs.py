@@ -93,7 +93,7 @@ def precisions(arch: str, dtype: torch.dtype) -> Precisions:
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
-    """Whether a tensor map can describe a [B, H, L, D] tensor: addresses in multiples of 16 bytes."""
+    """Returns whether a tensor map can describe a [B, H, L, D] tensor: addresses in multiples of 16 bytes."""
     if tensor.device.type != "meta" and tensor.data_ptr() % 16:
         return False
     return tensor.numel() > 0 and all(

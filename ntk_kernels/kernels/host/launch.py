@@ -137,7 +137,7 @@ def options_of(config: configs.TileConfig) -> dict:
 
 
 def addressable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take a [B, H, L, D] tensor as it is: D contiguous, and int32 offsets inside a tile."""
+    """Returns whether the kernels take a [B, H, L, D] tensor as it is: D contiguous, int32 offsets inside a tile."""
     return tensor.stride(3) == 1 and tensor.stride(2) < 2**24
 
 
@@ -155,7 +155,7 @@ def strided(tensor: torch.Tensor | None) -> Strided:
 
 
 class Sizes(NamedTuple):
-    """What calls of one kind differ in, beside their tensors."""
+    """The numbers in which calls of one kind differ, beside their tensors."""
 
     batch: int  # or number of packed sequences
     seq_q: int  # the longest
@@ -257,7 +257,7 @@ def with_rounded_z(call: Call) -> Call:
 
 
 def prepare_exactly(inputs, arch: str | None = None) -> Call:
-    """As `prepare`, but with Z as the state has it."""
+    """Returns the call as `prepare` does, but with Z as the state has it."""
     query, key, value, state, mask = inputs.query, inputs.key, inputs.value, inputs.state, inputs.attn_mask
     name = (
         query.device, arch, query.dtype, query.shape[1], query.shape[3], None if key is None else key.shape[1],
@@ -382,8 +382,8 @@ class Kernel:
 
 
 def is_chosen(call: Call, kernel: str) -> bool:
-    """Whether a kernel that is no default may serve a call: where `bench tune --write` has found that it is right and
-    faster, and with NTK_KERNELS_AUTOTUNE=1."""
+    """Returns whether a kernel that is no default may serve a call: where `bench tune --write` has found that it is
+    right and faster, and with NTK_KERNELS_AUTOTUNE=1."""
     return autotune.enabled() or call.kind.tuned(kernel) is not None
 
 
