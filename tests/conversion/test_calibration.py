@@ -319,3 +319,8 @@ def test_rows_and_input_in_one_softmax(hidden):
     tensors = [tensor.double() for tensor in (query, lse, of_input, log_rest)]
     expected = gradient._attend(state, *tensors, 0.3)
     torch.testing.assert_close(gradient._attend_rows(state, *tensors, 0.3), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_quarter_is_held_out():
+    """To the nearest number, and at least one."""
+    assert [targets.num_fitted(number) for number in (2, 4, 6, 27, 100)] == [1, 3, 4, 20, 75]

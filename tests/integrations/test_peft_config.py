@@ -40,6 +40,7 @@ TARGETS = [
     ({"target_modules": {"model.layers.1.self_attn"}}, ["model.layers.1.self_attn"]),
     ({"target_modules": r"model\.layers\.0\..*"}, ["model.layers.0.self_attn"]),
     ({"layers_to_transform": 1}, ["model.layers.1.self_attn"]),
+    ({"layers_to_transform": [1, 0]}, ["model.layers.0.self_attn", "model.layers.1.self_attn"]),
     ({"layers_to_transform": [0], "target_modules": ["self_attn"]}, ["model.layers.0.self_attn"]),
 ]
 
