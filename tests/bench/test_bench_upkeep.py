@@ -189,7 +189,8 @@ def test_host(tmp_path, monkeypatch, capsys):
     assert {name: call["launches"] for name, call in calls.items() if "decode" not in name} == {
         "forward, no state": 1, "forward, elu": 1, "forward, gradients wanted": 1,
         "forward and backward, no state": 4, "forward and backward, frozen state": 4,
-        "forward and backward, all gradients": 5, "NTKPrefix()": 0,
+        "forward and backward, all gradients": 5, "cuDNN and prefix, forward": 1,
+        "cuDNN and prefix, forward and backward": 2, "in torch.compile, forward": 1, "NTKPrefix()": 0,
     }  # fmt: skip
     assert all(0 < call["low_us"] <= call["median_us"] for call in calls.values())
     monkeypatch.setattr(host, "run", lambda folder, blocks: calls)

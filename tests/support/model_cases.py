@@ -243,16 +243,25 @@ def roundings(model, given, dtype, count=16):
         yield visible_logits(model, given)
 
 
+def with_positions(model, given):
+    """Returns the inputs with the positions that a rotary decoder with prefixes gives the tokens of padded rows."""
+    mask = given.get("attention_mask")
+    if mask is None or "position_ids" in given or not any("_ntk_positions_hook" in vars(m) for m in model.modules()):
+        return given
+    return given | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
 def check_logits(model, given, dtype=torch.float32, first=0, **logits):
     """Asserts that each of `logits`, of the tokens from `first` on, is what the definition gives for a model, but for
     roundings of `dtype`.
 
     The model has to give the same in float64 too, where no rounding is amplified to the size of a mistake.
     """
-    expected = visible_logits(by_definition(model, F64), in_float64(given))
+    numbered = with_positions(model, given)
+    expected = visible_logits(by_definition(model, F64), in_float64(numbered))
     close(visible_logits(copy.deepcopy(model).double(), in_float64(given)), expected)
     expected = expected[..., first:, :]
-    samples = [sample[..., first:, :] for sample in roundings(model, given, dtype)]
+    samples = [sample[..., first:, :] for sample in roundings(model, numbered, dtype)]
     deviation = torch.stack([(sample - expected).norm() for sample in samples]).square().mean().sqrt() / expected.norm()
     assert deviation < 0.1, f"the runs by the definition err by {deviation:.0%}, which would hide mistakes"
     amplified = 1 if dtype.itemsize < 4 else 2  # nudged parameters are half of the noise of half precision
