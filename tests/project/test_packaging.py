@@ -31,7 +31,7 @@ def contents_of_wheel(checkout):
 
 def expected():
     package = ROOT / "ntk_kernels"
-    paths = [*package.rglob("*.py"), *package.rglob("tuned/*.json"), package / "py.typed"]
+    paths = [*(path for end in ("*.py", "*.cpp", "tuned/*.json") for path in package.rglob(end)), package / "py.typed"]
     names = {path.relative_to(ROOT).as_posix() for path in paths}
     return sorted(names | {f"ntk_kernels/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")})
 
